@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Work on one chapter: `nb.py execute 03` runs notebook 03 in place and stores its outputs.
+
+    text     write the notebook as Markdown into .work/ (jupytext), ready to edit
+    update   take the edited Markdown back; cells that did not change keep their ids and outputs
+    export   write the notebook's module
+    execute  export, run from a clean kernel, store the outputs, clean
+    verify   run from a clean kernel and compare with the stored outputs
+"""
+import argparse, json, os, platform, re, sys
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, WORK = ROOT/'nbs', ROOT/'.work'
+NUMBER = re.compile(r'[-+]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
+RELATIVE = 1e-3      # numbers may differ by this much between machines, or by one unit in the last printed place
+
+
+def find(which):
+    "The notebook that `which` names: '3', '03', 'bpe', '03_bpe' or a path."
+    paths = sorted(NBS.glob('*.ipynb'))
+    number = f'{int(which):02d}' if which.isdigit() else which
+    hits = [p for p in paths if number in (p.stem, p.stem.split('_')[0], p.stem.partition('_')[2], str(p), p.name)]
+    draft = sorted(p for p in WORK.glob('*.md') if number in (p.stem, p.stem.split('_')[0], p.stem.partition('_')[2]))
+    if hits or Path(which).suffix == '.ipynb': return hits[0] if hits else Path(which).resolve()
+    if draft: return NBS/f'{draft[0].stem}.ipynb'
+    sys.exit(f"no notebook is called {which!r}; there are {', '.join(p.stem for p in paths)}")
+
+
+def text(nb):
+    "Write the notebook as Markdown to edit."
+    import jupytext
+    WORK.mkdir(exist_ok=True)
+    jupytext.write(jupytext.read(nb), WORK/f'{nb.stem}.md', fmt='md')
+    print(f'edit .work/{nb.stem}.md, then: nb.py update {nb.stem}')
+
+
+def update(nb):
+    "Take the edited Markdown back into the notebook."
+    import jupytext
+    from jupytext.combine import combine_inputs_with_outputs
+    new = jupytext.read(WORK/f'{nb.stem}.md')
+    if nb.exists(): new = combine_inputs_with_outputs(new, jupytext.read(nb), fmt='md')
+    new.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, **kept(nb)}
+    jupytext.write(new, nb)
+    clean(nb)
+
+
+def kept(nb):
+    "The notebook metadata that outlives an edit: what the outputs were stored with."
+    meta = json.loads(nb.read_text(encoding='utf-8'))['metadata'] if nb.exists() else {}
+    return {k: meta[k] for k in ['stored_with'] if k in meta}
+
+
+def clean(nb):
+    "Drop execution counts and editor metadata, as nbdev's git hook does."
+    os.chdir(ROOT)
+    from nbdev.clean import nbdev_clean
+    nbdev_clean(str(nb))
+
+
+def export(nb):
+    "Write the module of this notebook, if it has one."
+    os.chdir(ROOT)
+    from nbdev.export import nb_export
+    if '#| default_exp' in ''.join(sources(nb)): nb_export(nb, ROOT/'llm_from_scratch')
+
+
+def sources(nb):
+    "The source of every code cell."
+    return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+
+
+def environment():
+    "What stored outputs depend on, besides the code."
+    return {'python': platform.python_version(), 'torch': version('torch').split('+')[0], 'numpy': version('numpy'),
+            'matplotlib': version('matplotlib')}
+
+
+def run(nb):
+    "The notebook's cells, executed from a clean kernel in `nbs/`; raises CellExecutionError where a cell raises."
+    import nbformat
+    from nbclient import NotebookClient
+    os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+                      JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
+    book = nbformat.read(nb, as_version=4)
+    NotebookClient(book, timeout=600, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
+    for cell in book.cells:
+        if cell.cell_type == 'code': cell.outputs = join_streams(cell.outputs)
+    return book
+
+
+def join_streams(outputs):
+    "A stream that arrives in pieces is one output: how it is cut depends on the moment."
+    joined = []
+    for out in outputs:
+        if joined and out.output_type == 'stream' == joined[-1].output_type and out.name == joined[-1].name:
+            joined[-1].text += out.text
+        else: joined.append(out)
+    return joined
+
+
+def execute(nb):
+    "Run the notebook in place and store its outputs."
+    import nbformat
+    export(nb)
+    book = run(nb)
+    book.metadata['stored_with'] = environment()
+    book.metadata.pop('language_info', None)
+    nbformat.write(book, nb)
+    clean(nb)
+
+
+def same_text(a, b):
+    "Equal word for word, and number for number within one unit in the last printed place or `RELATIVE`."
+    if NUMBER.sub('#', a) != NUMBER.sub('#', b): return False
+    return all(same_number(x, y) for x, y in zip(NUMBER.findall(a), NUMBER.findall(b)))
+
+
+def same_number(x, y):
+    "Whether two printed numbers may be the same result on two machines."
+    if x == y: return True
+    if '.' not in x and 'e' not in x.lower(): return False          # whole numbers are counts: exactly
+    a, b = (float(s.replace(',', '').replace('_', '')) for s in (x, y))
+    mantissa, _, exponent = x.lower().partition('e')
+    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition('.')[2]))
+    return abs(a - b) <= max(RELATIVE * max(abs(a), abs(b)), 1.001 * unit)
+
+
+def facts(output):
+    "An output as (kind, text) pairs; of a picture only that it is there."
+    if output['output_type'] == 'stream': return [(output['name'], ''.join(output['text']))]
+    if output['output_type'] == 'error': return [('error', f"{output['ename']}: {output['evalue']}")]
+    return [(mime, '' if mime.startswith('image/') else ''.join(data)) for mime, data in sorted(output['data'].items())]
+
+
+def is_timed(cell): return '#| timing' in ''.join(cell['source'])
+
+
+def differences(stored, fresh):
+    "Sentences on where two runs of a notebook differ; cells marked `#| timing` need only show the same kinds of output."
+    found = []
+    for i, (old, new) in enumerate(zip(stored['cells'], fresh['cells'])):
+        if old['cell_type'] != 'code': continue
+        a, b = ([f for o in c['outputs'] for f in facts(o)] for c in (old, new))
+        if [k for k, _ in a] != [k for k, _ in b]:
+            found.append(f"cell {i}: stored {[k for k, _ in a]}, a fresh run gives {[k for k, _ in b]}")
+        elif not is_timed(old):
+            found += [f"cell {i}: stored {x[:300]!r}, a fresh run gives {y[:300]!r}" for (_, x), (_, y) in zip(a, b) if not same_text(x, y)]
+    return found
+
+
+def verify(nb):
+    "Run the notebook from a clean kernel and compare with what is stored."
+    stored = json.loads(nb.read_text(encoding='utf-8'))
+    found = differences(stored, run(nb))
+    if found: sys.exit('\n'.join([f"{nb.name}: stored outputs are not what a fresh run gives", *found]))
+    print(f'{nb.name}: stored outputs are what a fresh run gives')
+
+
+def main():
+    from nbclient.exceptions import CellExecutionError
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {f.__name__: f for f in (text, update, export, execute, verify)}
+    parser.add_argument('command', choices=commands)
+    parser.add_argument('notebook', nargs='+', help='a number, a name, or both: 3, bpe, 03_bpe')
+    args = parser.parse_args()
+    for which in args.notebook:
+        nb = find(which)
+        try: commands[args.command](nb)
+        except CellExecutionError as e: sys.exit(f'{nb.name} raised while it ran; mend the cell and run it again.\n{e}')
+
+
+if __name__ == '__main__': main()
