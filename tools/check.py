@@ -1,0 +1,745 @@
+#!/usr/bin/env python3
+"""The house rules: `make check` reads every notebook, page and test, and says in seconds what is wrong and how to mend it.
+
+    check.py            every rule
+    check.py figures    only the rule of that name (several may be named)
+    check.py --mend     first mend what a machine can: clean the notebooks, write the library and the symbol index
+    check.py --rules    list the rules with their reasons
+
+A rule is a function below with `@rule`; the docstring is its reason, printed when it fails.
+"""
+import ast, json, os, re, subprocess, sys, tempfile
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = 'llm_from_scratch'
+TEMPLATE = 'tools/chapter.md'             # what tools/scaffold.py starts a chapter from
+RULES = {}
+
+
+def rule(check):
+    "Register a house rule: a function from a `Book` to sentences `where: what is wrong; how to mend it`."
+    RULES[check.__name__] = check
+    return check
+
+
+# What is read -----------------------------------------------------------------------------------------------------
+
+OPTION = re.compile(r'#\|\s*([\w-]+):\s*(.*)$')            # #| label: fig-x
+BARE = re.compile(r'#\|\s*(\w+)(?:\s+[^:]*)?$')            # #| export
+BARE_KNOWN = {'default_exp', 'export', 'exporti', 'exports', 'hide', 'slow', 'timing'}
+OPTIONS_KNOWN = {'label', 'echo', 'eval', 'output', 'warning', 'include', 'classes', 'column', 'layout', 'layout-ncol', 'layout-nrow', 'code-fold', 'code-summary',
+                 'code-overflow', 'fig-cap', 'fig-alt', 'fig-subcap', 'fig-align', 'fig-width', 'fig-height', 'fig-column', 'tbl-cap', 'tbl-subcap', 'tbl-colwidths',
+                 'lst-cap', 'lst-label'}
+
+
+@dataclass
+class Cell:
+    "A cell of a notebook, its options and directives split from its text."
+    page: str                      # stem of the notebook
+    number: int
+    kind: str                      # code, markdown, raw
+    source: str
+    outputs: list = field(default_factory=list)
+    raw: dict = field(default_factory=dict)
+
+    @property
+    def where(self): return f'{self.page}: cell {self.number}'
+
+    @cached_property
+    def head(self):
+        "The `#|` lines at the top of a code cell."
+        lines = self.source.splitlines() if self.kind == 'code' else []
+        end = next((i for i, line in enumerate(lines) if not line.startswith('#|')), len(lines))
+        return lines[:end]
+
+    @cached_property
+    def body(self): return '\n'.join(self.source.splitlines()[len(self.head):])
+
+    @cached_property
+    def options(self): return {m[1]: m[2].strip().strip('"\'') for m in map(OPTION.match, self.head) if m}
+
+    @cached_property
+    def directives(self): return {m[1] for m in map(BARE.match, self.head) if m}
+
+    @cached_property
+    def tree(self):
+        "The code parsed; None where it does not (a magic, or an error on purpose)."
+        try: return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', self.body, flags=re.M))
+        except SyntaxError: return None
+
+    @property
+    def exported(self): return bool(self.directives & {'export', 'exporti', 'exports'})
+
+    @property
+    def solution(self): return self.options.get('code-summary', '').startswith('Solution')
+
+    @property
+    def mimes(self): return {mime for out in self.outputs for mime in out.get('data', {})}
+
+    @property
+    def has_image(self): return any(mime.startswith('image/') for mime in self.mimes)
+
+    @property
+    def makes_prose(self): return self.options.get('echo') == 'false' and 'Markdown(' in self.body
+
+    @cached_property
+    def prose(self):
+        "What a reader reads here: Markdown, typed or made by code."
+        if self.kind == 'markdown': return self.source
+        return '\n\n'.join(''.join(out['data']['text/markdown']) for out in self.outputs if 'text/markdown' in out.get('data', {}))
+
+
+class Book:
+    "Everything the rules look at, read once."
+    def __init__(self, root): self.root = Path(root)
+
+    @cached_property
+    def paths(self): return [p for p in sorted((self.root/'nbs').glob('*.ipynb')) if not p.name.startswith(('.', '_'))]
+
+    @cached_property
+    def notebooks(self): return {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in self.paths}
+
+    @cached_property
+    def pages(self):
+        "The cells of each notebook."
+        return {stem: [Cell(stem, i, c['cell_type'], ''.join(c['source']), c.get('outputs', []), c) for i, c in enumerate(nb['cells'])]
+                for stem, nb in self.notebooks.items()}
+
+    @property
+    def cells(self): return [cell for cells in self.pages.values() for cell in cells]
+
+    @property
+    def code(self): return [cell for cell in self.cells if cell.kind == 'code']
+
+    @cached_property
+    def chapters(self): return {stem: cells for stem, cells in self.pages.items() if re.match(r'\d\d_', stem)}
+
+    @cached_property
+    def files(self):
+        "Paths of the files that git tracks or would track; outside a repository, all that are not hidden."
+        try: names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=self.root, capture_output=True, check=True).stdout.decode().split('\0')
+        except (OSError, subprocess.CalledProcessError):
+            names = [p.relative_to(self.root).as_posix() for p in self.root.rglob('*')]
+        return [p for p in (self.root/name for name in sorted(names) if name) if p.is_file()]
+
+    @cached_property
+    def texts(self):
+        "The text of each of those files that is text, by its path from the root."
+        found = {}
+        for path in self.files:
+            data = path.read_bytes()
+            if b'\0' not in data[:4096]: found[path.relative_to(self.root).as_posix()] = data.decode('utf-8', 'replace')
+        return found
+
+    @cached_property
+    def documents(self): return {name: text for name, text in self.texts.items() if name.endswith(('.qmd', '.md')) and name != TEMPLATE}
+
+    @cached_property
+    def tests(self): return {name: ast.parse(text) for name, text in self.texts.items() if re.fullmatch(r'tests/.*\.py', name)}
+
+    def prose(self, skip_code=True):
+        "Where and what: all Markdown of the book, code fences and code spans blanked."
+        for cell in self.cells:
+            if cell.prose: yield cell.where, plain(cell.prose) if skip_code else cell.prose, cell
+        for name, text in self.documents.items():
+            if name.endswith('.qmd'): yield name, plain(text) if skip_code else text, None
+
+
+def plain(text):
+    "Markdown without its code and comments, line for line."
+    text = re.sub(r'^(?P<f>`{3,}|~{3,}).*?^(?P=f)\s*$|<!--.*?-->', lambda m: '\n' * m[0].count('\n'), text, flags=re.M | re.S)
+    return re.sub(r'(`+)(?!`)(.+?)(?<!`)\1(?!`)', ' ', text)
+
+
+# Names ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Name:
+    "A public function, class or method, and where it is defined."
+    name: str
+    node: ast.AST
+    cell: Cell
+
+
+def public_names(book) -> Iterator[Name]:
+    "What `#| export` makes part of the library's interface; the methods of a private class are not."
+    for cell in book.code:
+        if not cell.directives & {'export', 'exports'} or cell.tree is None: continue
+        for node in cell.tree.body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
+            owner = patched_class(node)
+            if node.name.startswith('_') and not (owner and node.name.startswith('__')) or owner.startswith('_'): continue
+            yield Name(f'{owner}.{node.name}' if owner else node.name, node, cell)
+            if isinstance(node, ast.ClassDef):
+                for child in node.body:
+                    if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and (is_dunder(child.name) or not child.name.startswith('_')):
+                        yield Name(f'{node.name}.{child.name}', child, cell)
+
+
+def decorators(node): return {ast.unparse(d).partition('(')[0].rpartition('.')[2] for d in node.decorator_list}
+
+
+def patched_class(node):
+    "The class that fastcore's `@patch` adds this function to, or nothing."
+    if isinstance(node, ast.ClassDef) or not decorators(node) & {'patch', 'patch_to'} or not node.args.args: return ''
+    return ast.unparse(node.args.args[0].annotation or ast.Name('')).strip('"\'')
+
+
+def is_dunder(name): return name.startswith('__') and name.endswith('__')
+
+
+def untyped(node, is_method):
+    "The parameters without a type, and `return`."
+    args = node.args
+    named = args.posonlyargs + args.args + args.kwonlyargs + [a for a in (args.vararg, args.kwarg) if a]
+    if is_method and 'staticmethod' not in decorators(node): named = named[1:] if args.posonlyargs + args.args else named
+    missing = [a.arg for a in named if a.annotation is None]
+    return missing + (['return'] if node.returns is None and node.name != '__init__' else [])
+
+
+@rule
+def names(book):
+    "Public names have a docstring, types and a check: someone who imports the library never saw the chapter, and a name no check uses may be wrong unseen."
+    checked = checked_names(book)
+    for it in public_names(book):
+        method, last = '.' in it.name, it.name.rpartition('.')[2]
+        if 'overload' in decorators(it.node): continue
+        if not ast.get_docstring(it.node) and not is_dunder(last): yield f'{it.cell.where}: `{it.name}` has no docstring; add one sentence that says what it does'
+        if not isinstance(it.node, ast.ClassDef):
+            missing = untyped(it.node, method)
+            if missing: yield f"{it.cell.where}: `{it.name}` does not say the type of {', '.join(missing)}; annotate it"
+        called_as = it.name.partition('.')[0] if last == 'forward' else last        # a module's `forward` is run by calling the module
+        if not is_dunder(last) and called_as not in checked:
+            yield f'{it.cell.where}: no check uses `{it.name}`; assert something about it in the chapter or in tests/'
+
+
+def checked_names(book):
+    "Every identifier that stands in a cell or test file that checks something."
+    trees = [c.tree for c in book.code if c.tree] + list(book.tests.values())
+    checkers = checking_functions(trees)
+    return {word for tree in trees if checks(tree, checkers) for word in identifiers(tree)}
+
+
+def identifiers(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name): yield node.id
+        elif isinstance(node, ast.Attribute): yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg: yield node.arg
+
+
+# Checks -----------------------------------------------------------------------------------------------------------
+
+def checks(tree, checkers=frozenset()):
+    "Whether some statement in here can fail a test: an assertion, an expected error, a call of a function that asserts."
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assert, ast.Raise)): return True
+        if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_call$', called(node))): return True
+        if isinstance(node, ast.Try) and node.handlers and not isinstance(tree, ast.FunctionDef): return True    # a cell that shows the error, stored and compared
+    return False
+
+
+def called(call): return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', '')
+
+
+def checking_functions(trees):
+    "The names of functions that assert, themselves or through another."
+    functions = {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    found = set()
+    while True:
+        more = {name for name, node in functions.items() if name not in found and checks(node, found)}
+        if not more: return found
+        found |= more
+
+
+def has_call(node): return any(isinstance(n, (ast.Call, ast.Await)) for n in ast.walk(node))
+
+
+COMPARING = {'equal', 'allclose', 'isclose', 'array_equal', 'isinstance', 'issubclass'}
+
+
+def is_comparison(node):
+    "An expression that is true or false and does nothing else."
+    if isinstance(node, ast.BoolOp): return any(map(is_comparison, node.values))
+    if isinstance(node, ast.UnaryOp): return isinstance(node.op, ast.Not)
+    return isinstance(node, ast.Compare) or isinstance(node, ast.Call) and called(node) in COMPARING
+
+
+def dropped_comparisons(tree, shown=None):
+    "Comparisons whose result nobody looks at; `shown` is the expression that the notebook displays."
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and n is not shown and is_comparison(n.value)]
+
+
+def displayed(cell):
+    "The last expression of a cell, unless a semicolon hides it."
+    last = cell.tree.body[-1] if cell.tree.body else None
+    return None if cell.body.rstrip().endswith(';') else last
+
+
+def empty_assertions(tree):
+    "Assertions that hold whatever the code does."
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Assert)):
+        test = node.test
+        if isinstance(test, ast.Constant) and test.value: yield node, 'asserts a constant'
+        elif isinstance(test, ast.Tuple) and test.elts: yield node, 'asserts a tuple, which is always true (drop the parentheses)'
+        elif (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.Eq, ast.Is)) and not has_call(test)
+              and ast.dump(test.left) == ast.dump(test.comparators[0])): yield node, 'compares a value with itself'
+
+
+def reasonless_skips(tree):
+    "Skips that do not say why."
+    for node in ast.walk(tree):
+        name = ast.unparse(node.func if isinstance(node, ast.Call) else node) if isinstance(node, (ast.Call, ast.Attribute)) else ''
+        if isinstance(node, ast.Call) and name in ('pytest.skip', 'pytest.xfail', 'pytest.mark.skip', 'pytest.mark.skipif', 'pytest.mark.xfail'):
+            given = [k.value for k in node.keywords if k.arg in ('reason', 'msg')] + (node.args if not name.endswith('skipif') else [])
+            if not any(not (isinstance(v, ast.Constant) and not v.value) for v in given): yield node
+    for node in (d for n in ast.walk(tree) for d in getattr(n, 'decorator_list', [])):
+        if ast.unparse(node) in ('pytest.mark.skip', 'pytest.mark.xfail'): yield node
+
+
+@rule
+def vacuous(book):
+    "No vacuous test: a check that cannot fail promises what nobody looked at."
+    trees = [c.tree for c in book.code if c.tree] + list(book.tests.values())
+    checkers = checking_functions(trees)
+    places = [(c.where, c.tree, displayed(c) if c.tree else None, len(c.head)) for c in book.code] + [(name, tree, None, 0) for name, tree in book.tests.items()]
+    for where, tree, shown, above in places:
+        if tree is None: continue
+        def line(node): return f'{where}: line {node.lineno + above}'
+        for node in dropped_comparisons(tree, shown): yield f'{line(node)}: `{ast.unparse(node)[:60]}` compares and asserts nothing; write `assert` before it'
+        for node, what in empty_assertions(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` {what}; assert what the code computes'
+        for node in reasonless_skips(tree): yield f'{line(node)}: a skip without a reason; say `reason="needs ..."`'
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith('test_') and not checks(node, checkers):
+                yield f'{line(node)}: `{node.name}` asserts nothing; assert what it promises, or drop it'
+
+
+# The library's code -----------------------------------------------------------------------------------------------
+
+QUIET = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Try, ast.Delete)
+
+
+@rule
+def exported(book):
+    "Importing the library does nothing and shows nothing: definitions only, explicit imports, messages through `logging`, errors instead of `assert` (which `python -O` drops)."
+    for cell in (c for c in book.code if c.exported):
+        if cell.tree is None:
+            yield f'{cell.where}: exported code does not parse; mend it, or keep magics out of exported cells'
+            continue
+        for node in cell.tree.body:
+            if not isinstance(node, QUIET) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                yield f'{cell.where}: `{ast.unparse(node).splitlines()[0][:60]}` would run on import; move it to a cell of its own, without `#| export`'
+        for node in ast.walk(cell.tree):
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == '*': yield f'{cell.where}: `{ast.unparse(node)}`; name what is imported'
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == 'print' and not any(k.arg == 'file' for k in node.keywords):
+                yield f'{cell.where}: exported code prints; return the text, or use `logging`'
+            if isinstance(node, ast.Assert) and node not in cell.tree.body:
+                yield f'{cell.where}: exported code asserts `{ast.unparse(node.test)[:50]}`; raise ValueError or TypeError naming the value'
+
+
+# Figures ----------------------------------------------------------------------------------------------------------
+
+IMAGE = re.compile(r'!\[(?P<caption>[^\]]*)\]\((?P<target>[^)\s]*)[^)]*\)(?P<attributes>\{[^}]*\})?')
+
+
+@rule
+def figures(book):
+    "Figures have a caption and alt text, tables a caption: who cannot see a picture, or meets it in a list of figures, must not lose the thread."
+    for cell in book.code:
+        if 'hide' in cell.directives: continue
+        label = cell.options.get('label', '')
+        if cell.has_image and not label.startswith('fig-'):
+            if not cell.solution: yield f'{cell.where}: draws a picture without a label; add `#| label: fig-{chapter_name(cell.page)}-...`, `#| fig-cap:` and `#| fig-alt:`'
+            elif not cell.options.get('fig-alt'): yield f'{cell.where}: the picture of this solution has no alt text; add `#| fig-alt: "..."`'
+        if label.startswith('fig-'): yield from figure_faults(cell, label)
+        if label.startswith('tbl-') and not cell.options.get('tbl-cap'): yield f'{cell.where}: table {label} has no caption; add `#| tbl-cap: "..."`'
+    for where, text, _ in book.prose():
+        for m in IMAGE.finditer(text):
+            if not m['caption'].strip() and not re.search(r'(fig-)?alt="[^"]+"', m['attributes'] or ''): yield f"{where}: the image {m['target']} has neither caption nor alt text; write ![caption](...){{fig-alt=\"...\"}}"
+        for m in re.finditer(r'^(.*)\{#(tbl-[\w-]+)[^}]*\}', text, re.M):
+            if not re.match(r'\s*(:|Table:)\s*\S', m[1]) and '#tbl' not in m[1] and not m[1].lstrip().startswith(':::'): yield f'{where}: table {m[2]} has no caption; write `: What it shows {{#{m[2]}}}`'
+
+
+def figure_faults(cell, label):
+    caption, alt = (cell.options.get(k, '') for k in ('fig-cap', 'fig-alt'))
+    if not caption: yield f'{cell.where}: figure {label} has no caption; add `#| fig-cap: "the question it answers"`'
+    if not alt: yield f'{cell.where}: figure {label} has no alt text; add `#| fig-alt: "what is seen"`'
+    if alt and alt == caption: yield f'{cell.where}: the alt text of {label} repeats the caption; say what is seen'
+    if not cell.has_image and 'text/html' not in cell.mimes: yield f'{cell.where}: figure {label} has no stored picture; `make execute n={cell.page}` draws it'
+
+
+def chapter_name(page): return re.sub(r'^\d\d_', '', page)
+
+
+# References -------------------------------------------------------------------------------------------------------
+
+KINDS = 'fig|tbl|eq|sec|lst'
+REFERENCE = re.compile(rf'(?<![\w\\])@((?:{KINDS})-[\w-]*\w)')
+CITATION = re.compile(rf'(?<![\w\\.@/])@(?!(?:{KINDS})-)([A-Za-z][\w:-]*\w)')
+DEFINED = re.compile(r'\{[^}\n]*#([\w-]+)[^}\n]*\}')
+LINK = re.compile(r'(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)>?(?:\s+"[^"]*")?\)')
+
+
+def labels(book):
+    "Every label of the book with the places that define it."
+    found = {}
+    for where, text, cell in book.prose():
+        if cell is None or cell.kind == 'markdown':
+            for m in DEFINED.finditer(text): found.setdefault(m[1], []).append(where)
+    for cell in book.code:
+        if cell.options.get('label'): found.setdefault(cell.options['label'], []).append(cell.where)
+        for m in re.finditer(r'\{[^}\n]*#((?:' + KINDS + r')-[\w-]+)', cell.prose): found.setdefault(m[1], []).append(cell.where)
+    return found
+
+
+def referring(book):
+    "Text that may refer: prose, captions, and docstrings of the library."
+    yield from ((where, text) for where, text, _ in book.prose())
+    for cell in book.code:
+        yield cell.where, ' '.join(cell.options.get(k, '') for k in ('fig-cap', 'tbl-cap'))
+
+
+def citation_keys(book):
+    bib = book.root/'references.bib'
+    return re.findall(r'^\s*@\w+\s*\{\s*([^,\s]+)\s*,', bib.read_text(encoding='utf-8'), re.M) if bib.exists() else []
+
+
+@rule
+def references(book):
+    "References resolve: a reader who follows one must arrive."
+    defined, keys = labels(book), citation_keys(book)
+    used = set()
+    for where, text in referring(book):
+        for label in REFERENCE.findall(text):
+            used.add(label)
+            if label not in defined: yield f'{where}: @{label} leads nowhere; define the label or name the place in words'
+        for key in CITATION.findall(text):
+            if key not in keys: yield f'{where}: @{key} is not in references.bib; add the entry (or escape the sign: \\@)'
+    for cell in (c for c in book.code if c.exported and c.tree):
+        for label in (m for doc in docstrings(cell.tree) for m in REFERENCE.findall(doc)):
+            if label not in defined: yield f'{cell.where}: a docstring names @{label}, which is defined nowhere'
+    for label, places in defined.items():
+        if len(places) > 1: yield f"{places[1]}: label {label} is taken (by {places[0]}); labels are global, begin with the chapter's name"
+        if label.startswith('fig-') and label not in used and re.match(r'\d\d_', places[0]): yield f'{places[0]}: no sentence refers to figure {label}; say what to see in @{label}, or drop it'
+    for key, n in Counter(keys).items():
+        if n > 1: yield f'references.bib: {key} is defined {n} times; keep one'
+
+
+def docstrings(tree):
+    return [doc for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(n))]
+
+
+def slug(heading):
+    "The address pandoc gives to a heading."
+    text = re.sub(r'\{[^}]*\}|[`*$]', '', heading).strip().lower()
+    return re.sub(r'^[^a-z]+', '', re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', text)))
+
+
+def anchors(text): return set(DEFINED.findall(text)) | {slug(h) for h in re.findall(r'^#{1,6}\s+(.+)$', text, re.M)}
+
+
+@rule
+def links(book):
+    "Local links and files exist: a page that moved takes its visitors along."
+    places = [(where, text, book.root/'nbs' if cell else (book.root/where).parent) for where, text, cell in book.prose()]
+    places += [(name, plain(text), (book.root/name).parent) for name, text in book.documents.items() if name.endswith('.md')]
+    by_page = {f'nbs/{stem}.ipynb': '\n\n'.join(c.prose for c in cells) for stem, cells in book.pages.items()} | book.documents
+    for where, text, folder in places:
+        for target in LINK.findall(text) + [m['target'] for m in IMAGE.finditer(text)]:
+            if re.match(r'[a-z][a-z0-9+.-]*:|//', target) or '{{' in target: continue
+            path, _, anchor = target.partition('#')
+            file = Path(os.path.normpath(book.root/path.lstrip('/') if path.startswith('/') else folder/path)) if path else None
+            if file and not file.exists(): yield f'{where}: the link to {target} leads to no file; mend the path'
+            elif anchor:
+                name = file.relative_to(book.root).as_posix() if file else f"nbs/{where.partition(':')[0]}.ipynb" if folder.name == 'nbs' and ': cell' in where else where
+                if name in by_page and anchor not in anchors(by_page[name]) and not re.match(r'(def|cell)-', anchor) and anchor not in labels(book):
+                    yield f'{where}: {name} has no place called #{anchor}; mend the link'
+
+
+# What must not be in a file ---------------------------------------------------------------------------------------
+
+REMOTE = [
+    re.compile(r'<(?:img|script|iframe|source|video|audio|embed|track|object|image|use)\b[^>]*?\s(?:src|srcset|data|poster|(?:xlink:)?href)\s*=\s*["\']?\s*(?:https?:)?//[^\s"\'>]+', re.I),
+    re.compile(r'<link\b(?![^>]*\brel\s*=\s*["\']?(?:canonical|license|alternate|author|me|search)\b)[^>]*?\shref\s*=\s*["\']?\s*(?:https?:)?//[^\s"\'>]+', re.I),
+    re.compile(r'!\[[^\]]*\]\(\s*<?(?:https?:)?//[^\s)]+'),
+    re.compile(r'(?:@import\s+(?:url\()?|\burl\(|\bsrc:\s*url\()\s*["\']?(?:https?:)?//[^\s"\')]+', re.I),
+    re.compile(r'\b(?:fetch|import)\s*\(\s*["\'`]https?://[^"\'`]+|\bfrom\s+["\']https?://[^"\']+', re.I),
+]
+SHOWN = ('.qmd', '.html', '.css', '.scss', '.js', '.lua', '.yml', '.svg')
+
+
+@rule
+def remote(book):
+    "Nothing is loaded from another host: the book must read on a train, and a reader must not be counted by others."
+    places = [(where, plain(text)) for where, text, _ in book.prose(skip_code=False)]
+    places += [(cell.where, ''.join(''.join(out['data'][mime]) for mime in ('text/html', 'image/svg+xml') if mime in out.get('data', {}))) for cell in book.code for out in cell.outputs]
+    places += [(name, text) for name, text in book.texts.items() if name.endswith(SHOWN) and not name.endswith('.qmd') and not name.startswith(('.github/', 'tests/'))]
+    places += [(name, plain(text)) for name, text in book.documents.items() if name.endswith('.md')]
+    for where, text in places:
+        for pattern in REMOTE:
+            for m in pattern.finditer(text): yield f'{where}: loads from another host: {m[0][-80:]}; store the file in the repository'
+
+
+LOCAL = [
+    (re.compile(r'(?<![\w.])/(?:home|Users|root)/(?!runner\b)[\w.-]+/\S*|(?<!\w)[A-Za-z]:\\+Users\\+\w+'), 'a path of one machine', 'write it relative to the repository'),
+    (re.compile(r'(?<![\w.])/[\w./-]*/site-packages/\S*'), 'a path of one machine', 'silence the warning that prints it, or write it relative'),
+    (re.compile(r'https?://[^\s"\'<>]+/simple(?![\w-])|https?://[^\s/"\'<>:@]+:[^\s/"\'<>@]+@'), 'the address of a registry', "each user's pip knows its own"),
+]
+
+
+@rule
+def machine(book):
+    "No path of one machine and no address of a registry: the repository must work elsewhere, and say nothing about where it was written."
+    own = re.compile(re.escape(str(book.root)) + r'(?![\w-])')
+    for name, text in book.texts.items():
+        for pattern, what, mend in [(own, 'the path of this checkout', 'write it relative to the repository'), *LOCAL]:
+            for m in pattern.finditer(text):
+                place = f"line {text.count(chr(10), 0, m.start()) + 1}"
+                yield f'{name}: {place}: {what}: {m[0][:60]}; {mend}'
+
+
+# Notebooks as files -----------------------------------------------------------------------------------------------
+
+@rule
+def clean(book):
+    "Notebooks are clean and were run: a change shows in the diff as the change it is, and what a reader sees is what the code gives."
+    for path in book.paths:
+        nb = book.notebooks[path.stem]
+        yield from unclean(book, path)
+        ids = Counter(c.get('id') for c in nb['cells'])
+        for cell_id, n in ids.items():
+            if n > 1: yield f'{path.stem}: {n} cells have the id {cell_id}; give each its own'
+        if 'stored_with' not in nb['metadata']: yield f'{path.stem}: cell 0: was never run as a whole; `make execute n={path.stem}` runs it and stores its outputs'
+    for cell in book.code: yield from output_faults(cell)
+
+
+def unclean(book, path):
+    "Cells that `nbdev_clean` would change."
+    from execnb.nbio import nb2str
+    text = path.read_text(encoding='utf-8')
+    wanted = cleaned(book, json.loads(text))
+    mend = f'`python tools/check.py --mend` or `make execute n={path.stem}` cleans it'
+    changed = [i for i, (a, b) in enumerate(zip(json.loads(text)['cells'], wanted['cells'])) if a != b]
+    for i in changed: yield f'{path.stem}: cell {i}: carries execution counts or editor metadata; {mend}'
+    if not changed and nb2str(wanted) != text: yield f'{path.stem}: cell 0: the file is not as nbdev_clean writes it; {mend}'
+
+
+def cleaned(book, nb):
+    "The notebook as nbdev's cleaner leaves it, with the keys that settings.ini allows."
+    from configparser import ConfigParser
+    from nbdev.clean import clean_nb
+    config = ConfigParser(default_section='')
+    config.read(book.root/'settings.ini', encoding='utf-8')
+    settings = config['DEFAULT'] if config.has_section('DEFAULT') else {}
+    nb = deepcopy(nb)
+    clean_nb(nb, allowed_metadata_keys=settings.get('allowed_metadata_keys', '').split(),
+             allowed_cell_metadata_keys=settings.get('allowed_cell_metadata_keys', '').split(), clean_ids=False)
+    return nb
+
+
+def output_faults(cell):
+    tags = cell.raw.get('metadata', {}).get('tags', [])
+    for out in cell.outputs:
+        if out['output_type'] == 'error' and 'raises-exception' not in tags:
+            yield f"{cell.where}: its stored output is an error ({out.get('ename')}); mend it, or catch the error and print it"
+        if out['output_type'] == 'stream' and out.get('name') == 'stderr':
+            yield f"{cell.where}: wrote to stderr ({''.join(out['text']).strip()[:50]!r}); silence the warning or the progress bar"
+        shown = ''.join(''.join(v) for k, v in out.get('data', {}).items() if k.startswith('text/')) + ''.join(out.get('text', ''))
+        if re.search(r'\bat 0x[0-9a-fA-F]{6,}', shown): yield f'{cell.where}: its output shows the address of an object, another at every run; print something that stays'
+    if 'timing' in cell.directives and not cell.outputs: yield f'{cell.where}: is marked `#| timing` and has no output to exempt; drop the mark'
+
+
+@rule
+def options(book):
+    "Cell options are spelled right and stand at the top of their cell, one to a line: elsewhere nbdev and Quarto take them for comments, and nobody hears of it."
+    for cell in book.code:
+        for line in cell.head:
+            option, bare = OPTION.match(line), BARE.match(line)
+            if option and option[1] in BARE_KNOWN: yield f'{cell.where}: `{line}` has a colon; write `#| {option[1]}`'
+            elif option and option[1] not in OPTIONS_KNOWN: yield f'{cell.where}: `{line}` is no option this book knows; see CONTRIBUTING.md'
+            elif option and not option[2].strip(): yield f'{cell.where}: `{line}` has no value on its line; write it on one line'
+            elif not option and (not bare or bare[1] not in BARE_KNOWN): yield f'{cell.where}: `{line}` is no directive this book knows; see CONTRIBUTING.md'
+        for line in cell.body.splitlines():
+            if re.match(r'#\s*\|', line): yield f'{cell.where}: `{line.strip()}` stands below code and is ignored; move it to the top of the cell'
+
+
+# Step -------------------------------------------------------------------------------------------------------------
+
+@rule
+def step(book):
+    "The library, the contents and the symbol index are in step with the notebooks: there is one source."
+    yield from library_faults(book)
+    yield from contents_faults(book)
+    yield from symbol_faults(book)
+
+
+def library_faults(book):
+    "Export everything into another folder; each module must be there, and the same."
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = export_copy(book, Path(folder))
+        if isinstance(fresh, str):
+            yield fresh
+            return
+        stored = {p.name: p.read_text(encoding='utf-8') for p in (book.root/LIBRARY).glob('*.py')}
+    for name in sorted(stored.keys() | fresh.keys()):
+        if name not in fresh: yield f'{LIBRARY}/{name}: no notebook exports it; delete it, or restore its notebook'
+        elif name not in stored: yield f'{LIBRARY}/{name}: is missing; `make export` writes it'
+        elif stored[name] != fresh[name]: yield f'{LIBRARY}/{name}: differs from what its notebook exports; edit the notebook, then `make export`'
+
+
+def export_copy(book, folder):
+    "The modules that nbdev exports from a copy of the notebooks, or a sentence on why it cannot."
+    import shutil
+    (folder/'nbs').mkdir()
+    (folder/LIBRARY).mkdir()
+    for path in book.paths: shutil.copy(path, folder/'nbs')
+    for name in ('settings.ini', f'{LIBRARY}/__init__.py'): shutil.copy(book.root/name, folder/name)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'PYTHONUTF8': '1'}
+    done = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=folder, env=env, capture_output=True, text=True, encoding='utf-8')
+    if done.returncode: return f'nbs: cannot be exported: {done.stderr.strip().splitlines()[-1]}; mend the cell it names'
+    return {p.name: p.read_text(encoding='utf-8') for p in (folder/LIBRARY).glob('*.py')}
+
+
+def listed(book):
+    "The pages that _quarto.yml names, in order."
+    import yaml
+    def walk(entries):
+        for entry in entries or []:
+            if isinstance(entry, str): yield entry
+            elif isinstance(entry, dict):
+                if str(entry.get('part', '')).endswith(('.qmd', '.ipynb', '.md')): yield entry['part']
+                if 'href' in entry or 'file' in entry: yield entry.get('href') or entry['file']
+                yield from walk(entry.get('chapters'))
+    config = yaml.safe_load((book.root/'_quarto.yml').read_text(encoding='utf-8'))['book']
+    return [*walk(config.get('chapters')), *walk(config.get('appendices'))]
+
+
+def contents_faults(book):
+    "Every page stands in the contents once, and the chapters in their order."
+    if not (book.root/'_quarto.yml').exists():
+        yield '_quarto.yml: is missing; the contents of the book stand there'
+        return
+    pages = listed(book)
+    for path in book.paths:
+        if f'nbs/{path.name}' not in pages: yield f'_quarto.yml: does not list nbs/{path.name}; add its line (`make chapter` does)'
+    for page, n in Counter(pages).items():
+        if n > 1: yield f'_quarto.yml: lists {page} {n} times; keep one line'
+        if not (book.root/page).exists(): yield f'_quarto.yml: lists {page}, which does not exist; drop the line or restore the file'
+    numbers = [page for page in pages if re.match(r'nbs/\d\d_', page)]
+    if numbers != sorted(numbers): yield '_quarto.yml: the chapters are not in the order of their numbers; sort the lines'
+
+
+def symbol_faults(book):
+    "nbs/symbols.qmd is what the filter would write."
+    tool = book.root/'tools'/'nbfilter.py'
+    if not tool.exists(): return
+    done = subprocess.run([sys.executable, str(tool), '--check-symbols'], capture_output=True, text=True, encoding='utf-8')
+    if done.returncode: yield f"nbs/symbols.qmd: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+
+
+# Chapters ---------------------------------------------------------------------------------------------------------
+
+LONG = 40
+
+
+@rule
+def anatomy(book):
+    "Every chapter has the same parts in the same order, so that a reader finds the question, the errors and the exercises where the last chapter had them."
+    for stem, cells in book.chapters.items():
+        name, text = chapter_name(stem), '\n\n'.join(c.source for c in cells if c.kind == 'markdown')
+        if not cells or not re.match(rf'# \S.*\{{#sec-{name}\}}\s*(\n|$)', cells[0].source): yield f'{stem}: cell 0: does not open with `# Title {{#sec-{name}}}`; begin the first cell with it'
+        if len(re.findall(r'^# ', plain(text), re.M)) > 1: yield f'{stem}: has a second title; one `#` heading, the rest begin with `##`'
+        if f'default_exp {name}' not in '\n'.join(c.source for c in cells if c.kind == 'code').replace('#| ', ''): yield f'{stem}: has no cell `#| default_exp {name}`; add it below the title'
+        if not re.search(r':::\s*\{[^}]*title="You will build"', text): yield f'{stem}: has no "You will build" callout; add ::: {{.callout-note title="You will build"}}'
+        for heading in ('What can go wrong', 'Exercises', 'Recap'):
+            if not re.search(rf'^## {heading}\b', text, re.M): yield f'{stem}: has no section `## {heading}`; add it'
+        yield from exercise_faults(stem, cells)
+        yield from rhythm_faults(cells)
+
+
+def section(cells, heading):
+    "The cells under a heading of level two, the heading's own cell first."
+    starts = [i for i, c in enumerate(cells) if c.kind == 'markdown' and re.search(r'^## ', plain(c.source), re.M)]
+    first = next((i for i in starts if re.search(rf'^## {heading}\b', cells[i].source, re.M)), None)
+    if first is None: return []
+    return cells[first:next((i for i in starts if i > first), len(cells))]
+
+
+def exercise_faults(stem, cells):
+    "Four to eight exercises, each with a folded solution that asserts its target."
+    checkers = checking_functions([c.tree for c in cells if c.kind == 'code' and c.tree])
+    part = section(cells, 'Exercises')
+    if not part: return
+    found = []                                             # (number, solution cells)
+    for cell in part:
+        if cell.kind == 'markdown': found += [(m, []) for m in re.findall(r'^(?:#{3,4}\s+(?:Exercise\s+)?|\*\*(?:Exercise\s+)?)(\d+)\b', plain(cell.source), re.M)]
+        elif found and cell.solution: found[-1][1].append(cell)
+    if not 4 <= len(found) <= 8: yield f'{part[0].where}: has {len(found)} exercises; write four to eight, each beginning `**1.**`'
+    for number, solutions in found:
+        if not solutions: yield f'{part[0].where}: exercise {number} has no solution; add a cell with `#| code-summary: "Solution"` below it'
+        elif not any(c.tree and checks(c.tree, checkers) for c in solutions): yield f'{solutions[0].where}: the solution of exercise {number} does not assert its target; a machine must see that it is met'
+        for c in solutions:
+            if c.options.get('code-fold') != 'true': yield f'{c.where}: a solution lies open; add `#| code-fold: true`'
+
+
+def rhythm_faults(cells):
+    "Code in small pieces: no third cell in a row without a sentence, none too long to read at once."
+    run = 0
+    for cell in cells:
+        shown = cell.kind == 'code' and not cell.directives & {'hide', 'default_exp'} and cell.options.get('echo') != 'false' and cell.options.get('code-fold') != 'true'
+        run = 0 if cell.prose or cell.makes_prose else run + shown
+        if shown and run == 3: yield f'{cell.where}: is the third code cell in a row; put a sentence between them'
+        lines = [line for line in cell.body.splitlines() if line.strip()]
+        if shown and len(lines) > LONG: yield f'{cell.where}: has {len(lines)} lines; a reader takes in about 20 at once, {LONG} is the limit: cut it in two'
+
+
+FILLER = re.compile(r"\b(simply|just(?! (?:as|like|before|after|above|below|under|over|enough|in time|short|right|large|big|small|once|one|two|what|how|that|this|now|the)\b)|powerful|seamless(?:ly)?|leverag(?:e|es|ing)|delv(?:e|es|ing)"
+                    r"|div(?:e|ing) (?:deep(?:er)? )?into|in this (?:section|chapter),? (?:we|you) will|it is (?:worth noting|important to note)|needless to say)\b", re.I)
+
+
+@rule
+def words(book):
+    "No filler: each of these words can be struck and the sentence says the same, shorter."
+    for where, text, _ in book.prose():
+        text = re.sub(r'\]\([^)]*\)|\{[^}]*\}|\$[^$]*\$', ' ', text)
+        for m in FILLER.finditer(text): yield f'{where}: "{m[0]}"; strike it'
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+def mend(root):
+    "Mend what needs no thought: clean every notebook, write the library, its index and the symbol index."
+    sys.path.insert(0, str(root/'tools'))
+    import nb
+    for path in Book(root).paths: nb.clean(path)
+    nb.export_all()
+    subprocess.run([sys.executable, str(root/'tools'/'nbfilter.py'), '--symbols'], check=True)
+
+
+def report(book, names=None, out=sys.stdout):
+    "Print what each rule finds under its reason; the number of findings."
+    total = 0
+    for name in names or RULES:
+        found = list(dict.fromkeys(RULES[name](book)))
+        if found: print(f'\n{name}: {RULES[name].__doc__}', *(f'  {sentence}' for sentence in found), sep='\n', file=out)
+        total += len(found)
+    return total
+
+
+def main(argv):
+    if argv == ['--rules']: return print('\n'.join(f'{name:<12}{check.__doc__}' for name, check in RULES.items()))
+    if '--mend' in argv: mend(ROOT)
+    names = [a for a in argv if a != '--mend']
+    unknown = [n for n in names if n not in RULES]
+    if unknown: sys.exit(f"no rule is called {unknown[0]!r}; there are {', '.join(RULES)}")
+    total = report(Book(ROOT), names)
+    if total: sys.exit(f"\n{total} {'thing' if total == 1 else 'things'} to mend.")
+    print('The house is in order.')
+
+
+if __name__ == '__main__': main(sys.argv[1:])
