@@ -1,0 +1,466 @@
+-- Quarto's Markdown dialect on plain pandoc: numbers, cross-references, callouts, tabsets, folds, margin notes.
+--
+-- The document is a list of `.chapter` divs (one for a page of the site, all of them for the EPUB and the PDF), each with
+-- its `number` and its `page`. The file that BOOK_CONTEXT names says what the rest of the book holds. In the mode
+-- "labels" the filter changes nothing and writes down what the chapter defines and what it refers to.
+
+local html = FORMAT:match 'html' ~= nil
+local epub = FORMAT:match 'epub' ~= nil
+local typst = FORMAT == 'typst'
+
+local NAMES = { fig = 'Figure', tbl = 'Table', eq = 'Equation', sec = 'Section', lst = 'Listing' }
+local CALLOUTS = { note = 'Note', tip = 'Tip', warning = 'Warning', caution = 'Caution', important = 'Important' }
+
+local function read_json(path)
+  local file = assert(io.open(path, 'r'))
+  local text = file:read 'a'
+  file:close()
+  return pandoc.json.decode(text, false)
+end
+
+local context = read_json(os.getenv 'BOOK_CONTEXT')
+local labels, headings, cited = {}, {}, {}
+local chapter, counts, levels, seen = {}, {}, {}, {}
+
+local function kind(id) return id:match '^(%a+)%-' end
+local function raw(text) return pandoc.RawBlock(typst and 'typst' or 'html', text) end
+
+-- 1. Put every construct into one shape ---------------------------------------------------------------------------
+
+local function starts_with_header(div) return div.content[1] and div.content[1].tag == 'Header' end
+
+-- Each tab becomes a div with its title in an attribute, so that its heading is never numbered.
+local function split_tabs(div)
+  if not starts_with_header(div) then return nil end
+  local level, tabs = div.content[1].level, pandoc.Blocks {}
+  for _, block in ipairs(div.content) do
+    if block.tag == 'Header' and block.level == level then
+      tabs:insert(pandoc.Div({ pandoc.Div({ pandoc.Plain(block.content) }, { class = 'tab-title' }) }, { class = 'tab' }))
+    else
+      tabs[#tabs].content:insert(block)
+    end
+  end
+  div.content = tabs
+  return div
+end
+
+local function callout_type(div)
+  for _, class in ipairs(div.classes) do
+    local type = class:match '^callout%-(%a+)$'
+    if CALLOUTS[type] then return type end
+  end
+end
+
+-- The title of a callout is its attribute, or its first heading, or the name of its kind.
+local function callout_title(div)
+  local title = div.attributes.title
+  if title then
+    div.attributes.title = nil
+    return pandoc.utils.blocks_to_inlines(pandoc.read(title, 'markdown').blocks)
+  end
+  if starts_with_header(div) then return div.content:remove(1).content end
+  return pandoc.Inlines { pandoc.Str(CALLOUTS[callout_type(div)]) }
+end
+
+local function read_table(block)
+  if not block.format:match 'html' or not (block.text:match '<table' or not html) then return nil end
+  return pandoc.read(block.text:gsub('<style.-</style>', ''), 'html').blocks
+end
+
+local normalize = {
+  Div = function(div)
+    if div.classes:includes 'panel-tabset' then return split_tabs(div) end
+    if callout_type(div) then
+      div.content:insert(1, pandoc.Div({ pandoc.Plain(callout_title(div)) }, { class = 'callout-title' }))
+      return div
+    end
+  end,
+  RawBlock = read_table,
+  Image = function(image)
+    local alt = image.attributes['fig-alt'] or image.attributes.alt
+    if not alt then return nil end
+    image.caption, image.attributes['fig-alt'], image.attributes.alt = pandoc.Inlines { pandoc.Str(alt) }, nil, nil
+    return image
+  end,
+}
+
+-- 2. Number everything in reading order ----------------------------------------------------------------------------
+
+local function register(id, type, number)
+  labels[id] = { kind = type, number = number, page = chapter.page }
+  return number
+end
+
+local function next_number(type)
+  counts[type] = (counts[type] or 0) + 1
+  return (chapter.number ~= '' and chapter.number .. '.' or '') .. counts[type]
+end
+
+-- 1.2.3, counted from the chapter's number; "" for a heading without one.
+local function heading_number(header)
+  if chapter.number == '' or header.classes:includes 'unnumbered' or header.level > context.number_depth then return '' end
+  if header.level == 1 then return chapter.number end
+  levels[header.level] = (levels[header.level] or 0) + 1
+  for level = header.level + 1, 6 do levels[level] = nil end
+  local parts = { chapter.number }
+  for level = 2, header.level do parts[#parts + 1] = levels[level] or 0 end
+  return table.concat(parts, '.')
+end
+
+local function heading_kind(header)
+  if header.level > 1 then return 'Section' end
+  return chapter.appendix and 'Appendix' or 'Chapter'
+end
+
+local function unique(id)
+  local name, n = id, 1
+  while seen[name] do name, n = id .. '-' .. n, n + 1 end
+  seen[name] = true
+  return name
+end
+
+local function number_heading(header)
+  local number = heading_number(header)
+  header.identifier = unique(header.identifier)
+  register(header.identifier, heading_kind(header), number)
+  headings[#headings + 1] = { level = header.level, id = header.identifier, number = number, text = pandoc.utils.stringify(header.content) }
+  if number ~= '' then
+    local class = header.level == 1 and 'chapter-number' or 'header-section-number'
+    header.content:insert(1, pandoc.Span({ pandoc.Str(number) }, { class = class }))
+    header.content:insert(2, pandoc.Str(header.level == 1 and '\u{a0}\u{a0}' or '\u{a0}'))
+  end
+  return header, false
+end
+
+local function with_label(type, number, inlines)
+  local caption = pandoc.Inlines { pandoc.Span({ pandoc.Str(NAMES[type] .. '\u{a0}' .. number .. (#inlines > 0 and ':' or '')) }, { class = 'caption-label' }) }
+  if #inlines > 0 then caption:insert(pandoc.Space()) end
+  caption:extend(inlines)
+  return pandoc.Caption { pandoc.Plain(caption) }
+end
+
+local function is_float(block)
+  return (block.tag == 'Div' or block.tag == 'Figure') and NAMES[kind(block.identifier) or '']
+end
+
+-- The caption is the last paragraph, the caption of a picture or a table inside, or nothing.
+local function take_caption(div)
+  local last = div.content[#div.content]
+  if last and (last.tag == 'Para' or last.tag == 'Plain') and not (last.content[1] and last.content[1].tag == 'Image') then
+    return div.content:remove().content
+  end
+  local found = pandoc.Inlines {}
+  div.content = div.content:walk {
+    Figure = function(f) found = pandoc.utils.blocks_to_inlines(f.caption.long); return f.content end,
+    Table = function(t) found = pandoc.utils.blocks_to_inlines(t.caption.long); t.caption = pandoc.Caption {}; return t end,
+  }
+  return found
+end
+
+local function panel(block, type, number, index)
+  local letter = '(' .. string.char(96 + index) .. ')'
+  if NAMES[kind(block.identifier) or ''] then register(block.identifier, type, number .. ' ' .. letter) end
+  local text = block.tag == 'Figure' and pandoc.utils.blocks_to_inlines(block.caption.long) or take_caption(block)
+  local caption = pandoc.Inlines { pandoc.Str(letter), pandoc.Space() }
+  caption:extend(text)
+  return pandoc.Figure(block.content, pandoc.Caption { pandoc.Plain(caption) }, pandoc.Attr(block.identifier, { 'panel' }))
+end
+
+-- A `#fig-` or `#tbl-` div, with panels when it holds labelled parts.
+local function float(div, type)
+  local number = next_number(type)
+  register(div.identifier, type, number)
+  local caption, panels, body = take_caption(div), 0, pandoc.Blocks {}
+  for _, block in ipairs(div.content) do
+    if is_float(block) then
+      panels = panels + 1
+      block = panel(block, type, number, panels)
+    end
+    body:insert(block)
+  end
+  local columns = tonumber(div.attributes['layout-ncol']) or panels
+  if columns > 1 then
+    body = pandoc.Blocks { pandoc.Div(body, pandoc.Attr('', { 'panel-grid' }, { style = '--columns: ' .. columns })) }
+  end
+  return pandoc.Figure(body, with_label(type, number, caption), pandoc.Attr(div.identifier, { type .. '-float' }))
+end
+
+local function number_figure(figure)
+  if kind(figure.identifier) ~= 'fig' then return nil end
+  local number = register(figure.identifier, 'fig', next_number 'fig')
+  figure.caption = with_label('fig', number, pandoc.utils.blocks_to_inlines(figure.caption.long))
+  figure.classes:insert 'fig-float'
+  return figure, false
+end
+
+-- A pipe table whose caption ends in {#tbl-x}.
+local function number_table(tbl)
+  local id, inlines = tbl.identifier, pandoc.utils.blocks_to_inlines(tbl.caption.long)
+  local last = inlines[#inlines]
+  if id == '' and last and last.tag == 'Str' then
+    id = last.text:match '^{#(tbl%-[%w-]+)}$' or ''
+    if id ~= '' then inlines:remove(); if #inlines > 0 then inlines:remove() end end
+  end
+  if kind(id) ~= 'tbl' then return nil end
+  local number = register(id, 'tbl', next_number 'tbl')
+  tbl.identifier, tbl.caption = '', pandoc.Caption {}
+  return pandoc.Figure({ tbl }, with_label('tbl', number, inlines), pandoc.Attr(id, { 'tbl-float' })), false
+end
+
+local function number_listing(code)
+  if kind(code.identifier) ~= 'lst' then return nil end
+  local id, text = code.identifier, code.attributes['lst-cap'] or ''
+  local number = register(id, 'lst', next_number 'lst')
+  code.identifier, code.attributes['lst-cap'] = '', nil
+  local caption = pandoc.utils.blocks_to_inlines(pandoc.read(text, 'markdown').blocks)
+  return pandoc.Figure({ code }, with_label('lst', number, caption), pandoc.Attr(id, { 'lst-float' })), false
+end
+
+local function equation(math, id)
+  local number = register(id, 'eq', next_number 'eq')
+  math.text = math.text:gsub('%s+$', '')
+  if typst then
+    return pandoc.Inlines { pandoc.RawInline('typst', ('#math.equation(block: true, numbering: _ => [(%s)], [ '):format(number)),
+      math, pandoc.RawInline('typst', (' ])<%s>'):format(id)) }
+  end
+  math.text = math.text .. ' \\qquad(' .. number .. ')'      -- as Quarto writes it; tools/finish.py takes it apart again
+  return pandoc.Inlines { pandoc.Span({ math }, pandoc.Attr(id)) }
+end
+
+-- `$$ ... $$ {#eq-x}`
+local function number_equations(inlines)
+  local out = pandoc.Inlines {}
+  for _, inline in ipairs(inlines) do
+    local id = inline.tag == 'Str' and inline.text:match '^{#(eq%-[%w-]+)}$'
+    while id and #out > 0 and (out[#out].tag == 'Space' or out[#out].tag == 'SoftBreak') do out:remove() end
+    if id and #out > 0 and out[#out].tag == 'Math' then
+      out:extend(equation(out:remove(), id))
+    else
+      out:insert(inline)
+    end
+  end
+  return out
+end
+
+local number = {
+  traverse = 'topdown',
+  Header = number_heading,
+  Figure = number_figure,
+  Table = number_table,
+  CodeBlock = number_listing,
+  Inlines = number_equations,
+  Div = function(div)
+    local type = kind(div.identifier)
+    if type == 'fig' or type == 'tbl' then return float(div, type) end
+  end,
+}
+
+-- 3. Resolve references and links ----------------------------------------------------------------------------------
+
+-- The way from this page to an address: within one document only the anchor counts.
+local function address(page, id)
+  if context.mode == 'book' or page == chapter.page then return '#' .. id end
+  local folder, name = page:match '^(.-)([^/]*)$'
+  local here = chapter.page:match '^(.-)[^/]*$'
+  local path = (folder == here and name or context.up .. page) .. '.html'
+  return id == '' and path or path .. '#' .. id
+end
+
+local function reference(citation)
+  local target = context.refs[citation.id]
+  if not target then return nil end
+  local word = NAMES[target.kind] or target.kind
+  local text = (citation.mode == 'SuppressAuthor' and '' or word .. '\u{a0}') .. target.number
+  return pandoc.Link({ pandoc.Str(text) }, address(target.page, citation.id), '', { class = 'quarto-xref' })
+end
+
+local function resolve_cite(cite)
+  local out = pandoc.Inlines {}
+  for _, citation in ipairs(cite.citations) do
+    local link = reference(citation)
+    if not link then return nil end
+    if #out > 0 then out:extend { pandoc.Str ',', pandoc.Space() } end
+    out:insert(link)
+  end
+  return out
+end
+
+-- `03_bpe.ipynb#def-x`, seen from this page's folder.
+local function resolve_link(link)
+  if link.target:match '^%a+:' then return nil end
+  local path, id = link.target:match '^([^#]*)#?(.*)$'
+  if path == '' then
+    local target = context.refs[id]
+    if target then link.target = address(target.page, id); return link end
+    return nil
+  end
+  local full = pandoc.path.normalize(pandoc.path.join { pandoc.path.directory(chapter.page), path }):gsub('\\', '/')
+  full = full:gsub('^%./', '')
+  local page = context.pages[full]
+  if not page then return nil end
+  if context.mode == 'book' and id == '' then id = context.first_ids[page] or '' end
+  link.target = address(page, id)
+  return link
+end
+
+local function resolve_image(image)
+  if image.src:match '^%a+:' then return nil end
+  if image.src:match '^pictures/' then
+    image.src = (context.mode == 'page' and context.up or typst and '/' or '') .. image.src
+  elseif context.mode == 'book' then
+    image.src = (typst and '/' or '') .. pandoc.path.join { pandoc.path.directory(chapter.page), image.src }
+  end
+  return image
+end
+
+local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image }
+
+-- Links of citations lead to the page that holds the references.
+local cite_links = {
+  Link = function(link)
+    local id = link.target:match '^#(ref%-.+)$'
+    if id and context.references ~= '' then link.target = address(context.references, id); return link end
+  end,
+}
+
+-- 4. Give every construct the form of this format ------------------------------------------------------------------
+
+local function take_title(div)
+  return div.content:remove(1).content[1].content
+end
+
+local function typst_call(name, title, body)
+  local out = pandoc.Blocks { raw('#' .. name .. '['), pandoc.Plain(title), raw ']['  }
+  out:extend(body)
+  out:insert(raw ']')
+  return out
+end
+
+local function show_callout(div)
+  local type, title, collapse = callout_type(div), take_title(div), div.attributes.collapse
+  if typst then return typst_call(('callout("%s")'):format(type), title, div.content) end
+  local body = pandoc.Div(div.content, { class = 'callout-body' })
+  local class = 'callout callout-' .. type
+  if html and collapse then
+    local out = pandoc.Blocks { raw(('<details class="%s"%s%s><summary class="callout-header">'):format(
+      class, div.identifier ~= '' and ' id="' .. div.identifier .. '"' or '', collapse == 'false' and ' open' or '')) }
+    out:extend { pandoc.Plain(title), raw '</summary>', body, raw '</details>' }
+    return out
+  end
+  return pandoc.Div({ pandoc.Div({ pandoc.Plain(title) }, { class = 'callout-header' }), body }, pandoc.Attr(div.identifier, { 'callout', 'callout-' .. type }))
+end
+
+local tabsets = 0
+local function show_tabset(div)
+  if not html then
+    local out = pandoc.Blocks {}
+    for _, tab in ipairs(div.content) do
+      out:insert(pandoc.Para { pandoc.Strong(take_title(tab)) })
+      out:extend(tab.content)
+    end
+    return out
+  end
+  tabsets = tabsets + 1
+  local out = pandoc.Blocks { raw '<div class="tabs">' }
+  for i, tab in ipairs(div.content) do
+    local id = ('tab-%d-%d'):format(tabsets, i)
+    out:insert(raw(('<input type="radio" name="tabs-%d" id="%s"%s><label for="%s">'):format(tabsets, id, i == 1 and ' checked' or '', id)))
+    out:insert(pandoc.Plain(take_title(tab)))
+    out:extend { raw '</label>', pandoc.Div(tab.content, { class = 'tab-pane' }) }
+  end
+  out:insert(raw '</div>')
+  return out
+end
+
+local function show_fold(div)
+  local summary, state = div.attributes['code-summary'] or 'Code', div.attributes['code-fold']
+  div.attributes['code-summary'], div.attributes['code-fold'] = nil, nil
+  for i, block in ipairs(div.content) do
+    if block.tag == 'CodeBlock' then
+      if html then
+        local open = state == 'show' and ' open' or ''
+        local label = summary:gsub('&', '&amp;'):gsub('<', '&lt;')
+        div.content:insert(i + 1, raw '</details>')
+        div.content:insert(i, raw(('<details class="code-fold"%s><summary>%s</summary>'):format(open, label)))
+      else
+        div.content:insert(i, pandoc.Div({ pandoc.Plain { pandoc.Str(summary) } }, { class = 'fold-title' }))
+      end
+      return div
+    end
+  end
+end
+
+local function show_margin(div)
+  if typst then return typst_call('aside', {}, div.content) end
+  if not html then return nil end
+  local out = pandoc.Blocks { raw '<aside class="margin-note">' }
+  out:extend(div.content)
+  out:insert(raw '</aside>')
+  return out
+end
+
+local function show_grid(div)
+  local columns = div.attributes['layout-ncol']
+  if not columns then return nil end
+  div.attributes['layout-ncol'], div.attributes.style = nil, '--columns: ' .. columns
+  div.classes:insert 'panel-grid'
+  return div
+end
+
+local present = {
+  Div = function(div)
+    if callout_type(div) and div.content[1] and div.content[1].tag == 'Div' and div.content[1].classes:includes 'callout-title' then return show_callout(div) end
+    if div.classes:includes 'panel-tabset' then return show_tabset(div) end
+    if div.classes:includes 'column-margin' then return show_margin(div) end
+    if div.attributes['code-fold'] then return show_fold(div) end
+    if typst and div.classes:includes 'cell-output' then return typst_call('output', {}, div.content) end
+    if typst and div.classes:includes 'fold-title' then return typst_call('fold', div.content[1].content, {}) end
+    return show_grid(div)
+  end,
+  Table = function(tbl)
+    if html then return pandoc.Div({ tbl }, { class = 'table-scroll' }) end
+  end,
+}
+
+-- The walk over the book -------------------------------------------------------------------------------------------
+
+local function enter(div)
+  chapter = { number = div.attributes.number, page = div.attributes.page, appendix = div.attributes.appendix == 'true' }
+  counts, levels = {}, {}
+end
+
+local function part_title(div)
+  local title = div.attributes.part
+  if not title or context.mode ~= 'book' then return {} end
+  if typst then return { raw(('#part[%s]'):format(title)) } end
+  return { pandoc.Header(1, { pandoc.Str(title) }, pandoc.Attr(unique('part-' .. div.attributes.number), { 'part' })) }
+end
+
+local function write_labels(doc)
+  doc:walk {
+    Cite = function(cite) for _, c in ipairs(cite.citations) do cited[#cited + 1] = c.id end end,
+    Link = function(link)
+      local id = link.target:match '^#(.+)$'
+      if id and NAMES[kind(id) or ''] then cited[#cited + 1] = id end
+    end,
+  }
+  local file = assert(io.open(context.labels, 'w'))
+  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited })
+  file:close()
+end
+
+function Pandoc(doc)
+  local untouched, blocks = doc:clone(), pandoc.Blocks {}
+  for _, div in ipairs(doc.blocks) do
+    enter(div)
+    blocks:extend(part_title(div))
+    local content = div.content:walk(normalize):walk(number)
+    blocks:extend(context.mode == 'labels' and content or content:walk(resolve))
+  end
+  if context.mode == 'labels' then
+    write_labels(untouched)
+    return untouched
+  end
+  doc = pandoc.utils.citeproc(pandoc.Pandoc(blocks, doc.meta))
+  return doc:walk(cite_links):walk(present)
+end

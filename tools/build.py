@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Build the book into `_site/`: HTML with search, EPUB and PDF.
+
+With Quarto on PATH, Quarto does it; without, the embedded builder (pandoc, one Lua filter, pagefind, typst). Both read
+`_quarto.yml` and give the same addresses. A second run redoes only what changed, and a run that fails leaves the last
+good site as it was."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import assets
+from book import Book, BookError, load_book
+from ebook import build_epub, build_pdf
+from pandoc import Workshop
+from site_builder import build_site
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMATS = ("html", "epub", "pdf")
+PACKAGES = ("pypandoc_binary", "pagefind", "typst")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(FORMATS), help="which forms to build, with commas between them (default: %(default)s)")
+    parser.add_argument("--quarto", choices=("auto", "yes", "no"), default="auto", help="use Quarto where it is installed, always, or never")
+    parser.add_argument("--draft", action="store_true", help="references that lead nowhere are warnings, not errors")
+    parser.add_argument("--quiet", action="store_true", help="say only what went wrong")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(argv)
+    chosen.formats = [name.strip() for name in chosen.formats.split(",") if name.strip()]
+    unknown = set(chosen.formats) - set(FORMATS)
+    if unknown or not chosen.formats:
+        parser.error(f"--formats knows {', '.join(FORMATS)}, not {', '.join(sorted(unknown)) or 'nothing'}")
+    return chosen
+
+
+# What changed -----------------------------------------------------------------------------------------------------
+
+def fingerprint(book: Book, formats: list[str]) -> str:
+    "A hash of everything the book is made from; equal hashes mean that there is nothing to do."
+    root, tools = book.root, Path(__file__).resolve().parent
+    files = {root / page.file for page in book.pages} | {root / name for name in book.bibliography}
+    files |= {root / "_quarto.yml", root / "settings.ini", *root.glob("nbs/*.ipynb"), *tools.glob("*.py"), tools / "book.lua", *tools.glob("theme/*")}
+    digest = hashlib.sha256(json.dumps([sorted(formats), assets.installed(), *map(installed_version, PACKAGES)]).encode())
+    for file in sorted(path for path in files if path.is_file()):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def installed_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+# The embedded builder ---------------------------------------------------------------------------------------------
+
+def build_embedded(book: Book, formats: list[str], draft: bool) -> None:
+    "Build beside the old site, then let the new one take its place."
+    work = Workshop(book, book.root / ".cache" / "book")
+    work.parse()
+    problems = work.problems()
+    if problems and not draft:
+        raise BookError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""))
+    for problem in problems:
+        print(f"Warning: {problem}", file=sys.stderr)
+    downloads = [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
+    fresh = book.root / ".cache" / "site-new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    build_site(work, fresh, downloads)
+    swap(fresh, book.root / "_site", book.root / ".cache" / "site-old")
+
+
+def swap(fresh: Path, site: Path, old: Path) -> None:
+    "Put the finished site in its place; the one before it is removed only then."
+    shutil.rmtree(old, ignore_errors=True)
+    if site.exists():
+        os.replace(site, old)
+    try:
+        os.replace(fresh, site)
+    except OSError:
+        if old.exists():
+            os.replace(old, site)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Quarto -----------------------------------------------------------------------------------------------------------
+
+def build_quarto(book: Book) -> None:
+    "Let Quarto render into a folder of its own, then swap."
+    quarto = shutil.which("quarto")
+    if not quarto:
+        raise BookError("Quarto is not on PATH: install it, or leave out `--quarto yes` to use the embedded builder")
+    fresh = book.root / ".cache" / "site-new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
+    done = subprocess.run([quarto, "render", "--output-dir", str(fresh)], cwd=book.root, env=environment)
+    if done.returncode:
+        raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
+    swap(fresh, book.root / "_site", book.root / ".cache" / "site-old")
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = False) -> bool:
+    "Build what changed; the answer is whether anything was done."
+    book = load_book(root)
+    note = assets.ensure()
+    if note:
+        print(note, file=sys.stderr)
+    use_quarto = quarto == "yes" or quarto == "auto" and shutil.which("quarto") is not None
+    stamp, state = root / ".cache" / "book.stamp", fingerprint(book, formats) + f" {use_quarto} {draft}"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (root / "_site" / "index.html").exists():
+        return False
+    if use_quarto:
+        build_quarto(book)
+    else:
+        build_embedded(book, formats, draft)
+    stamp.write_text(state, encoding="utf-8")
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    "Build, and end with where the book is or with one sentence that says what went wrong."
+    chosen = parse_arguments(argv)
+    start = time.perf_counter()
+    try:
+        changed = build(chosen.root, chosen.formats, chosen.quarto, chosen.draft)
+    except BookError as error:
+        print(f"The book was not built: {error}.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"The book was not built: {error.strerror or error} ({error.filename or 'no file named'}). "
+              "Check the disk and who owns this folder, then run the same command again.", file=sys.stderr)
+        return 1
+    if not chosen.quiet:
+        site = chosen.root / "_site"
+        print(f"The book is in {site}{'' if changed else ' and is up to date'} ({time.perf_counter() - start:.1f} s).")
+        print(f"Open {site / 'index.html'} in a browser, or run `make serve` for the book with search.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""What both builders do to a finished site: typeset mathematics, notebook links, metadata, Markdown copies, 404, sitemap.
+
+Quarto runs this file after `quarto render`; the embedded builder calls `finish`. Only the standard library is used, and
+what is optional (Node.js, KaTeX, fonts) is left out with a sentence when it is missing, never with an error."""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import assets                                                # noqa: E402
+from copies import write_copies                              # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_settings(root: Path) -> dict[str, str]:
+    "The values of settings.ini: the only place that knows the address of the repository."
+    parser = configparser.ConfigParser()
+    parser.read(root / "settings.ini", encoding="utf-8")
+    return {key: parser.get("DEFAULT", key) for key in parser.defaults()}
+
+
+def listed_files(root: Path) -> list[str]:
+    "The files that `_quarto.yml` lists, in its order (without a YAML parser, which Quarto's Python may lack)."
+    text = (root / "_quarto.yml").read_text(encoding="utf-8")
+    book = re.search(r"^book:.*?(?=^\S|\Z)", text, re.M | re.S)
+    return re.findall(r"^\s*-\s+[\"']?([\w./-]+\.(?:qmd|ipynb|md))\b", book[0] if book else "", re.M)
+
+
+def pages(site: Path) -> list[Path]:
+    "Every page of the site but the one for missing pages."
+    skipped = {"404.html"}
+    found = (p for p in sorted(site.rglob("*.html")) if p.name not in skipped)
+    return [p for p in found if "site_libs" not in p.parts and "pagefind" not in p.parts]
+
+
+def up(site: Path, page: Path) -> str:
+    "The way from a page to the root of the site."
+    return "../" * (len(page.relative_to(site).parts) - 1)
+
+
+# Mathematics ------------------------------------------------------------------------------------------------------
+
+MATH = re.compile(r"<math\b(?P<attributes>[^>]*)>.*?<annotation encoding=\"application/x-tex\">(?P<tex>.*?)</annotation>\s*</semantics>\s*</math>", re.S)
+WRAPPED = re.compile(r"<span class=\"math (?:inline|display)\">(<math\b(?:(?!</math>).)*</math>)</span>", re.S)
+NUMBER = re.compile(r"\s*\\qquad\(([A-Z]?[\d.]+)\)\s*$")
+NUMBER_ML = re.compile(r"<mspace width=\"2(?:\.0)?em\"></mspace>(?:<mrow>)?<mo[^>]*>\(</mo>(?:(?!<mo[^>]*>\().)*?<mo[^>]*>\)</mo>(?:</mrow>)?(?=(?:</mrow>)?\s*<annotation)", re.S)
+RENDER = r"""
+const katex = require(process.argv[1]);
+const items = JSON.parse(require('fs').readFileSync(0, 'utf8'));
+const show = ([tex, display]) => {
+  try { return katex.renderToString(tex, { displayMode: display, output: 'htmlAndMathml', strict: 'ignore', trust: false }); }
+  catch (error) { return { error: String(error.message) }; }
+};
+process.stdout.write(JSON.stringify(items.map(show)));
+"""
+
+
+def formulas(text: str) -> list[tuple[str, bool]]:
+    "Every formula of a page: its TeX without the equation's number, and whether it stands on a line of its own."
+    return [(NUMBER.sub("", html.unescape(m["tex"])), 'display="block"' in m["attributes"]) for m in MATH.finditer(text)]
+
+
+def typeset(items: list[tuple[str, bool]], memory: Path) -> dict[tuple[str, bool], str]:
+    "KaTeX's HTML for each formula; empty where Node.js or KaTeX is missing. Results are remembered in `memory`."
+    katex, program = assets.MODULES / "katex" / "dist" / "katex.js", assets.node()
+    if not (items and katex.exists() and program):
+        return {}
+    known: dict[str, str] = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+    names = {item: hashlib.sha256(f"{assets.PACKAGES['katex']} {item}".encode()).hexdigest()[:20] for item in items}
+    missing = sorted({item for item in items if names[item] not in known})
+    for item, result in zip(missing, _run_katex(program, katex, missing)):
+        if isinstance(result, str):
+            known[names[item]] = result
+        else:
+            print(f"Note: KaTeX cannot typeset {item[0]!r} ({result['error']}); it stays MathML.", file=sys.stderr)
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory.write_text(json.dumps(known), encoding="utf-8")
+    return {item: known[names[item]] for item in items if names[item] in known}
+
+
+def _run_katex(program: str, katex: Path, items: list[tuple[str, bool]]) -> list[str | dict[str, str]]:
+    if not items:
+        return []
+    try:
+        done = subprocess.run([program, "-e", RENDER, str(katex)], input=json.dumps(items), capture_output=True, text=True, encoding="utf-8", timeout=120)
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        print("Note: KaTeX did not run, so mathematics stays MathML.", file=sys.stderr)
+        return []
+
+
+def set_math(text: str, typeset_formulas: dict[tuple[str, bool], str]) -> str:
+    "Replace each formula by its typeset form, and put the numbers of equations at the right."
+    def show(match: re.Match[str]) -> str:
+        tex, display = html.unescape(match["tex"]), 'display="block"' in match["attributes"]
+        number = NUMBER.search(tex)
+        plain = NUMBER_ML.sub("", match[0]) if number else match[0]
+        body = typeset_formulas.get((NUMBER.sub("", tex), display), plain)
+        if not display:
+            return body
+        mark = f'<span class="equation-number">({number[1]})</span>' if number else ""
+        return f'<span class="equation"><span class="equation-body">{body}</span>{mark}</span>'
+    return MATH.sub(show, WRAPPED.sub(r"\1", text))
+
+
+# Notebooks --------------------------------------------------------------------------------------------------------
+
+def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
+    "A line of links: the notebook itself, and where to run it without installing anything."
+    links = [f'<a href="{prefix}{name}" download>Download notebook</a>']
+    if settings.get("user") and settings.get("repo"):
+        place = f"{settings['user']}/{settings['repo']}"
+        branch = settings.get("branch", "main")
+        links += [f'<a href="https://colab.research.google.com/github/{place}/blob/{branch}/{name}">Open in Colab</a>',
+                  f'<a href="https://mybinder.org/v2/gh/{place}/{branch}?labpath={name}">Open in Binder</a>']
+    return f'<p class="notebook-links" data-pagefind-ignore><span>Run this chapter:</span> {" ".join(links)}</p>'
+
+
+def add_notebook_links(text: str, name: str, settings: dict[str, str], prefix: str) -> str:
+    "Put the links behind the title of the page (behind Quarto's title block where there is one)."
+    if 'class="notebook-links"' in text:
+        return text
+    end = r"</header>" if 'id="title-block-header"' in text else r"</h1>"
+    place = re.search(rf"id=\"title-block-header\".*?{end}|<main\b.*?{end}", text, re.S)
+    return text[:place.end()] + "\n" + notebook_links(name, settings, prefix) + text[place.end():] if place else text
+
+
+# The head of a page -----------------------------------------------------------------------------------------------
+
+def first_sentence(text: str) -> str:
+    "The first paragraph of a page in plain words, cut at 200 characters."
+    body = text.partition("<main")[2]
+    for paragraph in re.findall(r"<p>(.*?)</p>", body, re.S):
+        plain = html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split()
+        if len(plain) > 4:
+            words = " ".join(plain)
+            return words if len(words) <= 200 else words[:200].rpartition(" ")[0] + " …"
+    return ""
+
+
+def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool) -> str:
+    "Style sheets of fonts and mathematics, description and social metadata."
+    title = html.unescape(re.search(r"<title>(.*?)</title>", text, re.S)[1].strip())  # type: ignore[index]
+    lines = []
+    if "assets/fonts/fonts.css" not in text:
+        lines.append(f'<link rel="stylesheet" href="{site_prefix}assets/fonts/fonts.css">')
+    if has_katex and "katex.min.css" not in text:
+        lines.append(f'<link rel="stylesheet" href="{site_prefix}assets/katex/katex.min.css">')
+    words = html.escape(first_sentence(text) or settings.get("description", ""))
+    facts = {"og:title": html.escape(title), "og:description": words, "og:type": "article", "og:site_name": html.escape(settings.get("title", ""))}
+    if '<meta name="description"' not in text:
+        lines.append(f'<meta name="description" content="{words}">')
+    lines += [f'<meta property="{key}" content="{value}">' for key, value in facts.items() if value and f'property="{key}"' not in text]
+    if "twitter:card" not in text:
+        lines.append('<meta name="twitter:card" content="summary">')
+    return text.replace("</head>", "\n".join(lines) + "\n</head>", 1)
+
+
+# The site ---------------------------------------------------------------------------------------------------------
+
+def write_sitemap(site: Path, settings: dict[str, str]) -> None:
+    "Addresses for search engines, from the address that settings.ini gives to the published book."
+    host, base = settings.get("doc_host", ""), settings.get("doc_baseurl", "/")
+    if not host:
+        return
+    urls = "\n".join(f"  <url><loc>{host}{base}{p.relative_to(site).as_posix()}</loc></url>" for p in pages(site))
+    (site / "sitemap.xml").write_text(
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}\n</urlset>\n', encoding="utf-8")
+    (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {host}{base}sitemap.xml\n", encoding="utf-8")
+
+
+def write_404(site: Path, root: Path, settings: dict[str, str]) -> None:
+    "The page for addresses that lead nowhere. It may be shown at any depth, so it brings its own style."
+    text = (root / "tools" / "theme" / "404.html").read_text(encoding="utf-8")
+    values = {"title": settings.get("title", "The book"), "base": settings.get("doc_baseurl", "/")}
+    for key, value in values.items():
+        text = text.replace("{{" + key + "}}", html.escape(value))
+    (site / "404.html").write_text(text, encoding="utf-8")
+
+
+def finish(site: Path, root: Path, memory: Path) -> None:
+    "Do everything to the pages below `site`; doing it twice changes nothing more."
+    settings = read_settings(root)
+    texts = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    shown = typeset([f for text in texts.values() for f in formulas(text)], memory)
+    assets.copy_fonts(site)
+    if shown:
+        assets.copy_katex(site)
+    for page, text in texts.items():
+        name = page.relative_to(site).with_suffix(".ipynb").as_posix()
+        if (root / name).exists():
+            shutil.copyfile(root / name, site / name)
+            text = add_notebook_links(text, name, settings, up(site, page))
+        text = set_math(text, shown) if 'class="equation-body"' not in text else text
+        page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
+    write_copies(site, root, listed_files(root), settings)
+    write_sitemap(site, settings)
+    write_404(site, root, settings)
+
+
+def main() -> int:
+    site = Path(os.environ.get("QUARTO_PROJECT_OUTPUT_DIR") or (sys.argv[1] if len(sys.argv) > 1 else ROOT / "_site"))
+    site = site if site.is_absolute() else ROOT / site
+    if not (site / "index.html").exists():
+        return 0                                             # only the EPUB or the PDF was rendered
+    note = assets.ensure()
+    if note:
+        print(note, file=sys.stderr)
+    finish(site, ROOT, ROOT / ".cache" / "katex.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Run pandoc on the pages of the book, and remember every result by the content it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from book import Book, BookError, Page
+from cells import page_markdown
+
+HERE = Path(__file__).resolve().parent
+FILTER = HERE / "book.lua"
+READER = "markdown+lists_without_preceding_blankline+mark"
+KINDS = ("fig-", "tbl-", "eq-", "sec-", "lst-")
+
+
+@dataclass
+class Parsed:
+    "A page as pandoc sees it, with what it defines and what it refers to."
+
+    page: Page
+    ast: dict[str, Any]
+    labels: dict[str, dict[str, str]]
+    headings: list[dict[str, Any]]
+    cited: list[str]
+
+    @property
+    def title(self) -> str:
+        return next((h["text"] for h in self.headings if h["level"] == 1), self.page.file.stem)
+
+
+@dataclass
+class Workshop:
+    "The pages of a book, parsed, and a folder of results that are still good."
+
+    book: Book
+    cache: Path
+    parsed: list[Parsed] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> Path:
+        return self.cache / "pictures"
+
+    # Results by content -------------------------------------------------------------------------------------------
+
+    def key(self, *parts: Any) -> str:
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def path(self, key: str, ending: str) -> Path:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        return self.cache / f"{key}.{ending}"
+
+    # Reading ------------------------------------------------------------------------------------------------------
+
+    def parse(self) -> None:
+        "Read every page, two at a time."
+        with ThreadPoolExecutor(2) as pool:
+            self.parsed = list(pool.map(self._parse_page, self.book.pages))
+
+    def _parse_page(self, page: Page) -> Parsed:
+        text = wrapped(self.book, page, page_markdown(self.book, page, self.pictures))
+        key = self.key("parse", text, FILTER.read_text(encoding="utf-8"), self.book.number_depth)
+        ast, labels = self.path(key, "ast.json"), self.path(key, "labels.json")
+        if not (ast.exists() and labels.exists()):
+            context = self._context(key, mode="labels", labels=str(labels))
+            result = run_pandoc(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
+            ast.write_text(result, encoding="utf-8")
+        found = json.loads(labels.read_text(encoding="utf-8"))
+        return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]))
+
+    def _context(self, key: str, **facts: Any) -> Path:
+        path = self.path(key, "context.json")
+        path.write_text(json.dumps({"number_depth": self.book.number_depth, **facts}), encoding="utf-8")
+        return path
+
+    # What the book knows ------------------------------------------------------------------------------------------
+
+    @property
+    def refs(self) -> dict[str, dict[str, str]]:
+        "Every label of the book; a label may stand only once (headings without a kind are local to their page)."
+        found: dict[str, dict[str, str]] = {}
+        for parsed in self.parsed:
+            for name, label in parsed.labels.items():
+                if name.startswith(KINDS):
+                    if name in found:
+                        raise BookError(f"@{name} is defined twice, in {found[name]['page']} and in {label['page']}: rename one of them")
+                    found[name] = label
+        return found
+
+    @property
+    def citations(self) -> list[str]:
+        return sorted({name for parsed in self.parsed for name in parsed.cited} - set(self.refs))
+
+    @property
+    def references_page(self) -> str:
+        "The page that holds the `#refs` div."
+        return next((p.page.stem for p in self.parsed if '"refs"' in json.dumps(p.ast["blocks"])), "")
+
+    def problems(self) -> list[str]:
+        "References and citations that lead nowhere, one sentence each."
+        refs, entries = self.refs, self._bibliography_keys()
+        found = []
+        for parsed in self.parsed:
+            where = parsed.page.file.as_posix()
+            for name in sorted(set(parsed.cited)):
+                if name.startswith(KINDS) and name not in refs:
+                    found.append(f"{where} refers to @{name}, which no page defines: put the label on its target or take the reference out")
+                elif not name.startswith(KINDS) and name not in entries and name not in parsed.labels:
+                    found.append(f"{where} cites @{name}, which is not in {', '.join(self.book.bibliography) or 'any bibliography'}: "
+                                 "add the entry, or put the @ in code")
+        return found
+
+    def _bibliography_keys(self) -> set[str]:
+        text = "\n".join((self.book.root / f).read_text(encoding="utf-8") for f in self.book.bibliography if (self.book.root / f).exists())
+        return set(re.findall(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", text, re.M))
+
+    # Writing ------------------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        "What the filter needs to know about the rest of the book."
+        return {
+            "pages": {p.file.as_posix(): p.stem for p in self.book.pages},
+            "first_ids": {p.page.stem: next((h["id"] for h in p.headings), "") for p in self.parsed},
+            "references": self.references_page,
+        }
+
+    def metadata(self, **more: Any) -> dict[str, Any]:
+        files = [str(self.book.root / f) for f in self.book.bibliography if (self.book.root / f).exists()]
+        return {"bibliography": files, "link-citations": True, "lang": self.book.lang,
+                "nocite": " ".join(f"@{{{name}}}" for name in self.citations), **more}
+
+    def fragment(self, parsed: Parsed) -> str:
+        "The body of one page as HTML."
+        used = {name: ref for name, ref in self.refs.items() if name in parsed.cited}
+        facts = {**self.facts(), "mode": "page", "up": parsed.page.up(), "refs": used}
+        meta = self.metadata(**{"suppress-bibliography": parsed.page.stem != self.references_page})
+        bibliography = [Path(f).read_text(encoding="utf-8") for f in meta["bibliography"]] if meta["nocite"] else []
+        key = self.key("page", parsed.ast, facts, meta, bibliography, FILTER.read_text(encoding="utf-8"))
+        result = self.path(key, "html")
+        if not result.exists():
+            document = with_metadata(parsed.ast, self.path(key, "meta.json"), meta)
+            args = ["-f", "json", "-t", "html5", "--mathml", "--section-divs", f"--metadata-file={document}", f"--lua-filter={FILTER}", "--wrap=none"]
+            text = run_pandoc(args, self._context(key, **facts), json.dumps(parsed.ast), parsed.page.file.as_posix())
+            result.write_text(text, encoding="utf-8")
+        return result.read_text(encoding="utf-8")
+
+
+def wrapped(book: Book, page: Page, text: str) -> str:
+    "The Markdown of a page inside the div that tells the filter its place."
+    first = next(p for p in book.pages if p.part == page.part)
+    part = f' part="{page.part}"' if page.part and page is first else ""
+    appendix = ' appendix="true"' if page.appendix else ""
+    fence = ":" * (5 + max((len(m) for m in re.findall(r"^:+", text, re.M)), default=0))
+    return f'{fence} {{.chapter number="{page.number}" page="{page.stem}"{appendix}{part}}}\n\n{text}\n\n{fence}\n'
+
+
+def with_metadata(ast: dict[str, Any], path: Path, meta: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    return path
+
+
+def run_pandoc(args: list[str], context: Path, text: str, where: str) -> str:
+    "Run pandoc on `text`; what it complains of becomes one sentence."
+    import pypandoc
+    command = [pypandoc.get_pandoc_path(), *args]
+    done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, env={**os.environ, "BOOK_CONTEXT": str(context)})
+    if done.returncode:
+        raise BookError(f"pandoc cannot read {where}: {' '.join(done.stderr.split()) or 'it gave no reason'}")
+    return done.stdout

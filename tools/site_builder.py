@@ -1,0 +1,157 @@
+"""The embedded builder's website: a template, a table of contents, previous and next, and a search index around each page."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from book import Book, BookError, Page
+from finish import finish
+from pandoc import HERE, Parsed, Workshop
+
+THEME = HERE / "theme"
+ASSETS = ("book.css", "site.css", "theme.js", "site.js", "favicon.svg")
+
+
+def build_site(work: Workshop, site: Path, downloads: list[Path]) -> None:
+    "Write the whole site into the empty folder `site`."
+    template = Template((THEME / "page.html").read_text(encoding="utf-8"))
+    for parsed in work.parsed:
+        body = work.fragment(parsed)
+        target = site / parsed.page.url
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
+        copy_pictures(work, parsed.page, body, site)
+    (site / "assets").mkdir()
+    for name in ASSETS:
+        shutil.copyfile(THEME / name, site / "assets" / name)
+    for file in downloads:
+        shutil.copyfile(file, site / f"{work.book.name}{file.suffix}")
+    finish(site, work.book.root, work.cache / "katex.json")
+    index_for_search(site)
+
+
+# One page ---------------------------------------------------------------------------------------------------------
+
+def page_values(work: Workshop, parsed: Parsed, body: str, downloads: list[Path]) -> dict[str, str]:
+    "What the template asks for."
+    book, page = work.book, parsed.page
+    before, after = neighbours(work, page)
+    return {
+        "lang": book.lang, "up": page.up(), "body": body, "book": html.escape(book.title), "author": html.escape(", ".join(book.authors)),
+        "title": html.escape(book.title if page.is_index else f"{numbered(parsed)} · {book.title}"),
+        "sidebar": sidebar(work, page, downloads), "toc": contents(parsed, book.toc_depth),
+        "turn": turn(page, before, "prev", "Previous") + turn(page, after, "next", "Next"),
+        "rel": rel(page, before, "prev") + rel(page, after, "next"), "footer": footer(book),
+    }
+
+
+def numbered(parsed: Parsed) -> str:
+    return f"{parsed.page.number} {parsed.title}".strip()
+
+
+def neighbours(work: Workshop, page: Page) -> tuple[Parsed | None, Parsed | None]:
+    place = work.book.pages.index(page)
+    before = work.parsed[place - 1] if place else None
+    return before, work.parsed[place + 1] if place + 1 < len(work.parsed) else None
+
+
+def turn(page: Page, other: Parsed | None, direction: str, word: str) -> str:
+    if other is None:
+        return ""
+    return f'<a rel="{direction}" href="{page.up()}{other.page.url}"><small>{word}</small>{html.escape(numbered(other))}</a>\n'
+
+
+def rel(page: Page, other: Parsed | None, direction: str) -> str:
+    return f'<link rel="{direction}" href="{page.up()}{other.page.url}">\n' if other else ""
+
+
+def footer(book: Book) -> str:
+    address = book.settings.get("git_url", "")
+    source = f' · <a href="{html.escape(address)}">Source</a>' if address else ""
+    return f"<p>{html.escape(book.title)}: text under CC BY 4.0, code under Apache 2.0{source}</p>"
+
+
+# Contents ---------------------------------------------------------------------------------------------------------
+
+def sidebar(work: Workshop, page: Page, downloads: list[Path]) -> str:
+    "Parts and chapters; the part that is being read stands open, and on the front page all do."
+    items = []
+    for (part, appendix), group in groupby(work.parsed, key=lambda p: (p.page.part, p.page.appendix)):
+        entries = list(group)
+        links = "\n".join(sidebar_link(page, entry) for entry in entries)
+        title = part or ("Appendices" if appendix else "")
+        if not title:
+            items.append(f"<ol>\n{links}\n</ol>")
+        else:
+            is_open = " open" if page.is_index or page in [entry.page for entry in entries] or not appendix and not page.part else ""
+            items.append(f"<details{is_open}>\n<summary>{html.escape(title)}</summary>\n<ol>\n{links}\n</ol>\n</details>")
+    return "\n".join(items) + extras(work.book, page, downloads)
+
+
+def sidebar_link(page: Page, entry: Parsed) -> str:
+    current = ' aria-current="page"' if entry.page == page else ""
+    title = "Start here" if entry.page.is_index else entry.title
+    number = f'<span class="n">{entry.page.number}</span>' if entry.page.number else ""
+    return f'<li><a href="{page.up()}{entry.page.url}"{current}>{number}<span>{html.escape(title)}</span></a></li>'
+
+
+def extras(book: Book, page: Page, downloads: list[Path]) -> str:
+    "Links below the contents: the book in other forms, and its source."
+    links = [f'<a href="{page.up()}{book.name}{file.suffix}" download>{file.suffix[1:].upper()}</a>' for file in downloads]
+    links.append(f'<a href="{page.up()}llms.txt">llms.txt</a>')
+    if book.settings.get("git_url"):
+        links.append(f'<a href="{html.escape(book.settings["git_url"])}">Source</a>')
+    return f'\n<div class="extras">{" ".join(links)}</div>'
+
+
+def contents(parsed: Parsed, depth: int) -> str:
+    "The list of the sections on this page, two levels deep; nothing for a page without sections."
+    entries = [h for h in parsed.headings if 2 <= h["level"] <= min(depth, 3)]
+    if not entries:
+        return ""
+    groups: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    for entry in entries:
+        if entry["level"] == 2 or not groups:
+            groups.append((entry, []))
+        else:
+            groups[-1][1].append(entry)
+    lines = [f"<li>{toc_link(top)}{toc_list(inner)}</li>" for top, inner in groups]
+    return f'<nav class="toc" aria-labelledby="toc-title">\n<p id="toc-title">On this page</p>\n<ol>\n{chr(10).join(lines)}\n</ol>\n</nav>'
+
+
+def toc_list(entries: list[dict[str, Any]]) -> str:
+    return f'<ol>{"".join(f"<li>{toc_link(e)}</li>" for e in entries)}</ol>' if entries else ""
+
+
+def toc_link(entry: dict[str, Any]) -> str:
+    return f'<a href="#{entry["id"]}">{html.escape(entry["text"])}</a>'
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+def copy_pictures(work: Workshop, page: Page, body: str, site: Path) -> None:
+    "Copy every local picture that a page shows; a picture that is not there is an error."
+    for source in re.findall(r'<img\b[^>]*\bsrc="([^":]+)"', body):
+        target = (site / page.file.parent / html.unescape(source)).resolve()
+        name = target.relative_to(site.resolve())
+        origin = work.pictures / name.name if name.parts[0] == "pictures" else work.book.root / name
+        if not origin.exists():
+            raise BookError(f"{page.file.as_posix()} shows {source}, which does not exist: add the picture or correct its address")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin, target)
+
+
+def index_for_search(site: Path) -> None:
+    "Let pagefind read the finished pages."
+    done = subprocess.run([sys.executable, "-m", "pagefind", "--site", str(site), "--exclude-selectors", ".equation, .katex, a.anchor"],
+                          capture_output=True, text=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        raise BookError(f"the search index could not be made ({(done.stderr or done.stdout).strip().splitlines()[-1:]}): reinstall pagefind with `make book`")

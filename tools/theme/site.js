@@ -1,0 +1,186 @@
+// What the page can do beyond reading: theme, search, copying, the place on the page, the drawer on a phone.
+const $ = (selector, from = document) => from.querySelector(selector)
+const $$ = (selector, from = document) => [...from.querySelectorAll(selector)]
+const root = document.body.dataset.root
+
+// Theme ---------------------------------------------------------------------------------------------------------
+
+const themeSwitch = $('.theme-switch')
+
+function nameSwitch() {
+  const other = document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark'
+  themeSwitch.setAttribute('aria-label', `Switch to the ${other} theme`)
+  themeSwitch.title = `Switch to the ${other} theme`
+  return other
+}
+
+themeSwitch.hidden = false
+themeSwitch.addEventListener('click', () => {
+  const theme = nameSwitch()
+  document.documentElement.dataset.theme = theme
+  try { localStorage.setItem('theme', theme) } catch { /* a private window forgets */ }
+  nameSwitch()
+})
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', nameSwitch)
+nameSwitch()
+
+// Code: a button that copies, and keyboard access to what scrolls --------------------------------------------------
+
+function addCopyButton(pre) {
+  const button = document.createElement('button')
+  button.type = 'button'
+  button.className = 'copy'
+  button.textContent = 'Copy'
+  button.addEventListener('click', async () => {
+    button.textContent = await copied(pre.innerText.replace(/\n$/, '')) ? 'Copied' : 'Select and copy by hand'
+    setTimeout(() => { button.textContent = 'Copy' }, 1600)
+  })
+  pre.parentElement.append(button)
+}
+
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text)
+    return true
+  } catch {
+    const area = Object.assign(document.createElement('textarea'), { value: text, className: 'unseen' })
+    document.body.append(area)
+    area.select()
+    const done = document.execCommand('copy')
+    area.remove()
+    return done
+  }
+}
+
+$$('div.sourceCode > pre').forEach(addCopyButton)
+
+function reachScrollers() {
+  for (const box of $$('pre, .table-scroll, .equation-body, .panel-grid')) {
+    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0
+    else box.removeAttribute('tabindex')
+  }
+}
+addEventListener('resize', reachScrollers)
+addEventListener('load', reachScrollers)
+
+// Headings: a link to each -----------------------------------------------------------------------------------------
+
+for (const heading of $$('main section[id] > :is(h2, h3, h4)')) {
+  const link = document.createElement('a')
+  link.className = 'anchor'
+  link.href = '#' + heading.parentElement.id
+  link.setAttribute('aria-label', `Link to “${heading.textContent.trim()}”`)
+  heading.append(link)
+}
+
+// On this page: mark the section that is being read ----------------------------------------------------------------
+
+const entries = new Map($$('.toc a').map(a => [decodeURIComponent(a.hash.slice(1)), a]))
+
+function markSection() {
+  let current = null
+  for (const id of entries.keys()) {
+    const target = document.getElementById(id)
+    if (target && target.getBoundingClientRect().top < innerHeight * 0.28) current = id
+  }
+  for (const [id, link] of entries) {
+    if (id === current) link.setAttribute('aria-current', 'true')
+    else link.removeAttribute('aria-current')
+  }
+}
+
+if (entries.size) {
+  let waiting = false
+  addEventListener('scroll', () => {
+    if (waiting) return
+    waiting = true
+    requestAnimationFrame(() => { waiting = false; markSection() })
+  }, { passive: true })
+  markSection()
+}
+
+// The drawer -------------------------------------------------------------------------------------------------------
+
+const drawer = $('#nav-open')
+drawer.addEventListener('change', () => { if (drawer.checked) $('nav.book a').focus() })
+addEventListener('keydown', event => {
+  if (event.key === 'Escape' && drawer.checked) { drawer.checked = false; drawer.focus() }
+})
+$('.page').addEventListener('click', () => { drawer.checked = false })
+$('nav.book [aria-current]')?.scrollIntoView({ block: 'nearest' })
+
+// Search -----------------------------------------------------------------------------------------------------------
+
+const dialog = $('dialog.search'), field = $('input[type=search]', dialog), list = $('.search-results'), note = $('.search-note')
+const searchButton = $('.search-open')
+let pagefind, asked = 0
+
+async function engine() {
+  if (!pagefind) {
+    pagefind = await import(new URL(root + 'pagefind/pagefind.js', location.href).href)
+    await pagefind.options({ excerptLength: 24 })
+    await pagefind.init()
+  }
+  return pagefind
+}
+
+async function openSearch() {
+  if (dialog.open) return field.select()
+  dialog.showModal()
+  field.focus()
+  try { await engine() } catch {
+    note.textContent = location.protocol === 'file:'
+      ? 'Search needs the book to be served: run “make serve” and open the address it prints. Everything else works from this folder.'
+      : 'The search index could not be loaded.'
+  }
+}
+
+function entry(url, title, excerpt, inside) {
+  const item = document.createElement('li')
+  const link = document.createElement('a')
+  if (inside) item.className = 'inside'
+  link.href = url
+  link.append(Object.assign(document.createElement('b'), { textContent: title }))
+  link.append(Object.assign(document.createElement('span'), { innerHTML: excerpt }))  // Pagefind escapes all but <mark>
+  link.addEventListener('click', () => dialog.close())
+  item.append(link)
+  return item
+}
+
+function showResult(result) {
+  const parts = result.sub_results.filter(part => part.url.includes('#')).slice(0, 3)
+  const items = [entry(result.url, result.meta.title, parts.length ? '' : result.excerpt, false)]
+  return items.concat(parts.map(part => entry(part.url, part.title, part.excerpt, true)))
+}
+
+async function search() {
+  const turn = ++asked, words = field.value.trim()
+  if (!words) { list.replaceChildren(); note.textContent = ''; return }
+  const found = await (await engine()).search(words)
+  const results = await Promise.all(found.results.slice(0, 8).map(result => result.data()))
+  if (turn !== asked) return
+  list.replaceChildren(...results.flatMap(showResult))
+  const count = found.results.length
+  note.textContent = count ? `${count} page${count > 1 ? 's' : ''}` : `Nothing found for “${words}”`
+}
+
+function moveFocus(event) {
+  const stops = [field, ...$$('a', list)]
+  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key]
+  if (event.key === 'Enter' && document.activeElement === field) { event.preventDefault(); stops[1]?.click() }
+  if (!step) return
+  event.preventDefault()
+  stops[(stops.indexOf(document.activeElement) + step + stops.length) % stops.length].focus()
+}
+
+searchButton.hidden = false
+searchButton.addEventListener('click', openSearch)
+field.addEventListener('input', () => search().catch(() => {}))
+dialog.addEventListener('keydown', moveFocus)
+dialog.addEventListener('click', event => { if (event.target === dialog) dialog.close() })
+addEventListener('keydown', event => {
+  const typing = event.target.closest?.('input, textarea, select, [contenteditable]')
+  const plain = !event.ctrlKey && !event.metaKey && !event.altKey
+  const wanted = (plain && !typing && (event.key === '/' || event.key === 's')) || ((event.ctrlKey || event.metaKey) && event.key === 'k')
+  if (wanted) { event.preventDefault(); openSearch() }
+})
