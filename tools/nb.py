@@ -3,7 +3,7 @@
 
     text     write the notebook as Markdown into .work/ (jupytext), ready to edit
     update   take the edited Markdown back; cells that did not change keep their ids and outputs
-    export   write the notebook's module
+    export   write the notebook's module; without a notebook, write the whole library and its index
     execute  export, run from a clean kernel, store the outputs, clean
     verify   run from a clean kernel and compare with the stored outputs
 """
@@ -65,6 +65,13 @@ def export(nb):
     os.chdir(ROOT)
     from nbdev.export import nb_export
     if '#| default_exp' in ''.join(sources(nb)): nb_export(nb, ROOT/'llm_from_scratch')
+
+
+def export_all():
+    "Write every module, and the index that links names to pages."
+    os.chdir(ROOT)
+    from nbdev.doclinks import nbdev_export
+    nbdev_export()
 
 
 def sources(nb):
@@ -138,15 +145,20 @@ def facts(output):
 def is_timed(cell): return '#| timing' in ''.join(cell['source'])
 
 
-def differences(stored, fresh):
-    "Sentences on where two runs of a notebook differ; cells marked `#| timing` need only show the same kinds of output."
+def differences(stored, fresh, pictures_only=False):
+    """Sentences on where two runs of a notebook differ.
+
+    Cells marked `#| timing` need only show the same kinds of output, and so does every cell with `pictures_only`:
+    for a run with other versions than the stored one.
+    """
+    if len(stored['cells']) != len(fresh['cells']): return [f"{len(stored['cells'])} cells are stored, {len(fresh['cells'])} were run"]
     found = []
     for i, (old, new) in enumerate(zip(stored['cells'], fresh['cells'])):
         if old['cell_type'] != 'code': continue
         a, b = ([f for o in c['outputs'] for f in facts(o)] for c in (old, new))
         if [k for k, _ in a] != [k for k, _ in b]:
             found.append(f"cell {i}: stored {[k for k, _ in a]}, a fresh run gives {[k for k, _ in b]}")
-        elif not is_timed(old):
+        elif not (pictures_only or is_timed(old)):
             found += [f"cell {i}: stored {x[:300]!r}, a fresh run gives {y[:300]!r}" for (_, x), (_, y) in zip(a, b) if not same_text(x, y)]
     return found
 
@@ -164,8 +176,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {f.__name__: f for f in (text, update, export, execute, verify)}
     parser.add_argument('command', choices=commands)
-    parser.add_argument('notebook', nargs='+', help='a number, a name, or both: 3, bpe, 03_bpe')
+    parser.add_argument('notebook', nargs='*', help='a number, a name, or both: 3, bpe, 03_bpe')
     args = parser.parse_args()
+    if not args.notebook:
+        if args.command != 'export': parser.error(f'{args.command} which chapter? For example: make {args.command} n=03')
+        export_all()
     for which in args.notebook:
         nb = find(which)
         try: commands[args.command](nb)

@@ -1,0 +1,68 @@
+# Two commands: `make book` builds the book, `make test` proves it. `make` lists the rest.
+PYTHON ?= $(shell command -v python3 || command -v python)
+VENV ?= .venv
+export VENV
+ifeq ($(OS),Windows_NT)
+  PY := $(VENV)/Scripts/python
+else
+  PY := $(VENV)/bin/python
+endif
+n ?=
+name ?=
+title ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help book test serve check chapter text update execute export bench experiments slow types hooks clean book-env dev-env
+
+help:  ## list the targets
+	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
+
+book: book-env  ## build the site, EPUB and PDF into _site/
+	@$(PY) tools/build.py
+
+test: dev-env  ## run everything: notebooks, library, properties, faults, the site in a browser
+	@$(PY) tools/build.py --quiet
+	@$(PY) -m pytest -n 2 --dist worksteal $(args)
+
+serve: book-env  ## build, serve on this machine, rebuild a page when its notebook is saved
+	@$(PY) tools/serve.py $(args)
+
+check: dev-env  ## seconds: notebooks clean, library in step, house rules, links
+	@$(PY) tools/check.py
+
+chapter: dev-env  ## start a chapter: make chapter n=06 name=positions title="Positions"
+	@$(PY) tools/scaffold.py "$(n)" "$(name)" "$(title)"
+
+text: dev-env  ## write chapter n as Markdown into .work/, ready to edit: make text n=03
+	@$(PY) tools/nb.py text $(n)
+
+update: dev-env  ## take the edited Markdown of chapter n back into its notebook
+	@$(PY) tools/nb.py update $(n)
+
+execute: dev-env  ## run chapter n in place and store its outputs: make execute n=03
+	@$(PY) tools/nb.py execute $(n)
+
+export: dev-env  ## write the library from all notebooks
+	@$(PY) tools/nb.py export
+	@$(PY) tools/nbfilter.py --symbols
+
+bench: dev-env  ## measure beside the peers; the results feed the Measurements page
+	@$(PY) benchmarks/run.py $(args)
+
+slow: dev-env  ## the tests that take minutes
+	@$(PY) -m pytest -m slow $(args)
+
+types: dev-env  ## check the library's types
+	@$(PY) -m basedpyright
+
+hooks: dev-env  ## install nbdev's git hooks: clean notebooks on commit, readable merges
+	@$(PY) -c "from nbdev.clean import nbdev_install_hooks; nbdev_install_hooks()"
+
+clean:  ## remove what was built (the environment stays)
+	@$(PYTHON) tools/targets.py --clean
+
+book-env:
+	@$(PYTHON) tools/env.py book
+
+dev-env:
+	@$(PYTHON) tools/env.py dev
