@@ -92,7 +92,7 @@ def run(nb):
     os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
                       JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
     book = nbformat.read(nb, as_version=4)
-    NotebookClient(book, timeout=600, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
+    NotebookClient(book, timeout=300, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
     for cell in book.cells:
         if cell.cell_type == 'code': cell.outputs = join_streams(cell.outputs)
     return book
