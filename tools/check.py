@@ -721,12 +721,12 @@ def mend(root):
     subprocess.run([sys.executable, str(root/'tools'/'nbfilter.py'), '--symbols'], check=True)
 
 
-def report(book, names=None, out=sys.stdout):
+def report(book, names=None):
     "Print what each rule finds under its reason; the number of findings."
     total = 0
     for name in names or RULES:
         found = list(dict.fromkeys(RULES[name](book)))
-        if found: print(f'\n{name}: {RULES[name].__doc__}', *(f'  {sentence}' for sentence in found), sep='\n', file=out)
+        if found: print(f'\n{name}: {RULES[name].__doc__}', *(f'  {sentence}' for sentence in found), sep='\n')
         total += len(found)
     return total
 

@@ -1,0 +1,367 @@
+"""Every house rule finds what it forbids, and leaves alone what it does not."""
+import json, subprocess, sys
+
+import check
+import pytest
+from conftest import ROOT
+
+INPUTS = ['tools/check.py', 'settings.ini']
+STORED = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'stored_with': {'python': '3.11'}}
+IMAGE = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>', 'text/plain': '<Figure>'}}
+
+
+def md(text): return {'cell_type': 'markdown', 'metadata': {}, 'source': text}
+
+
+def code(text, *outputs): return {'cell_type': 'code', 'execution_count': None, 'metadata': {}, 'outputs': list(outputs), 'source': text}
+
+
+def stream(text, name='stdout'): return {'output_type': 'stream', 'name': name, 'text': text}
+
+
+def shown(**data): return {'output_type': 'execute_result', 'execution_count': None, 'metadata': {}, 'data': {k.replace('_', '/'): v for k, v in data.items()}}
+
+
+class Maker:
+    "Builds a small book in a folder and says what a rule finds in it."
+    def __init__(self, root):
+        self.root = root
+        self.write('settings.ini', (ROOT/'settings.ini').read_text(encoding='utf-8'))
+        self.write('llm_from_scratch/__init__.py', '__version__ = "0.1.0"\n')
+        self.write('references.bib', '@article{sennrich2016,\n title={Subwords}}\n')
+        self.contents('nbs/01_x.ipynb')
+
+    def write(self, name, text):
+        path = self.root/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding='utf-8', newline='\n')
+        return self
+
+    def contents(self, *pages):
+        return self.write('_quarto.yml', 'book:\n  chapters:\n    - part: "I  One"\n      chapters:\n' + ''.join(f'        - {p}\n' for p in pages))
+
+    def notebook(self, *cells, name='01_x', metadata=STORED):
+        for i, cell in enumerate(cells): cell.setdefault('id', f'{i:08x}')
+        nb = {'cells': [{**c, 'source': c['source'].splitlines(True)} for c in cells], 'metadata': metadata, 'nbformat': 4, 'nbformat_minor': 5}
+        return self.write(f'nbs/{name}.ipynb', json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
+
+    def finds(self, rule): return list(check.RULES[rule](check.Book(self.root)))
+
+
+@pytest.fixture
+def book(tmp_path): return Maker(tmp_path)
+
+
+def one(found, *words):
+    "There is one finding, and it says these words."
+    assert len(found) == 1, found
+    assert all(w in found[0] for w in words), found[0]
+
+
+# Each rule: cells that break it, words of the finding; and cells that do not.
+
+DEFINED = '#| export\ndef half(x: int) -> int:\n    "Half of `x`."\n    return x // 2'
+CLASS = '#| export\nclass Box:\n    "Holds a value."\n    def __init__(self, value: int): self.value = value\n    def open(self) -> int:\n        "What is inside."\n        return self.value'
+CHECK = code('assert half(4) == 2')
+FIGURE = '#| label: fig-x-a\n#| fig-cap: "Does it rise?"\n#| fig-alt: "A rising line."\nplot()'
+
+BROKEN = [
+    ('names', [code(DEFINED.replace('    "Half of `x`."\n', '')), CHECK], ['cell 0', '`half` has no docstring']),
+    ('names', [code(DEFINED.replace('x: int', 'x')), CHECK], ['cell 0', 'type of x']),
+    ('names', [code(DEFINED.replace(' -> int', '')), CHECK], ['type of return']),
+    ('names', [code(DEFINED.replace('x: int', 'x: int, *rest')), CHECK], ['type of rest']),
+    ('names', [code(DEFINED), code('print(half(4))')], ['no check uses `half`']),
+    ('names', [code(DEFINED), code('half(4) == 2')], ['no check uses `half`']),
+    ('names', [code(CLASS), code('assert Box(3).value == 3')], ['no check uses `Box.open`']),
+    ('names', [code(CLASS.replace('        "What is inside."\n', '')), code('assert Box(3).open() == 3')], ['`Box.open` has no docstring']),
+    ('names', [code(CLASS.replace('value: int', 'value')), code('assert Box(3).open() == 3')], ['`Box.__init__`', 'type of value']),
+    ('names', [code(CLASS), code('#| export\n@patch\ndef shut(self: Box):\n    "Close it."'), code('assert Box(3).open() == 3; assert Box(3).shut() is None')], ['`Box.shut`', 'return']),
+    ('exported', [code('#| export\nassert 1 + 1 == 2')], ['would run on import']),
+    ('exported', [code('#| export\nfor i in range(3): table[i] = i')], ['would run on import']),
+    ('exported', [code('#| export\nfrom math import *')], ['name what is imported']),
+    ('exported', [code('#| export\ndef f(): print("hello")')], ['prints']),
+    ('exported', [code('#| export\ndef f(x): assert x > 0')], ['raise ValueError']),
+    ('exported', [code('#| export\ndef f(: pass')], ['does not parse']),
+    ('vacuous', [code('x == 2\nprint(x)')], ['line 1', 'asserts nothing']),
+    ('vacuous', [code('#| timing\nf(x) == 2;')], ['line 2', 'asserts nothing']),
+    ('vacuous', [code('for x in y: x > 0')], ['asserts nothing']),
+    ('vacuous', [code('def f():\n    a == b and c\n    return 1')], ['asserts nothing']),
+    ('vacuous', [code('torch.allclose(a, b)\nx')], ['asserts nothing']),
+    ('vacuous', [code('not broken\nx')], ['asserts nothing']),
+    ('vacuous', [code('assert True')], ['asserts a constant']),
+    ('vacuous', [code('assert (x == 1, "message")')], ['tuple']),
+    ('vacuous', [code('assert x == x')], ['with itself']),
+    ('vacuous', [code('def test_it():\n    x = f(1)\n    print(x)')], ['`test_it` asserts nothing']),
+    ('figures', [code('plot()', IMAGE)], ['without a label', 'fig-x-']),
+    ('figures', [code(FIGURE.replace('#| fig-alt: "A rising line."\n', ''), IMAGE)], ['fig-x-a', 'no alt text']),
+    ('figures', [code(FIGURE.replace('#| fig-cap: "Does it rise?"\n', ''), IMAGE)], ['fig-x-a', 'no caption']),
+    ('figures', [code(FIGURE.replace('A rising line.', 'Does it rise?'), IMAGE)], ['repeats the caption']),
+    ('figures', [code(FIGURE)], ['no stored picture']),
+    ('figures', [code('#| code-fold: true\n#| code-summary: "Solution"\nplot()', IMAGE)], ['solution', 'no alt text']),
+    ('figures', [code('#| label: tbl-x-t\ntable()')], ['tbl-x-t', 'no caption']),
+    ('figures', [md('![](road.svg)')], ['road.svg', 'neither caption nor alt']),
+    ('figures', [md('| a |\n|---|\n| 1 |\n\n{#tbl-x-t}')], ['tbl-x-t', 'no caption']),
+    ('references', [md('see @fig-x-none')], ['@fig-x-none leads nowhere']),
+    ('references', [md('see @eq-x-none.')], ['@eq-x-none leads nowhere']),
+    ('references', [md('see [@nobody2020, p. 3]')], ['@nobody2020', 'references.bib']),
+    ('references', [md('# A {#sec-x}'), md('## B {#sec-x}')], ['cell 1', 'sec-x is taken']),
+    ('references', [code(FIGURE, IMAGE)], ['no sentence refers', 'fig-x-a']),
+    ('references', [code('#| export\ndef f():\n    "By @eq-x-none."')], ['docstring', '@eq-x-none']),
+    ('references', [code('Markdown(...)', shown(text_markdown='see @tbl-x-none'))], ['@tbl-x-none']),
+    ('links', [md('[the plan](../PLAN.md)')], ['../PLAN.md', 'no file']),
+    ('links', [md('[above](#no-such-place)')], ['no place called #no-such-place']),
+    ('remote', [md('![a cat](https://example.org/cat.png)')], ['another host', 'cat.png']),
+    ('remote', [md('<iframe src="//example.org/video"></iframe>')], ['another host']),
+    ('remote', [code('show()', shown(text_html='<script async src="https://example.org/x.js"></script>'))], ['another host', 'x.js']),
+    ('clean', [code('f()', {'output_type': 'error', 'ename': 'KeyError', 'evalue': 'x', 'traceback': []})], ['KeyError']),
+    ('clean', [code('f()', stream('a warning', 'stderr'))], ['stderr']),
+    ('clean', [code('f', shown(text_plain='<function f at 0x7f00deadbeef>'))], ['address of an object']),
+    ('clean', [code('#| timing\nx = 1')], ['timing', 'no output']),
+    ('clean', [{**code('f()'), 'execution_count': 3}], ['cell 0', 'execution counts']),
+    ('clean', [{**code('f()'), 'metadata': {'collapsed': True}}], ['cell 0', 'metadata']),
+    ('clean', [{**code('1'), 'id': 'same'}, {**code('2'), 'id': 'same'}], ['2 cells have the id same']),
+    ('options', [code('#| exprot\nx = 1')], ['exprot']),
+    ('options', [code('#| export:\nx = 1')], ['has a colon']),
+    ('options', [code('#| figcap: "x"\nplot()')], ['no option']),
+    ('options', [code('#| fig-subcap:\n#| - left\nplot()')], ['on one line', 'no directive']),
+    ('options', [code('x = 1\n#| export\ny = 2')], ['below code']),
+    ('words', [md('It is simply a sum.')], ['"simply"']),
+    ('words', [md('We just add them.')], ['"just"']),
+    ('words', [md('In this section we will add.')], ['In this section we will']),
+    ('words', [code('Markdown(...)', shown(text_markdown='a powerful idea'))], ['"powerful"']),
+]
+
+FINE = [
+    ('names', [code(DEFINED), CHECK]),
+    ('names', [code(DEFINED), code('def promise(f):\n    assert f(4) == 2'), code('promise(half)')]),
+    ('names', [code(DEFINED), code('try: half("4")\nexcept TypeError as e: print(e)')]),
+    ('names', [code(CLASS), code('assert Box(3).open() == 3')]),
+    ('names', [code('#| export\ndef _private(x): return x\nclass _Hidden:\n    def open(self): return 1')]),
+    ('names', [code('def shown_only(x): return x')]),
+    ('exported', [code('#| export\n"A module."\nimport math\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING: import torch\nSIZE: int = 3\n' + DEFINED[10:])]),
+    ('exported', [code('print("not exported"); assert 1 < 2')]),
+    ('exported', [code('#| export\nimport sys\ndef f(): print("x", file=sys.stderr)')]),
+    ('vacuous', [code('x = 2\nx == 2')]),
+    ('vacuous', [code('assert x == 2\nassert f(1) == f(1)\nassert x != x')]),
+    ('vacuous', [code('def test_it():\n    holds(f)\n\ndef holds(f):\n    assert f(1) == 1')]),
+    ('vacuous', [code('%timeit f()\nx == 2')]),
+    ('figures', [code(FIGURE, IMAGE)]),
+    ('figures', [code('#| hide\nplot()', IMAGE)]),
+    ('figures', [code('#| code-summary: "Solution"\n#| fig-alt: "A line."\nplot()', IMAGE)]),
+    ('figures', [md('![](road.svg){fig-alt="The road."} and ![The road](road.svg)')]),
+    ('figures', [md('| a |\n|---|\n| 1 |\n\n: What it holds {#tbl-x-t}')]),
+    ('references', [md('# A {#sec-x}\n\n$$ a $$ {#eq-x-a}\n\n@sec-x, @eq-x-a, @fig-x-a, [@sennrich2016].'), code(FIGURE, IMAGE)]),
+    ('references', [md('`@fig-x-none`, ada@example.org, \\@handle\n\n```python\n@patch\ndef f(): ...\n```')]),
+    ('links', [md('# A {#sec-x}\n\n## What comes next\n\n[a](#sec-x) [b](#what-comes-next) [c](../settings.ini) [d](https://example.org) [e](01_x.ipynb#sec-x)')]),
+    ('remote', [md('[a link](https://example.org/cat.png) and\n\n```html\n<script src="https://example.org/x.js"></script>\n```')]),
+    ('remote', [code('plot()', shown(text_html='<svg xmlns="http://www.w3.org/2000/svg"><a href="https://example.org">x</a></svg>'))]),
+    ('clean', [code('f()', stream('text')), code('#| timing\nf()', stream('1 s'))]),
+    ('options', [code(FIGURE), code('#| default_exp x'), code('#| export\nx = 1'), code('# a comment | with a bar\nx = 1')]),
+    ('words', [md('Exact and adjustable: `simply` is quoted, the sum is just below.\n\n```python\njust = 1\n```')]),
+]
+
+
+def ids(cases): return [f"{c[0]}-{i}" for i, c in enumerate(cases)]
+
+
+@pytest.mark.parametrize('rule, cells, words', BROKEN, ids=ids(BROKEN))
+def test_the_rule_finds(book, rule, cells, words):
+    found = book.notebook(*cells).finds(rule)
+    assert found and all(any(w in sentence for sentence in found) for w in words), found
+
+
+@pytest.mark.parametrize('rule, cells', FINE, ids=ids(FINE))
+def test_the_rule_leaves_alone(book, rule, cells): assert book.notebook(*cells).finds(rule) == []
+
+
+def test_every_rule_is_tried_both_ways():
+    apart = {'machine', 'step', 'anatomy'}                       # these have tests of their own below
+    assert {c[0] for c in BROKEN} | apart == set(check.RULES) == {c[0] for c in FINE} | apart
+
+
+def test_a_sentence_that_code_will_write_is_no_code_to_the_reader(book):
+    cells = [code('a = 1'), code('b = 2'), code('#| echo: false\nMarkdown(f"{a}")'), code('c = 3')]
+    assert not any('third' in f for f in book.notebook(*cells).finds('anatomy'))
+
+
+# Tests under the rules --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text, words', [
+    ('def test_a():\n    f(1) == 1\n', 'asserts nothing'), ('def test_a():\n    f(1)\n', '`test_a` asserts nothing'), ('def test_a():\n    assert True\n', 'constant'),
+    ('import pytest\ndef test_a():\n    pytest.skip()\n    assert x\n', 'without a reason'), ('import pytest\n@pytest.mark.skip\ndef test_a(): assert x\n', 'without a reason'),
+    ('import pytest\n@pytest.mark.skipif(x, reason="")\ndef test_a(): assert x\n', 'without a reason')])
+def test_tests_are_held_to_the_rule(book, text, words):
+    found = book.write('tests/test_x.py', text).finds('vacuous')
+    assert any(f.startswith('tests/test_x.py: line') and words in f for f in found), found
+
+
+def test_honest_tests_pass(book):
+    text = ('import pytest\nimport torch\ndef test_a():\n    with pytest.raises(ValueError): f()\ndef test_b(): torch.testing.assert_close(a, b)\n'
+            'def test_c(): pytest.skip("needs a GPU"); assert x\n@pytest.mark.skipif(x, reason="needs java")\ndef test_d(): holds(1)\ndef holds(x): assert x == f(1)\n')
+    assert book.write('tests/test_x.py', text).finds('vacuous') == []
+
+
+def test_a_check_in_tests_counts(book):
+    book.notebook(code(DEFINED))
+    one(book.finds('names'), 'no check uses `half`')
+    book.write('tests/test_x.py', 'def test_half(): assert half(4) == 2\n')
+    assert book.finds('names') == []
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+# written in two pieces, because this file is checked as well
+LOCAL = ['/ho' 'me/ada/book/x.py', '/Us' 'ers/ada/x', 'C:' '\\Users\\ada', '/usr/lib/python3/site' '-packages/x.py', 'https://pypi.example.org/sim' 'ple', 'https://ada:secret' '@example.org/x']
+
+
+@pytest.mark.parametrize('text', LOCAL)
+def test_addresses_of_one_machine_are_found(book, text): one(book.write('tools/x.py', f'a = 1\npath = "{text}"\n').finds('machine'), 'tools/x.py: line 2', 'machine' if 'http' not in text else 'registry')
+
+
+def test_the_path_of_the_checkout_is_found_in_an_output(book):
+    one(book.notebook(code('print(p)', stream(f'{book.root.as_posix()}/nbs\n'))).finds('machine'), 'nbs/01_x.ipynb', 'path of this checkout')
+
+
+def test_ordinary_paths_are_left_alone(book):
+    assert book.write('tools/x.py', 'a = "/usr/bin/env", "nbs/home/x", "https://example.org/simple-things", "~/book"\n').finds('machine') == []
+
+
+@pytest.mark.parametrize('name, text', [('tools/theme/x.css', '@import url("https://fonts.example.org/css");'), ('tools/theme/x.css', 'a {background: url(//example.org/x.png)}'),
+                                        ('tools/theme/x.js', 'fetch("https://example.org/count")'), ('index.qmd', '<img alt="x" src="https://example.org/x.png">'),
+                                        ('README.md', '![badge](https://example.org/badge.svg)'), ('tools/theme/x.html', '<link rel="stylesheet" href="https://example.org/x.css">')])
+def test_remote_files_are_found(book, name, text): one(book.write(name, text + '\n').finds('remote'), name, 'another host')
+
+
+def test_links_to_other_hosts_are_not_loads(book):
+    book.write('tools/theme/x.html', '<link rel="canonical" href="https://example.org/"><a href="https://example.org">x</a>\n')
+    assert book.finds('remote') == []
+
+
+def test_links_in_documents(book):
+    book.write('README.md', '# Title\n\n[a](LICENSE) [b](#title) [c](docs/x.md#part)\n').write('docs/x.md', '# Other\n')
+    found = book.finds('links')
+    assert len(found) == 2 and 'LICENSE' in found[0] and 'docs/x.md has no place called #part' in found[1]
+
+
+def test_a_notebook_that_was_never_run(book):
+    metadata = {k: v for k, v in STORED.items() if k != 'stored_with'}
+    one(book.notebook(code('1'), metadata=metadata).finds('clean'), 'never run')
+
+
+def test_a_file_written_by_an_editor(book):
+    book.notebook(code('1'))
+    path = book.root/'nbs'/'01_x.ipynb'
+    path.write_text(json.dumps(json.loads(path.read_text(encoding='utf-8'))), encoding='utf-8')
+    one(book.finds('clean'), 'nbdev_clean')
+
+
+def test_two_entries_of_one_key(book):
+    one(book.notebook(md('x')).write('references.bib', '@book{a1, title={A}}\n@book{a1, title={B}}\n').finds('references'), 'a1 is defined 2 times')
+
+
+# Step -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def in_step(book):
+    "A book whose library was exported."
+    book.notebook(md('# X {#sec-x}'), code('#| default_exp x'), code(DEFINED))
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=book.root, check=True)
+    assert book.finds('step') == []
+    return book
+
+
+def test_a_module_edited_by_hand(in_step):
+    path = in_step.root/'llm_from_scratch'/'x.py'
+    path.write_text(path.read_text(encoding='utf-8').replace('x // 2', 'x / 2'), encoding='utf-8')
+    one(in_step.finds('step'), 'llm_from_scratch/x.py', 'differs')
+
+
+def test_a_notebook_that_was_not_exported(in_step):
+    in_step.notebook(md('# X {#sec-x}'), code('#| default_exp x'), code(DEFINED + '\n\ndef third(x: int) -> int:\n    "A third."\n    return x // 3'))
+    assert sorted(f.partition(':')[0] for f in in_step.finds('step')) == ['llm_from_scratch/_modidx.py', 'llm_from_scratch/x.py']
+
+
+def test_a_module_without_a_notebook(in_step): one(in_step.write('llm_from_scratch/stray.py', 'x = 1\n').finds('step'), 'stray.py', 'no notebook exports it')
+
+
+def test_a_module_that_is_missing(in_step):
+    (in_step.root/'llm_from_scratch'/'_modidx.py').unlink()
+    one(in_step.finds('step'), '_modidx.py', 'is missing')
+
+
+def test_a_notebook_that_cannot_be_exported(in_step):
+    in_step.notebook(code('#| default_exp x'), code('#| export\ndef f(: pass'))
+    one(in_step.finds('step'), 'cannot be exported')
+
+
+@pytest.mark.parametrize('pages, words', [([], 'does not list nbs/01_x.ipynb'), (['nbs/01_x.ipynb'] * 2, 'lists nbs/01_x.ipynb 2 times'), (['nbs/01_x.ipynb', 'nbs/02_y.ipynb'], 'which does not exist')])
+def test_contents_and_notebooks(in_step, pages, words):
+    found = in_step.contents(*pages).finds('step')
+    assert found and all('_quarto.yml' in f for f in found) and any(words in f for f in found), found
+
+
+def test_the_order_of_chapters(in_step):
+    in_step.notebook(md('# Y'), name='02_y').contents('nbs/02_y.ipynb', 'nbs/01_x.ipynb')
+    one(in_step.finds('step'), 'order')
+
+
+# Anatomy ----------------------------------------------------------------------------------------------------------
+
+def solution(text='assert f(1) == 1'): return code(f'#| code-fold: true\n#| code-summary: "Solution"\n{text}')
+
+
+def chapter():
+    "The cells of a chapter with every part."
+    exercises = [c for i in range(1, 5) for c in (md(f'**{i}.** Do it. *Target:* done.'), solution())]
+    return [md('# X {#sec-x}\n\nAfter this you can.'), code('#| default_exp x'), md('::: {.callout-note title="You will build"}\n`f`.\n:::'), code('def f(x): return x'),
+            md('## What can go wrong'), code('try: f()\nexcept TypeError as e: print(e)', stream('no')), md('## Exercises'), *exercises, md('## Recap')]
+
+
+def test_a_whole_chapter(book): assert book.notebook(*chapter()).finds('anatomy') == []
+
+
+def test_an_appendix_needs_no_anatomy(book): assert book.notebook(md('# Figures'), name='figures').finds('anatomy') == []
+
+
+@pytest.mark.parametrize('at, with_, words', [
+    (0, md('# X'), 'does not open with'), (1, code('pass'), 'no cell `#| default_exp x`'), (2, md('nothing'), '"You will build"'), (4, md('nothing'), 'What can go wrong'),
+    (6, md('## Exercises\n\n# Another title'), 'second title'), (8, solution('f(1)'), 'exercise 1 does not assert'), (8, md('nothing'), 'exercise 1 has no solution'),
+    (8, code('#| code-summary: "Solution"\nassert f(1) == 1'), 'lies open'), (15, md('nothing'), 'Recap'), (13, md('nothing'), 'has 3 exercises'),
+    (3, code('x = 1\n' * 41), '41 lines')])
+def test_a_chapter_that_lacks(book, at, with_, words):
+    cells = chapter()
+    cells[at] = with_
+    found = book.notebook(*cells).finds('anatomy')
+    assert any(words in f for f in found), found
+
+
+def test_a_third_code_cell_in_a_row(book):
+    cells = chapter()
+    cells[3:4] = [code('a = 1'), code('b = 2'), code('c = 3'), code('d = 4')]
+    one(book.notebook(*cells).finds('anatomy'), 'cell 5', 'third code cell')
+
+
+def test_solutions_may_check_through_a_function(book):
+    cells = chapter()
+    cells[3] = code('def holds(f):\n    assert f(1) == 1')
+    cells[8] = solution('holds(f)')
+    assert book.notebook(*cells).finds('anatomy') == []
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+def test_the_report_says_the_reason_once_and_counts(book, capsys):
+    book.notebook(md('It is simply just so.'), code('#| exprot\nx = 1'))
+    assert check.report(check.Book(book.root), ['words', 'options', 'links']) == 3
+    out = capsys.readouterr().out
+    assert out.count(check.RULES['words'].__doc__) == 1 and '01_x: cell 0: "simply"; strike it' in out and 'links' not in out
+
+
+@pytest.mark.parametrize('rule', check.RULES)
+def test_every_rule_has_a_reason_and_a_place_in_the_guide(rule):
+    assert len(check.RULES[rule].__doc__) > 40
+    assert f'| `{rule}` |' in (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
+
+
+def test_an_unknown_rule_is_named():
+    with pytest.raises(SystemExit, match="no rule is called 'fitures'"): check.main(['fitures'])
