@@ -1,0 +1,133 @@
+"""The library as someone gets it who only wants the library: a wheel, installed alone, imported, typed."""
+import json, re, shutil, subprocess, sys, zipfile
+from configparser import ConfigParser
+from email.parser import Parser
+
+import pytest
+import yaml
+from check import Book
+from conftest import ROOT
+
+INPUTS = ['llm_from_scratch/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
+MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
+WITHOUT_TORCH = ['text', 'bpe', 'storyland']
+TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
+EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
+
+
+def run(*command, **options): return subprocess.run([*map(str, command)], capture_output=True, text=True, encoding='utf-8', **options)
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "The wheel, built without a network from the files that git knows."
+    tree, out = tmp_path_factory.mktemp('tree'), tmp_path_factory.mktemp('wheel')
+    for path in Book(ROOT).files:
+        there = tree/path.relative_to(ROOT)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there)
+    done = run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', out, tree)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob('*.whl'))
+
+
+@pytest.fixture(scope='session')
+def installed(wheel, tmp_path_factory):
+    "A folder into which the wheel, and nothing else, was installed."
+    folder = tmp_path_factory.mktemp('site')
+    done = run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', folder, wheel)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+IMPORT = '''
+import sys
+sys.path.insert(0, {folder!r})
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import llm_from_scratch.{module} as module
+assert module.__file__.startswith({folder!r}), module.__file__
+'''
+
+
+def import_alone(folder, module, missing, then=''):
+    "Import a module in a new process in which some packages are not installed."
+    return run(sys.executable, '-c', IMPORT.format(folder=str(folder), module=module, missing=missing) + then, cwd=folder)
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_importing_needs_no_extra_and_prints_nothing(installed, module):
+    done = import_alone(installed, module, TOOLS + EXTRAS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+@pytest.mark.parametrize('module', WITHOUT_TORCH)
+def test_importing_needs_no_torch(installed, module):
+    if module not in MODULES: pytest.skip(f'the chapter of {module} is not written yet')
+    done = import_alone(installed, module, [*TOOLS, *EXTRAS, 'torch'], 'assert "torch" not in sys.modules')
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_of_what_is_missing_would_be_seen(installed):
+    done = import_alone(installed, 'figures', TOOLS + EXTRAS, 'import matplotlib')
+    assert done.returncode and 'matplotlib' in done.stderr
+
+
+def test_a_figure_without_its_extra_names_it(installed):
+    done = import_alone(installed, 'figures', TOOLS + EXTRAS, 'module.use_style()')
+    assert done.returncode and "pip install 'llm-from-scratch[plots]'" in done.stderr
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    package = {n for n in names if not n.partition('/')[0].endswith('.dist-info')}
+    assert package == {f'llm_from_scratch/{p.name}' for p in (ROOT/'llm_from_scratch').iterdir() if p.suffix == '.py' or p.name == 'py.typed'}
+    assert 'llm_from_scratch/py.typed' in package
+    assert any(n.endswith('.dist-info/licenses/LICENSE') for n in names)
+
+
+def metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    return Parser().parsestr(archive.read(next(n for n in archive.namelist() if n.endswith('.dist-info/METADATA'))).decode())
+
+
+def test_the_wheel_asks_for_the_core_alone(wheel):
+    required = [re.split(r'[^\w.-]', r)[0] for r in metadata(wheel).get_all('Requires-Dist') if 'extra ==' not in r]
+    assert sorted(required) == ['jaxtyping', 'numpy', 'regex', 'safetensors', 'tiktoken', 'torch', 'tqdm']
+
+
+def test_the_wheel_says_who_may_use_it(wheel):
+    said = metadata(wheel)
+    assert (said['License-Expression'], said['Requires-Python']) == ('Apache-2.0', '>=3.10')
+
+
+def test_one_version_everywhere(wheel):
+    version = re.search(r'__version__ = "(.+)"', (ROOT/'llm_from_scratch'/'__init__.py').read_text(encoding='utf-8'))[1]
+    settings = ConfigParser(interpolation=None)
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    cited = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    latest = re.search(r'^## (\S+)', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]
+    assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], cited['version'], latest] == [version] * 4
+
+
+def test_the_types_are_clean():
+    done = run(sys.executable, '-m', 'basedpyright', '--outputjson', cwd=ROOT)
+    report = json.loads(done.stdout)
+    assert report['summary']['filesAnalyzed'] >= len(MODULES)
+    assert not report['summary']['errorCount'], [f"{d['file']}:{d['range']['start']['line'] + 1}: {d['message']}" for d in report['generalDiagnostics'] if d['severity'] == 'error']
+
+
+def test_the_types_reach_someone_else(installed, tmp_path):
+    "A checker that sees only the installed wheel finds a wrong call, so the types travel with it."
+    (tmp_path/'use.py').write_text('from llm_from_scratch.figures import graph_svg\ngraph_svg({"a": "a"}, [], width="wide")\n', encoding='utf-8')
+    (tmp_path/'pyrightconfig.json').write_text(json.dumps({'extraPaths': [str(installed)], 'typeCheckingMode': 'basic', 'include': ['use.py']}), encoding='utf-8')
+    done = run(sys.executable, '-m', 'basedpyright', '--outputjson', cwd=tmp_path)
+    messages = [d['message'] for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity'] == 'error']
+    assert len(messages) == 1 and 'width' in messages[0], messages
+
+
+def test_both_licences_are_there():
+    text = (ROOT/'LICENSE').read_text(encoding='utf-8')
+    for words in ('Apache License\n', 'Version 2.0, January 2004', 'END OF TERMS AND CONDITIONS', 'CC BY 4.0', 'https://creativecommons.org/licenses/by/4.0/legalcode'): assert words in text
