@@ -268,7 +268,9 @@ end
 
 local function reference(citation)
   local target = context.refs[citation.id]
-  if not target then return nil end
+  if not target then                                        -- in a draft a reference may still lead nowhere
+    return NAMES[kind(citation.id) or ''] and pandoc.Strong { pandoc.Str('?' .. citation.id) } or nil
+  end
   local word = NAMES[target.kind] or target.kind
   local text = (citation.mode == 'SuppressAuthor' and '' or word .. '\u{a0}') .. target.number
   return pandoc.Link({ pandoc.Str(text) }, address(target.page, citation.id), '', { class = 'quarto-xref' })
@@ -303,25 +305,35 @@ local function resolve_link(link)
   return link
 end
 
+-- Pictures of cells lie in one folder; others are seen from the page's folder. The whole book sees all from the root.
 local function resolve_image(image)
   if image.src:match '^%a+:' then return nil end
-  if image.src:match '^pictures/' then
-    image.src = (context.mode == 'page' and context.up or typst and '/' or '') .. image.src
-  elseif context.mode == 'book' then
-    image.src = (typst and '/' or '') .. pandoc.path.join { pandoc.path.directory(chapter.page), image.src }
+  local name = image.src:match '^pictures/(.*)$'
+  if context.mode == 'page' then
+    image.src = name and context.up .. image.src or image.src
+  else
+    local path = name and context.pictures .. '/' .. name or pandoc.path.join { pandoc.path.directory(chapter.page), image.src }
+    image.src = (typst and '/' or '') .. pandoc.path.normalize(path)
   end
   return image
 end
 
 local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image }
 
--- Links of citations lead to the page that holds the references.
-local cite_links = {
-  Link = function(link)
-    local id = link.target:match '^#(ref%-.+)$'
-    if id and context.references ~= '' then link.target = address(context.references, id); return link end
-  end,
-}
+-- Links of citations lead to the page that holds the references; in one document, only to an entry that is there.
+local function link_citations(doc)
+  local entries = {}
+  doc:walk { Div = function(div) entries[div.identifier] = true end }
+  return doc:walk {
+    Link = function(link)
+      local id = link.target:match '^#(ref%-.+)$'
+      if not id or context.references == '' then return nil end
+      if context.mode == 'book' and not entries[id] then return link.content end
+      link.target = address(context.references, id)
+      return link
+    end,
+  }
+end
 
 -- 4. Give every construct the form of this format ------------------------------------------------------------------
 
@@ -462,5 +474,5 @@ function Pandoc(doc)
     return untouched
   end
   doc = pandoc.utils.citeproc(pandoc.Pandoc(blocks, doc.meta))
-  return doc:walk(cite_links):walk(present)
+  return link_citations(doc):walk(present)
 end

@@ -68,6 +68,8 @@ def installed_version(package: str) -> str:
 
 def build_embedded(book: Book, formats: list[str], draft: bool) -> None:
     "Build beside the old site, then let the new one take its place."
+    if draft:
+        book.bibliography += [path.relative_to(book.root).as_posix() for path in sorted(book.root.glob(".work/*.bib"))]
     work = Workshop(book, book.root / ".cache" / "book")
     work.parse()
     problems = work.problems()

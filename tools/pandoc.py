@@ -70,13 +70,13 @@ class Workshop:
         key = self.key("parse", text, FILTER.read_text(encoding="utf-8"), self.book.number_depth)
         ast, labels = self.path(key, "ast.json"), self.path(key, "labels.json")
         if not (ast.exists() and labels.exists()):
-            context = self._context(key, mode="labels", labels=str(labels))
+            context = self.context(key, mode="labels", labels=str(labels))
             result = run_pandoc(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
             ast.write_text(result, encoding="utf-8")
         found = json.loads(labels.read_text(encoding="utf-8"))
         return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]))
 
-    def _context(self, key: str, **facts: Any) -> Path:
+    def context(self, key: str, **facts: Any) -> Path:
         path = self.path(key, "context.json")
         path.write_text(json.dumps({"number_depth": self.book.number_depth, **facts}), encoding="utf-8")
         return path
@@ -148,7 +148,7 @@ class Workshop:
         if not result.exists():
             document = with_metadata(parsed.ast, self.path(key, "meta.json"), meta)
             args = ["-f", "json", "-t", "html5", "--mathml", "--section-divs", f"--metadata-file={document}", f"--lua-filter={FILTER}", "--wrap=none"]
-            text = run_pandoc(args, self._context(key, **facts), json.dumps(parsed.ast), parsed.page.file.as_posix())
+            text = run_pandoc(args, self.context(key, **facts), json.dumps(parsed.ast), parsed.page.file.as_posix())
             result.write_text(text, encoding="utf-8")
         return result.read_text(encoding="utf-8")
 
