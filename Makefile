@@ -12,7 +12,7 @@ name ?=
 title ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help book test serve check chapter text update execute export bench experiments slow types hooks clean book-env dev-env
+.PHONY: help book test serve check chapter text update execute export bench slow types hooks clean book-env dev-env
 
 help:  ## list the targets
 	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
