@@ -187,7 +187,7 @@ def test_a_sentence_that_code_will_write_is_no_code_to_the_reader(book):
 # Tests under the rules --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, words', [
-    ('def test_a():\n    f(1) == 1\n', 'asserts nothing'), ('def test_a():\n    f(1)\n', '`test_a` asserts nothing'), ('def test_a():\n    assert True\n', 'constant'),
+    ('def test_a():\n    f(1) == 1\n', 'asserts nothing'), ('def test_a():\n    f(1)\n', '`test_a` asserts nothing'), ('def test_a():\n    assert True\n', 'constant'), ('def test_a():\n    subprocess.run(["false"], check=False)\n', 'asserts nothing'),
     ('import pytest\ndef test_a():\n    pytest.skip()\n    assert x\n', 'without a reason'), ('import pytest\n@pytest.mark.skip\ndef test_a(): assert x\n', 'without a reason'),
     ('import pytest\n@pytest.mark.skipif(x, reason="")\ndef test_a(): assert x\n', 'without a reason')])
 def test_tests_are_held_to_the_rule(book, text, words):
@@ -197,7 +197,7 @@ def test_tests_are_held_to_the_rule(book, text, words):
 
 def test_honest_tests_pass(book):
     text = ('import pytest\nimport torch\ndef test_a():\n    with pytest.raises(ValueError): f()\ndef test_b(): torch.testing.assert_close(a, b)\n'
-            'def test_c(): pytest.skip("needs a GPU"); assert x\n@pytest.mark.skipif(x, reason="needs java")\ndef test_d(): holds(1)\ndef holds(x): assert x == f(1)\n')
+            'def test_c(): pytest.skip("needs a GPU"); assert x\n@pytest.mark.skipif(x, reason="needs java")\ndef test_d(): holds(1)\ndef test_e(): subprocess.run(["true"], check=True)\ndef holds(x): assert x == f(1)\n')
     assert book.write('tests/test_x.py', text).finds('vacuous') == []
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ class Cell:
 
 class Book:
     "Everything the rules look at, read once."
-    def __init__(self, root): self.root = Path(root)
+    def __init__(self, root): self.root = Path(root).resolve()
 
     @cached_property
     def paths(self): return [p for p in sorted((self.root/'nbs').glob('*.ipynb')) if not p.name.startswith(('.', '_'))]
@@ -142,6 +142,12 @@ class Book:
 
     @cached_property
     def tests(self): return {name: ast.parse(text) for name, text in self.texts.items() if re.fullmatch(r'tests/.*\.py', name)}
+
+    @cached_property
+    def trees(self): return [c.tree for c in self.code if c.tree] + list(self.tests.values())
+
+    @cached_property
+    def checkers(self): return checking_functions(self.trees)
 
     def prose(self, skip_code=True):
         "Where and what: all Markdown of the book, code fences and code spans blanked."
@@ -221,9 +227,7 @@ def names(book):
 
 def checked_names(book):
     "Every identifier that stands in a cell or test file that checks something."
-    trees = [c.tree for c in book.code if c.tree] + list(book.tests.values())
-    checkers = checking_functions(trees)
-    return {word for tree in trees if checks(tree, checkers) for word in identifiers(tree)}
+    return {word for tree in book.trees if checks(tree, book.checkers) for word in identifiers(tree)}
 
 
 def identifiers(tree):
@@ -239,7 +243,8 @@ def checks(tree, checkers=frozenset()):
     "Whether some statement in here can fail a test: an assertion, an expected error, a call of a function that asserts."
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assert, ast.Raise)): return True
-        if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_call$', called(node))): return True
+        if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_(call|output)$', called(node))): return True
+        if isinstance(node, ast.keyword) and node.arg == 'check' and getattr(node.value, 'value', False) is True: return True    # subprocess.run(..., check=True)
         if isinstance(node, ast.Try) and node.handlers and not isinstance(tree, ast.FunctionDef): return True    # a cell that shows the error, stored and compared
     return False
 
@@ -305,8 +310,6 @@ def reasonless_skips(tree):
 @rule
 def vacuous(book):
     "No vacuous test: a check that cannot fail promises what nobody looked at."
-    trees = [c.tree for c in book.code if c.tree] + list(book.tests.values())
-    checkers = checking_functions(trees)
     places = [(c.where, c.tree, displayed(c) if c.tree else None, len(c.head)) for c in book.code] + [(name, tree, None, 0) for name, tree in book.tests.items()]
     for where, tree, shown, above in places:
         if tree is None: continue
@@ -315,7 +318,7 @@ def vacuous(book):
         for node, what in empty_assertions(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` {what}; assert what the code computes'
         for node in reasonless_skips(tree): yield f'{line(node)}: a skip without a reason; say `reason="needs ..."`'
         for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith('test_') and not checks(node, checkers):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith('test_') and not checks(node, book.checkers):
                 yield f'{line(node)}: `{node.name}` asserts nothing; assert what it promises, or drop it'
 
 
@@ -385,6 +388,7 @@ DEFINED = re.compile(r'\{[^}\n]*#([\w-]+)[^}\n]*\}')
 LINK = re.compile(r'(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)>?(?:\s+"[^"]*")?\)')
 
 
+@cache
 def labels(book):
     "Every label of the book with the places that define it."
     found = {}
