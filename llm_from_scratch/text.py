@@ -126,14 +126,13 @@ class MinHash:
         if k < 1: raise ValueError(f"MinHash needs at least one hash function, got k={k}")
         rng = np.random.default_rng(seed)
         self.k = k
-        self.a = rng.integers(2**64, size=k, dtype=np.uint64) | np.uint64(1)      # odd, so that no bit of x is lost
-        self.b = rng.integers(2**64, size=k, dtype=np.uint64)
+        self.a, self.b = rng.integers(2**64, size=(2, k), dtype=np.uint64)
 
     def signature(self, items: Iterable[str]) -> np.ndarray:
         "The least value of each hash function over `items`, (k,) of uint32; of an empty set, the greatest number."
         x = np.fromiter((stable_hash(item) for item in items), dtype=np.uint64)
         least = np.full(self.k, 2**32 - 1, dtype=np.uint64)
-        for part in np.array_split(x, self.k * len(x) // 2**20 + 1):              # at most 8 MB at a time, whatever the set
+        for part in np.array_split(x, self.k * len(x) // 2**20 + 1):              # tables of 8 MB, whatever the size of the set
             hashed = (self.a[:, None] * part + self.b[:, None]) >> np.uint64(32)
             least = np.minimum(least, hashed.min(axis=1, initial=2**32 - 1))
         return least.astype(np.uint32)
