@@ -19,7 +19,7 @@ local function read_json(path)
 end
 
 local context = read_json(os.getenv 'BOOK_CONTEXT')
-local labels, headings, cited = {}, {}, {}
+local labels, headings, cited, linked = {}, {}, {}, {}
 local chapter, counts, levels, seen = {}, {}, {}, {}
 
 local function kind(id) return id:match '^(%a+)%-' end
@@ -62,9 +62,22 @@ local function callout_title(div)
   return pandoc.Inlines { pandoc.Str(CALLOUTS[callout_type(div)]) }
 end
 
-local function read_table(block)
-  if not block.format:match 'html' or not (block.text:match '<table' or not html) then return nil end
-  return pandoc.read(block.text:gsub('<style.-</style>', ''), 'html').blocks
+-- Tables that code put out become tables of the book; other HTML stays as it is on the site and is read elsewhere.
+local function read_output(div)
+  return div:walk {
+    RawBlock = function(block)
+      if block.format ~= 'html' or (html and not block.text:match '<table') then return nil end
+      return pandoc.read(block.text:gsub('<style.-</style>', ''), 'html').blocks
+    end,
+  }
+end
+
+-- `.content-visible when-format="html"` and its relatives.
+local function is_shown(div)
+  local when, unless = div.attributes['when-format'], div.attributes['unless-format']
+  local function matches(name) return name == FORMAT or name == 'html' and html or name == 'epub' and epub or (name == 'pdf' or name == 'typst') and typst end
+  local yes = (not when or matches(when)) and not (unless and matches(unless))
+  return yes == div.classes:includes 'content-visible'
 end
 
 local normalize = {
@@ -74,8 +87,9 @@ local normalize = {
       div.content:insert(1, pandoc.Div({ pandoc.Plain(callout_title(div)) }, { class = 'callout-title' }))
       return div
     end
+    if div.classes:includes 'content-visible' or div.classes:includes 'content-hidden' then return is_shown(div) and div.content or {} end
+    if div.classes:includes 'cell-output' then return read_output(div) end
   end,
-  RawBlock = read_table,
   Image = function(image)
     local alt = image.attributes['fig-alt'] or image.attributes.alt
     if not alt then return nil end
@@ -186,7 +200,7 @@ local function float(div, type)
 end
 
 local function number_figure(figure)
-  if kind(figure.identifier) ~= 'fig' then return nil end
+  if kind(figure.identifier) ~= 'fig' or figure.classes:includes 'panel' then return nil end
   local number = register(figure.identifier, 'fig', next_number 'fig')
   figure.caption = with_label('fig', number, pandoc.utils.blocks_to_inlines(figure.caption.long))
   figure.classes:insert 'fig-float'
@@ -325,6 +339,9 @@ local function link_citations(doc)
   local entries = {}
   doc:walk { Div = function(div) entries[div.identifier] = true end }
   return doc:walk {
+    Div = function(div)                                      -- other pages cite, but do not list
+      if div.identifier == 'refs' and context.mode == 'page' and chapter.page ~= context.references then return {} end
+    end,
     Link = function(link)
       local id = link.target:match '^#(ref%-.+)$'
       if not id or context.references == '' then return nil end
@@ -454,10 +471,11 @@ local function write_labels(doc)
     Link = function(link)
       local id = link.target:match '^#(.+)$'
       if id and NAMES[kind(id) or ''] then cited[#cited + 1] = id end
+      if link.target:match '^[^:#]+%.ipynb' or link.target:match '^[^:#]+%.qmd' then linked[#linked + 1] = link.target end
     end,
   }
   local file = assert(io.open(context.labels, 'w'))
-  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited })
+  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited, linked = linked })
   file:close()
 end
 

@@ -106,7 +106,7 @@ def _pages(root: Path, book: dict[str, Any]) -> Iterator[Page]:
         count = 0
         for file, part in _entries(book.get(key) or [], ""):
             _must_exist(root, file)
-            numbered = file.stem != "index" and not is_unnumbered(root / file)
+            numbered = file.stem != "index" and not is_unnumbered(root, file)
             count += numbered
             number = "" if not numbered else str(count) if key == "chapters" else chr(64 + count)
             yield Page(file, number, part, key == "appendices")
@@ -125,10 +125,19 @@ def _must_exist(root: Path, file: Path) -> None:
         raise BookError(f"_quarto.yml lists {file.as_posix()}, which does not exist: write it or take the line out")
 
 
-def is_unnumbered(path: Path) -> bool:
+def read_notebook(root: Path, file: Path) -> dict[str, Any]:
+    "A notebook as JSON."
+    try:
+        return json.loads((root / file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BookError(f"{file.as_posix()} is not a notebook ({error}): restore it from git or save it again") from None
+
+
+def is_unnumbered(root: Path, file: Path) -> bool:
     "Whether the first heading of a page carries `.unnumbered` (or the short form `-`)."
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        text = "\n".join(source(c) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    if file.suffix == ".ipynb":
+        text = "\n".join(source(c) for c in read_notebook(root, file)["cells"] if c["cell_type"] == "markdown")
+    else:
+        text = (root / file).read_text(encoding="utf-8")
     title = re.search(r"^# .*$", text, re.M)
     return bool(title and re.search(r"\{[^}]*(\.unnumbered|\s-[\s}]|\{-)[^}]*\}?", title[0]))

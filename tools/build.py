@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Iterator
 
 import assets
 from book import Book, BookError, load_book
@@ -50,7 +52,7 @@ def fingerprint(book: Book, formats: list[str]) -> str:
     "A hash of everything the book is made from; equal hashes mean that there is nothing to do."
     root, tools = book.root, Path(__file__).resolve().parent
     files = {root / page.file for page in book.pages} | {root / name for name in book.bibliography}
-    files |= {root / "_quarto.yml", root / "settings.ini", *root.glob("nbs/*.ipynb"), *tools.glob("*.py"), tools / "book.lua", *tools.glob("theme/*")}
+    files |= {root / "_quarto.yml", root / "settings.ini", *root.glob("nbs/*.ipynb"), *tools.glob("*.py"), tools / "book.lua", *tools.glob("theme/*"), *root.glob("nbs/images/*")}
     digest = hashlib.sha256(json.dumps([sorted(formats), assets.installed(), *map(installed_version, PACKAGES)]).encode())
     for file in sorted(path for path in files if path.is_file()):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
@@ -78,15 +80,27 @@ def build_embedded(book: Book, formats: list[str], draft: bool) -> None:
     for problem in problems:
         print(f"Warning: {problem}", file=sys.stderr)
     downloads = [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
-    fresh = book.root / ".cache" / "site-new"
+    with staging(book.root) as fresh:
+        build_site(work, fresh, downloads)
+        swap(fresh, book.root / "_site")
+    work.prune()
+
+
+@contextmanager
+def staging(root: Path) -> Iterator[Path]:
+    "An empty folder for a site in the making; it is gone afterwards, whatever happens."
+    fresh = root / ".cache" / f"site-{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    build_site(work, fresh, downloads)
-    swap(fresh, book.root / "_site", book.root / ".cache" / "site-old")
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def swap(fresh: Path, site: Path, old: Path) -> None:
+def swap(fresh: Path, site: Path) -> None:
     "Put the finished site in its place; the one before it is removed only then."
+    old = fresh.with_name(fresh.name + "-old")
     shutil.rmtree(old, ignore_errors=True)
     if site.exists():
         os.replace(site, old)
@@ -106,13 +120,12 @@ def build_quarto(book: Book) -> None:
     quarto = shutil.which("quarto")
     if not quarto:
         raise BookError("Quarto is not on PATH: install it, or leave out `--quarto yes` to use the embedded builder")
-    fresh = book.root / ".cache" / "site-new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
-    done = subprocess.run([quarto, "render", "--output-dir", str(fresh)], cwd=book.root, env=environment)
-    if done.returncode:
-        raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
-    swap(fresh, book.root / "_site", book.root / ".cache" / "site-old")
+    with staging(book.root) as fresh:
+        environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
+        done = subprocess.run([quarto, "render", "--output-dir", str(fresh)], cwd=book.root, env=environment)
+        if done.returncode or not (fresh / "index.html").exists():
+            raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
+        swap(fresh, book.root / "_site")
 
 
 # The command ------------------------------------------------------------------------------------------------------

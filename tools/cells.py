@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from book import Book, BookError, Page
-from nbfilter import Cell, filter_notebook, link_symbols, source, symbols
+from book import Book, BookError, Page, read_notebook
+from nbfilter import Cell, Symbol, filter_notebook, link_symbols, source
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
 
 
-def page_markdown(book: Book, page: Page, files: Path) -> str:
+def page_markdown(book: Book, page: Page, names: dict[str, Symbol], files: Path) -> str:
     "One page of the book as Markdown. Pictures are written into `files`, each named by its content."
-    names = symbols(book.root / "nbs")
     if not page.is_notebook:
         prefix = "" if page.file.parent.name == "nbs" else "nbs/"
         return link_symbols(book.read(page), names, prefix)
-    try:
-        notebook = filter_notebook(json.loads(book.read(page)), names)
-    except ValueError as error:
-        raise BookError(f"{page.file.as_posix()} is not a notebook ({error}): restore it from git or save it again") from None
+    notebook = filter_notebook(read_notebook(book.root, page.file), names)
     return "\n\n".join(_cell(cell, page, files) for cell in notebook["cells"]) + "\n"
 
 

@@ -22,7 +22,7 @@ def whole_book(work: Workshop) -> dict[str, Any]:
 def metadata(work: Workshop) -> dict[str, Any]:
     book = work.book
     return work.metadata(title=book.title, subtitle=book.subtitle, author=book.authors, description=book.description,
-                         rights="Text: CC BY 4.0. Code: Apache 2.0.", **{"suppress-bibliography": False})
+                         rights="Text: CC BY 4.0. Code: Apache 2.0.")
 
 
 def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:

@@ -182,9 +182,9 @@ def write_sitemap(site: Path, settings: dict[str, str]) -> None:
     (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {host}{base}sitemap.xml\n", encoding="utf-8")
 
 
-def write_404(site: Path, root: Path, settings: dict[str, str]) -> None:
+def write_404(site: Path, settings: dict[str, str]) -> None:
     "The page for addresses that lead nowhere. It may be shown at any depth, so it brings its own style."
-    text = (root / "tools" / "theme" / "404.html").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "theme" / "404.html").read_text(encoding="utf-8")
     values = {"title": settings.get("title", "The book"), "base": settings.get("doc_baseurl", "/")}
     for key, value in values.items():
         text = text.replace("{{" + key + "}}", html.escape(value))
@@ -208,7 +208,7 @@ def finish(site: Path, root: Path, memory: Path) -> None:
         page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
     write_copies(site, root, listed_files(root), settings)
     write_sitemap(site, settings)
-    write_404(site, root, settings)
+    write_404(site, settings)
 
 
 def main() -> int:

