@@ -18,7 +18,8 @@ __all__ = ['LINE_ENDS', 'INVISIBLE', 'TYPEWRITER', 'RULE', 'CLEANING_STEPS', 'UN
            'pydoc_corpus', 'normalize_line_ends', 'drop_invisible', 'compose', 'straighten_quotes', 'squeeze_spaces',
            'drop_rules', 'drop_footnote_headings', 'squeeze_blank_lines', 'clean', 'shingles', 'jaccard', 'stable_hash',
            'MinHash', 'lsh_pairs', 'choose_bands', 'near_duplicates', 'excerpts', 'deduplicate', 'Tokenizer',
-           'TableTokenizer', 'write_atomically', 'CharTokenizer', 'split_words', 'WordTokenizer', 'fit_power_law']
+           'TableTokenizer', 'write_atomically', 'CharTokenizer', 'split_words', 'frequent_words', 'WordTokenizer',
+           'fit_power_law']
 
 # %% ../nbs/02_text.ipynb #66269104
 def pydoc_corpus() -> dict[str, str]:
@@ -95,7 +96,8 @@ def clean(
     steps: Mapping[str, Callable[[str], str]] = CLEANING_STEPS,       # name → function, applied in this order
 ) -> str:
     "Pass `text` through every step. With the steps of this chapter, cleaning what is clean changes nothing."
-    if not isinstance(text, str): raise TypeError(f"clean expects text (str), got {type(text).__name__}: decode bytes first")
+    if not isinstance(text, str):
+        raise TypeError(f"clean expects text (str), got {type(text).__name__}: decode bytes first")
     for step in steps.values(): text = step(text)
     return text
 
@@ -117,7 +119,8 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 # %% ../nbs/02_text.ipynb #02b78809
 def stable_hash(item: str) -> int:
     "A number below 2³² that depends on the characters alone: the same in every process and on every machine."
-    return int.from_bytes(hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "little")
+    digest = hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 # %% ../nbs/02_text.ipynb #3f270806
 class MinHash:
@@ -132,14 +135,14 @@ class MinHash:
         "The least value of each hash function over `items`, (k,) of uint32; of an empty set, the greatest number."
         x = np.fromiter((stable_hash(item) for item in items), dtype=np.uint64)
         least = np.full(self.k, 2**32 - 1, dtype=np.uint64)
-        for part in np.array_split(x, self.k * len(x) // 2**20 + 1):              # tables of 8 MB, whatever the size of the set
+        for part in np.array_split(x, self.k * len(x) // 2**20 + 1):       # tables of 8 MB, however large the set
             hashed = (self.a[:, None] * part + self.b[:, None]) >> np.uint64(32)
             least = np.minimum(least, hashed.min(axis=1, initial=2**32 - 1))
         return least.astype(np.uint32)
 
     def estimate(self, a: np.ndarray, b: np.ndarray) -> float:
         "The share of equal entries of two signatures: `jaccard` up to an error of @eq-text-minhash-error."
-        if a.shape != b.shape: raise ValueError(f"signatures of {a.shape[0]} and {b.shape[0]} entries cannot be compared")
+        if len(a) != len(b): raise ValueError(f"signatures of {len(a)} and {len(b)} entries cannot be compared")
         return float(np.mean(a == b))
 
 # %% ../nbs/02_text.ipynb #88ad8bb4
@@ -150,7 +153,8 @@ def lsh_pairs(
     "Pairs of names whose signatures agree in at least one of `bands` equal bands, @eq-text-scurve."
     buckets: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for name, signature in signatures.items():
-        for band, entries in enumerate(np.split(signature, bands)): buckets[band, entries.tobytes()].append(name)
+        for band, entries in enumerate(np.split(signature, bands)):
+            buckets[band, entries.tobytes()].append(name)
     return {pair for names in buckets.values() for pair in combinations(names, 2)}
 
 # %% ../nbs/02_text.ipynb #6bb56856
@@ -159,11 +163,11 @@ def choose_bands(
     threshold: float,              # similarity from which a pair must be found
     recall: float = 0.99,          # and the probability that it is
 ) -> int:
-    "The least number of bands (it divides `k`) that brings a pair at `threshold` together with probability `recall`, @eq-text-scurve."
-    if not 0 < threshold <= 1: raise ValueError(f"a threshold of similarity lies between 0 and 1, got {threshold}")
+    "The least number of bands (it divides `k`) that finds a pair at `threshold` with probability `recall`, @eq-text-scurve."
+    if not 0 < threshold <= 1: raise ValueError(f"a threshold lies between 0 and 1, got {threshold}")
     for bands in (b for b in range(1, k + 1) if k % b == 0):
         if 1 - (1 - threshold ** (k // bands)) ** bands >= recall: return bands
-    raise ValueError(f"{k} hash functions cannot find pairs of similarity {threshold} with probability {recall}: raise k")
+    raise ValueError(f"{k} hash functions cannot find pairs at {threshold} with probability {recall}: raise k")
 
 # %% ../nbs/02_text.ipynb #7c3c47ba
 def near_duplicates(
@@ -197,16 +201,19 @@ def excerpts(
 def deduplicate(
     documents: Mapping[str, str],         # name → text
     threshold: float = 0.8,               # from this Jaccard similarity, the shorter of a pair goes
-    contained: float | None = None,       # from this share inside a longer document, an excerpt goes; None keeps excerpts
+    contained: float | None = None,       # from this share inside a longer one, an excerpt goes; None: it stays
 ) -> dict[str, str]:
     "The documents without copies, near copies and, if asked, excerpts; the longest of each family stays."
+    names: dict[str, str] = {}                                    # text → the first name that has it
+    for name, text in documents.items(): names.setdefault(text, name)
+    unique = {name: text for text, name in names.items()}
     relatives: dict[str, set[str]] = defaultdict(set)
-    for a, b, _ in near_duplicates(documents, threshold) + (excerpts(documents, contained) if contained else []):
+    for a, b, _ in near_duplicates(unique, threshold) + (excerpts(unique, contained) if contained else []):
         relatives[a].add(b); relatives[b].add(a)
-    kept: dict[str, str] = {}                                               # text → name, so that exact copies meet
-    for name in sorted(documents, key=lambda name: -len(documents[name])):
-        if documents[name] not in kept and relatives[name].isdisjoint(kept.values()): kept[documents[name]] = name
-    return {name: text for name, text in documents.items() if kept.get(text) == name}
+    kept: set[str] = set()
+    for name in sorted(unique, key=lambda name: -len(unique[name])):
+        if not relatives[name] & kept: kept.add(name)
+    return {name: text for name, text in unique.items() if name in kept}
 
 # %% ../nbs/02_text.ipynb #1abbc1b6
 @runtime_checkable
@@ -254,7 +261,8 @@ class TableTokenizer:
 
     def _lookup(self, ids: Iterable[int]) -> Iterator[str]:
         for at, i in enumerate(ids):
-            if not 0 <= i < len(self.pieces): raise ValueError(f"id {i} at position {at} is outside the vocabulary 0..{len(self.pieces) - 1}")
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} at position {at} is outside the vocabulary 0..{self.vocab_size - 1}")
             yield self.pieces[int(i)]
 
     def state(self) -> dict[str, Any]:
@@ -301,10 +309,10 @@ def _write_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, An
 
 def _read_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("format") != _FORMAT: raise ValueError(f"its format is not {_FORMAT!r}")
-    if found.get("version") != _VERSION: raise ValueError(f"it has version {found.get('version')!r}, this library reads {_VERSION}")
+    if not isinstance(found, dict) or found.get("format") != _FORMAT: raise ValueError(f"not of the format {_FORMAT!r}")
+    if found.get("version") != _VERSION: raise ValueError(f"this library reads version {_VERSION}, not {found.get('version')!r}")
     if found.get("class") != kind: raise ValueError(f"it holds a {found.get('class')}")
-    if found.get("sha256") != _checksum(found.get("state", {})): raise ValueError("its checksum does not match: the file is damaged")
+    if found.get("sha256") != _checksum(found.get("state", {})): raise ValueError("the checksum does not match, the file is damaged")
     return found["state"]
 
 # %% ../nbs/02_text.ipynb #4ba61897
@@ -353,10 +361,24 @@ def split_words(
     "Words, numbers and single marks of punctuation, in order; the space between them is lost."
     return regex.findall(pattern, text)
 
+# %% ../nbs/02_text.ipynb #ff1c13ae
+def frequent_words(
+    texts: Iterable[str],
+    n: int | None = None,               # how many; None: all
+    pattern: str = WORD_PATTERN, lowercase: bool = False,
+) -> list[str]:
+    "The words of `texts` by falling frequency; of two equally frequent ones that which is earlier in Unicode's order first."
+    counts = Counter(word for text in _several(texts) for word in split_words(text.lower() if lowercase else text, pattern))
+    if not counts: raise ValueError("cannot collect words: the texts hold none")
+    return sorted(counts, key=lambda word: (-counts[word], word))[:n]
+
 # %% ../nbs/02_text.ipynb #f5647290
 class WordTokenizer(TableTokenizer):
     "One token per word, the most frequent first. Other words become `<unk>`, and the space between words is forgotten."
-    def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = (UNKNOWN,), pattern: str = WORD_PATTERN, lowercase: bool = False):
+    def __init__(
+        self, pieces: Sequence[str], special_tokens: Sequence[str] = (UNKNOWN,),
+        pattern: str = WORD_PATTERN, lowercase: bool = False,
+    ):
         super().__init__(pieces, special_tokens)
         try: regex.compile(pattern)
         except regex.error as e: raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
@@ -366,26 +388,28 @@ class WordTokenizer(TableTokenizer):
     def train(
         cls,
         texts: Iterable[str],
-        vocab_size: int | None = None,                   # keep the most frequent words, special tokens included; None: all
+        vocab_size: int | None = None,                   # with the special tokens; None: every word
         special_tokens: Sequence[str] = (UNKNOWN,),      # without `<unk>`, a word never seen is an error
         pattern: str = WORD_PATTERN,
         lowercase: bool = False,
     ) -> WordTokenizer:
-        "Count the words of `texts`; of two equally frequent words the one earlier in Unicode's order comes first."
+        "Make a table of the `frequent_words` of `texts`."
         if vocab_size is not None and vocab_size <= len(special_tokens):
-            raise ValueError(f"vocab_size={vocab_size} leaves no room for words beside {len(special_tokens)} special tokens")
-        counts = Counter(word for text in _several(texts) for word in split_words(text.lower() if lowercase else text, pattern))
-        if not counts: raise ValueError("cannot collect words: the texts hold none")
-        words = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(words[:None if vocab_size is None else vocab_size - len(special_tokens)], special_tokens, pattern, lowercase)
+            raise ValueError(f"vocab_size={vocab_size} leaves no room beside {len(special_tokens)} special tokens")
+        room = None if vocab_size is None else vocab_size - len(special_tokens)
+        return cls(frequent_words(texts, room, pattern, lowercase), special_tokens, pattern, lowercase)
+
+    def split(self, text: str) -> list[str]:
+        "The words that `encode` looks up."
+        return split_words(text.lower() if self.lowercase else text, self.pattern)
 
     def encode(self, text: str) -> list[int]:
-        "One id per word of `split_words`."
-        words = split_words(text.lower() if self.lowercase else text, self.pattern)
-        unknown = self._special.get(UNKNOWN)
+        "One id per word; `ValueError` at one that is not in the table, unless `<unk>` is a special token."
+        words, unknown = self.split(text), self._special.get(UNKNOWN)
         if unknown is not None: return [self._ids.get(word, unknown) for word in words]
         try: return [self._ids[word] for word in words]
-        except KeyError as e: raise ValueError(f"word {e} at position {words.index(e.args[0])} is not in the vocabulary of {len(self._ids)}") from None
+        except KeyError: at, word = next((at, word) for at, word in enumerate(words) if word not in self._ids)
+        raise ValueError(f"word {word!r} at position {at} is not in the vocabulary of {len(self._ids)}")
 
     def decode(self, ids: Sequence[int]) -> str:
         "The words of `ids` with one space between them."
@@ -401,7 +425,7 @@ def fit_power_law(
 ) -> tuple[float, float]:
     "Factor and exponent of y ≈ factor · x ** exponent, by least squares on the logarithms."
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if x.shape != y.shape or x.size < 2: raise ValueError(f"a power law needs at least two points with both coordinates, got shapes {x.shape} and {y.shape}")
+    if x.shape != y.shape or x.size < 2: raise ValueError(f"expected two points or more, got shapes {x.shape} and {y.shape}")
     if not ((x > 0).all() and (y > 0).all()): raise ValueError("a power law has positive coordinates only")
     exponent, intercept = np.polyfit(np.log(x), np.log(y), 1)
     return float(np.exp(intercept)), float(exponent)

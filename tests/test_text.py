@@ -274,7 +274,7 @@ def test_words_keep_marks_and_apostrophes():
     (lambda: CharTokenizer(['a', 'a']), '2 times'), (lambda: CharTokenizer(['ab']), 'single characters'), (lambda: WordTokenizer(['a'], pattern='('), 'regular expression'),
     (lambda: CharTokenizer(['a']).decode([0, 1]), 'id 1 at position 1'), (lambda: WordTokenizer(['a']).decode([-1]), 'id -1 at position 0'),
     (lambda: WordTokenizer(['a'], special_tokens=[]).encode('a b'), "word 'b' at position 1"), (lambda: choose_bands(4, .1), 'raise k'), (lambda: choose_bands(4, 0.), 'between 0 and 1'),
-    (lambda: MinHash(0), 'k=0'), (lambda: shingles('a', 0), 'n=0'), (lambda: fit_power_law(np.array([1.]), np.array([1.])), 'two points'),
+    (lambda: MinHash(0), 'k=0'), (lambda: shingles('a', 0), 'n=0'), (lambda: fit_power_law(np.array([1.]), np.array([1.])), 'two points or more'),
     (lambda: fit_power_law(np.array([1., 2.]), np.array([0., 1.])), 'positive')])
 def test_mistakes_are_named(mistake, message):
     with pytest.raises(ValueError, match=message): mistake()
