@@ -24,7 +24,7 @@ class Value:
 
     def __init__(
         self,
-        data: float,                                    # the number
+        data: float | int,                              # the number
         edges: "tuple[tuple[Value, float], ...]" = (),  # what it was made from, each with the slope of this number there
         name: str = "",                                 # of the input or operation, for drawings
     ) -> None:
@@ -32,15 +32,15 @@ class Value:
 
     def __repr__(self) -> str: return f"Value({self.data:.6g}, grad={self.grad:.6g})"
 
-    def __add__(self, other: "Value | float") -> "Value":
+    def __add__(self, other: "Value | float | int") -> "Value":
         other = _as_value(other)
         return Value(self.data + other.data, ((self, 1.0), (other, 1.0)), "+")
 
-    def __mul__(self, other: "Value | float") -> "Value":
+    def __mul__(self, other: "Value | float | int") -> "Value":
         other = _as_value(other)
         return Value(self.data * other.data, ((self, other.data), (other, self.data)), "×")
 
-    def __pow__(self, n: float) -> "Value":
+    def __pow__(self, n: float | int) -> "Value":
         if not isinstance(n, (int, float)): raise TypeError(f"the exponent must be a number, got {n!r}; for two values write (y * x.log()).exp()")
         if self.data < 0 and n != int(n): raise ValueError(f"({self.data:g}) ** {n:g} is not a real number")
         if self.data == 0 and n < 1 and n != 0: raise ZeroDivisionError(f"0 ** {n:g} has no finite value or slope")
@@ -48,12 +48,12 @@ class Value:
 
     # The rest of the arithmetic is written with these three.
     def __neg__(self) -> "Value": return self * -1.0
-    def __sub__(self, other: "Value | float") -> "Value": return self + -_as_value(other)
-    def __truediv__(self, other: "Value | float") -> "Value": return self * _as_value(other) ** -1
-    def __radd__(self, other: float) -> "Value": return self + other
-    def __rmul__(self, other: float) -> "Value": return self * other
-    def __rsub__(self, other: float) -> "Value": return -self + other
-    def __rtruediv__(self, other: float) -> "Value": return self**-1 * other
+    def __sub__(self, other: "Value | float | int") -> "Value": return self + -_as_value(other)
+    def __truediv__(self, other: "Value | float | int") -> "Value": return self * _as_value(other) ** -1
+    def __radd__(self, other: float | int) -> "Value": return self + other
+    def __rmul__(self, other: float | int) -> "Value": return self * other
+    def __rsub__(self, other: float | int) -> "Value": return -self + other
+    def __rtruediv__(self, other: float | int) -> "Value": return self**-1 * other
 
     def exp(self) -> "Value":
         "e to this power; the slope is the result."
@@ -81,7 +81,9 @@ class Value:
 
     def history(self) -> "list[Value]":
         "Everything this number was made from and itself, each after all that it was made from."
-        order, seen, stack = [], set(), [(self, False)]
+        order: list[Value] = []
+        seen: set[Value] = set()
+        stack: list[tuple[Value, bool]] = [(self, False)]
         while stack:
             node, finished = stack.pop()
             if finished: order.append(node)
@@ -107,7 +109,7 @@ class Value:
         return graph_svg(labels, [(key[source], key[node]) for node in key for source, _ in node.edges])
 
 
-def _as_value(x: "Value | float") -> Value:
+def _as_value(x: "Value | float | int") -> Value:
     return x if isinstance(x, Value) else Value(x, name=f"{x:g}")
 
 # %% ../nbs/01_tensors.ipynb #750b0016
@@ -127,7 +129,7 @@ def softmax(
     shifted, total, _ = _shift(x, dim)
     return shifted.exp() / total
 
-
+# %% ../nbs/01_tensors.ipynb #a7920867
 def log_softmax(
     x: Float[Tensor, "..."],        # scores; −∞ means impossible
     dim: int = -1,                  # the axis along which probabilities sum to 1
@@ -163,7 +165,7 @@ def cross_entropy(
     if reduction == "mean": return losses.sum() / (~ignored).sum()
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
-
+# %% ../nbs/01_tensors.ipynb #8ae5c3cb
 def _check_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
     if targets.is_floating_point(): raise TypeError(f"targets must be token ids, whole numbers, got {targets.dtype}")
     if logits.shape[:-1] != targets.shape:
@@ -270,7 +272,7 @@ class DeviceReport:
 
     def __str__(self) -> str: return self.verdict
 
-
+# %% ../nbs/01_tensors.ipynb #4cd49ebe
 def _probe(device: str | torch.device) -> dict[str, Tensor]:
     "Three computations on fixed numbers, on `device`; the results are brought to the CPU."
     generator = torch.Generator().manual_seed(0)
@@ -281,7 +283,7 @@ def _probe(device: str | torch.device) -> dict[str, Tensor]:
     gradient, = torch.autograd.grad(cross_entropy(logits, targets.to(device)), a)
     return {"matmul": logits.detach().cpu(), "softmax": softmax(logits.detach()).cpu(), "gradient": gradient.cpu()}
 
-
+# %% ../nbs/01_tensors.ipynb #c741c621
 def check_device(
     device: str | torch.device,     # such as "cuda" or "mps"
     tolerance: float = 5e-3,        # largest relative error: above the rounding of TF32, below any real mistake
