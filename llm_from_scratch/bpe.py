@@ -38,8 +38,8 @@ def compile_pattern(
     pattern: str,                       # a regular expression for pre-tokens, in the dialect of `regex`
 ) -> regex.Pattern[str]:
     "Compile a pattern so that its matches cover every text: what it leaves out becomes single characters. Raises ValueError if it has groups or matches nothing."
-    if pattern not in (GPT2_PATTERN, GPT4_PATTERN) and not pattern.endswith(_GAPS): pattern = f"(?:{pattern}){_GAPS}"
-    try: compiled = regex.compile(pattern)
+    known = pattern in (GPT2_PATTERN, GPT4_PATTERN) or pattern.endswith(_GAPS)
+    try: compiled = regex.compile(pattern if known else f"(?:{pattern}){_GAPS}")
     except regex.error as e: raise ValueError(f"the pattern {pattern!r} is not a regular expression: {e}") from None
     if compiled.groups: raise ValueError(f"the pattern {pattern!r} has capturing groups: write (?:…) instead of (…)")
     if compiled.match(""): raise ValueError(f"the pattern {pattern!r} matches the empty string: no piece may be empty")
@@ -121,7 +121,7 @@ def _count_pairs(parts: list[list[int]], times: list[int]) -> tuple[dict[tuple[i
 # %% ../nbs/03_bpe.ipynb #9a71fb4f
 def _bar(total: int | None, unit: str, progress: bool) -> Any:
     "A tqdm bar, silent unless asked for."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     return tqdm(total=total, unit=" " + unit, unit_scale=True, disable=not progress)
 
 def _utf8(text: str, offset: int = 0) -> bytes:
@@ -297,24 +297,22 @@ def merge_bytes(
     if (rank := ranks.get(data, below)) < below: return [rank]
     n = len(data)
     ends, starts = list(range(1, n + 1)), list(range(-1, n))      # part at i is data[i:ends[i]]; one that ends at j starts at starts[j]
-    wanted: list[int | None] = [None] * n                         # what the part at i and the next would become
+    wanted = [below] * n                                          # the id that the part at i and the next would become
     heap: list[int] = []
-
-    def offer(i: int) -> None:
-        j = ends[i]
-        rank = ranks.get(data[i:ends[j]]) if j < n else None
-        wanted[i] = rank = rank if rank is not None and rank < below else None
-        if rank is not None: heapq.heappush(heap, rank * n + i)   # one number sorts by rank, then from left to right
-
-    for i in range(n): offer(i)
-    while heap:
+    changed: Sequence[int] = range(n)
+    while True:
+        for i in changed:                                         # offer the part at i and the next
+            j = ends[i]
+            wanted[i] = rank = ranks.get(data[i:ends[j]], below) if j < n else below
+            if rank < below: heapq.heappush(heap, rank * n + i)   # one number sorts by rank, then from left to right
+        if not heap: break
         rank, i = divmod(heapq.heappop(heap), n)
+        changed = ()
         if wanted[i] != rank: continue                            # out of date
         j = ends[i]
-        ends[i], wanted[j] = ends[j], None
+        ends[i], wanted[j] = ends[j], below
         starts[ends[i]] = i
-        offer(i)
-        if i > 0: offer(starts[i])
+        changed = (starts[i], i) if i > 0 else (i,)
     out, i = [], 0
     while i < n:
         out.append(ranks[data[i:ends[i]]])

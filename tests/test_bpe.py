@@ -1,0 +1,449 @@
+"""Chapter 3 beyond its own cells: peers on fuzzed Unicode, the real GPT-2, streams cut anywhere, and files that break."""
+import itertools, json, os, pickle, random, signal, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given, settings, strategies as st
+
+import llm_from_scratch.bpe as bpe
+from llm_from_scratch.bpe import (GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, byte_alphabet, compile_pattern, count_pretokens,
+                                  learn_merges, merge_bytes)
+from llm_from_scratch.text import Tokenizer, pydoc_corpus
+
+INPUTS = ['llm_from_scratch/bpe.py', 'llm_from_scratch/text.py']
+
+# Characters that every engine's edition of Unicode knows, and mixtures made to hurt the patterns.
+known = st.text(st.characters(exclude_categories=['Cs', 'Cn']))
+SPICE = [*" \t\n\r'.,-019aéſ", '  ', '\r\n', ' \n ', "'s", "'S", "'ll", "'LL", "'re", '\u3000', '\u00a0', '\u200d', '\x1c', '\x85', '<|end|>', '<|end|>!', '<|', '|>', '👩‍👩‍👧‍👦',
+         '🏳️‍🌈', '👍🏽', '🇺🇳', 'e\u0301', '\u0301', '٣٤', 'हिन्दी', '中文字', '日本語。', 'ไทย', 'עברית', 'العربية', 'Ελλάδα', 'Привет', 'def f(x):\n    return x', '====', '½²', '𝔘𝔫𝔦']
+spicy = st.lists(st.sampled_from(SPICE), max_size=25).map(''.join)
+texts = st.one_of(known, spicy)
+patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN])
+SENTENCES = ['Whoever reads this, reads English.', "Wer das liest, liest Deutsch, größtenteils.", 'Quien lee esto, lee español, ¿no?', "Qui lit ceci lit le français, n'est-ce pas ?",
+             'Кто читает это, читает по-русски.', 'Όποιος το διαβάζει, διαβάζει ελληνικά.', 'من يقرأ هذا يقرأ العربية.', 'जो यह पढ़ता है, वह हिन्दी पढ़ता है।', '读到这里的人会读中文。', 'これを読む人は日本語を読む。',
+             'class Point:\n\tdef __init__(self, x=0.5e-3):\n\t\tself.x = x  # done\r\n', '    {"key": [1, 2.50, null]},\n\n\n', '🙂🙃 👨‍👩‍👧 🇯🇵🇩🇪 1️⃣ ❤️‍🔥', 'a  b   c    d\t\te \n f\n\n g ', "I'LL we'll Y'all's 'tis"]
+
+
+def trained(pattern=GPT2_PATTERN, size=1000):
+    corpus = list(pydoc_corpus().values())[:30] + SENTENCES * 3
+    return BPETokenizer.train(corpus, size, ['<|end|>', '<|end|>!'], pattern)
+
+
+@pytest.fixture(scope='module', params=[GPT2_PATTERN, GPT4_PATTERN], ids=['gpt2-pattern', 'gpt4-pattern'])
+def own(request): return trained(request.param)
+
+
+@pytest.fixture(scope='module')
+def gpt2(shared_data): return BPETokenizer.from_gpt2_files(shared_data/'gpt2'/'encoder.json', shared_data/'gpt2'/'vocab.bpe')
+
+
+@pytest.fixture(scope='module')
+def real_gpt2(shared_data):
+    "tiktoken's own gpt2: its own reader of the files, its own pattern."
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+    ranks = data_gym_to_mergeable_bpe_ranks(str(shared_data/'gpt2'/'vocab.bpe'), str(shared_data/'gpt2'/'encoder.json'))
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 50256})
+
+
+@pytest.fixture(scope='module')
+def hf_gpt2(shared_data):
+    "GPT-2 by `tokenizers`, from the two files."
+    model = tokenizers.models.BPE.from_file(str(shared_data/'gpt2'/'encoder.json'), str(shared_data/'gpt2'/'vocab.bpe'))
+    peer = tokenizers.Tokenizer(model)
+    peer.pre_tokenizer, peer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    return peer
+
+
+# Peers ------------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=400)
+@given(text=texts)
+def test_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, text):
+    ids = gpt2.encode(text)
+    assert ids == real_gpt2.encode_ordinary(text) == hf_gpt2.encode(text).ids
+    assert gpt2.decode(ids) == text
+
+
+@pytest.mark.parametrize('sentence', SENTENCES)
+def test_languages_code_and_emoji_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, sentence):
+    assert gpt2.encode(sentence) == real_gpt2.encode_ordinary(sentence) == hf_gpt2.encode(sentence).ids
+
+
+def test_gpt2_as_published(gpt2):
+    assert gpt2.vocab_size == 50257 and gpt2.special_tokens == {'<|endoftext|>': 50256}
+    assert gpt2.encode('hello world') == [31373, 995]
+    assert gpt2.encode('<|endoftext|>', allowed_special='all') == [50256] != gpt2.encode('<|endoftext|>')
+
+
+def test_gpt2_merges_are_recovered_from_ids_alone(gpt2, shared_data):
+    lines = (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:]
+    spell = byte_alphabet()
+    assert [' '.join(''.join(spell[b] for b in part) for part in pair) for pair in gpt2.merges] == [line for line in lines if line]
+
+
+def test_shakespeare_every_way(gpt2, real_gpt2, shared_data):
+    path = shared_data/'tinyshakespeare.txt'
+    text = path.read_text(encoding='utf-8')
+    expected = real_gpt2.encode_ordinary(text)
+    assert gpt2.encode(text) == expected == list(gpt2.encode_iterable(text)) == list(itertools.chain(*gpt2.encode_file(path))) == gpt2.encode_batch([text])[0]
+    assert gpt2.decode(expected) == text
+
+
+@settings(max_examples=300)
+@given(text=texts)
+def test_against_tiktoken(own, text):
+    assert own.encode(text) == own._fast.encode_ordinary(text) == own.encode_batch([text])[0]
+
+
+@settings(max_examples=300)
+@given(text=texts)
+def test_against_tokenizers(own, hf, text):
+    hf.encode_special_tokens = True                                 # special tokens in the text are text
+    assert hf.encode(text).ids == own.encode(text)
+
+
+@settings(max_examples=200)
+@given(text=spicy)
+def test_special_tokens_against_tokenizers(own, hf, text):
+    hf.encode_special_tokens = False
+    if '<|end|>!' not in text: assert hf.encode(text).ids == own.encode(text, allowed_special='all')
+
+
+@pytest.fixture(scope='module')
+def hf(own, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('hf')
+    own.to_hf(folder)
+    return tokenizers.Tokenizer.from_file(str(folder/'tokenizer.json'))
+
+
+def test_transformers_loads_it(own, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    own.to_hf(tmp_path/'tokenizer.json')
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path/'tokenizer.json'))
+    assert len(theirs) == own.vocab_size
+    for text in SENTENCES: assert theirs.encode(text) == own.encode(text) and theirs.decode(own.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+def test_gpt2_to_hf_and_back(gpt2, tmp_path):
+    gpt2.to_hf(tmp_path)
+    assert BPETokenizer.from_hf(tmp_path) == gpt2
+
+
+def test_hf_and_back(own, tmp_path):
+    for tokenizer in own, trained(r'\w+|\s'):
+        tokenizer.to_hf(tmp_path)
+        back = BPETokenizer.from_hf(tmp_path)
+        assert (back.vocab, back.special_tokens) == (tokenizer.vocab, tokenizer.special_tokens)
+        for text in SENTENCES: assert back.encode(text) == tokenizer.encode(text)
+
+
+def test_from_hf_reads_what_tokenizers_trained(tmp_path):
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.pre_tokenizer, peer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=['<s>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    peer.train_from_iterator(list(pydoc_corpus().values())[:30], trainer)
+    peer.save(str(tmp_path/'tokenizer.json'))
+    ours = BPETokenizer.from_hf(tmp_path)
+    assert ours.special_tokens == {'<s>': 0} and ours.vocab_size == 900
+    for text in SENTENCES: assert ours.encode(text) == peer.encode(text).ids
+
+
+@pytest.mark.parametrize('change, names', [
+    (lambda f: f['model'].update(type='WordPiece'), 'WordPiece'),
+    (lambda f: f['model'].update(byte_fallback=True), 'byte_fallback'),
+    (lambda f: f['model']['merges'].reverse(), 'order of merges'),
+    (lambda f: f['model'].pop('vocab'), 'vocab'),
+    (lambda f: f.update(normalizer={'type': 'NFC'}), 'NFC'),
+    (lambda f: f.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
+    (lambda f: f['pre_tokenizer']['pretokenizers'][1].update(add_prefix_space=True), 'add_prefix_space'),
+    (lambda f: f['pre_tokenizer']['pretokenizers'][0].update(behavior='Removed'), 'Isolated'),
+])
+def test_from_hf_names_what_it_cannot_do(own, tmp_path, change, names):
+    own.to_hf(tmp_path)
+    file = json.loads((tmp_path/'tokenizer.json').read_text(encoding='utf-8'))
+    change(file)
+    (tmp_path/'tokenizer.json').write_text(json.dumps(file), encoding='utf-8')
+    with pytest.raises(ValueError, match=names): BPETokenizer.from_hf(tmp_path)
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+def recount(pieces, n_merges):
+    "The definition: recount everything at each step."
+    parts = {p: [bytes([b]) for b in p.encode()] for p in pieces}
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for p, n in pieces.items():
+            for pair in zip(parts[p], parts[p][1:]): pairs[pair] += n
+        if not pairs: break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for p in pieces:
+            old, new, i = parts[p], [], 0
+            while i < len(old):
+                step = 2 if tuple(old[i:i + 2]) == best else 1
+                new.append(b''.join(old[i:i + step])); i += step
+            parts[p] = new
+    return merges
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.one_of(st.text('ab', min_size=1, max_size=12), st.text('aé猫', min_size=1, max_size=6), known.filter(bool)), st.integers(1, 4), max_size=8))
+def test_training_against_the_definition(pieces):
+    assert learn_merges(pieces, 40) == recount(pieces, 40)
+
+
+def test_ties_go_to_the_greatest_pair():
+    assert learn_merges({'ab': 1, 'cd': 1, 'ca': 1}, 1) == [(b'c', b'd')]
+    assert learn_merges({'ba': 2, 'é': 2, 'zz': 1}, 2) == [(b'\xc3', b'\xa9'), (b'b', b'a')]
+
+
+@pytest.mark.parametrize('pattern', [GPT2_PATTERN, GPT4_PATTERN])
+@pytest.mark.parametrize('block', [1, 7, 60])
+def test_blocks_change_no_count(monkeypatch, pattern, block):
+    rng = random.Random(block)
+    text = ''.join(rng.choices(SPICE + [' the', 'word', '12345'], k=3000))
+    special = ['<|end|>', '<|end|>!']
+    whole = count_pretokens(text, pattern, special)
+    assert whole == bpe._count_block([text], pattern, tuple(special))
+    monkeypatch.setattr(bpe, '_BLOCK', block)
+    assert count_pretokens(text, pattern, special) == whole
+    assert len(list(bpe._blocks(bpe._read(text), pattern, special))) > 100
+
+
+def test_files_texts_and_workers_train_the_same(tmp_path):
+    documents = list(pydoc_corpus().values())[:20]
+    paths = [tmp_path/f'{i}.txt' for i in range(len(documents))]
+    for path, text in zip(paths, documents): path.write_bytes(text.encode())
+    by_text = BPETokenizer.train(documents, 600, ['<|end|>'])
+    assert by_text == BPETokenizer.train(paths, 600, ['<|end|>']) == BPETokenizer.train(iter(documents), 600, ['<|end|>'])
+    assert by_text == BPETokenizer.train(documents, 600, ['<|end|>'], workers=2)
+
+
+def test_workers_without_a_main_guard_say_so(tmp_path):
+    (tmp_path/'script.py').write_text('from llm_from_scratch.bpe import BPETokenizer\nBPETokenizer.train("some text", 260, workers=2)\n')
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPATH': str(Path(bpe.__file__).parent.parent)})
+    assert done.returncode and '__main__' in done.stderr.strip().splitlines()[-1]
+
+
+def test_line_ends_of_files_are_kept(tmp_path):
+    (tmp_path/'a.txt').write_bytes(b'one\r\ntwo\rthree\n')
+    assert count_pretokens(tmp_path/'a.txt') == {'one': 1, 'two': 1, 'three': 1, '\r': 2, '\n': 2}
+
+
+def test_special_tokens_are_boundaries_of_training_text():
+    assert count_pretokens('ab<|end|>!cd <|end|>ab', special_tokens=['<|end|>', '<|end|>!']) == {'ab': 2, 'cd': 1, ' ': 1}
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda path: BPETokenizer.train('x', 255), 'vocab_size=255'),
+    (lambda path: BPETokenizer.train('x', 257, ['<a>', '<b>']), 'vocab_size=257'),
+    (lambda path: BPETokenizer.train('x', 300, ['<a>', '<a>']), 'twice'),
+    (lambda path: BPETokenizer.train('x', 300, ['']), 'empty'),
+    (lambda path: BPETokenizer.train('x\ud800', 300), r'U\+D800'),
+    (lambda path: BPETokenizer.train('x', 300, pattern='(a)'), 'groups'),
+    (lambda path: BPETokenizer.train('x', 300, pattern='a*'), 'empty'),
+    (lambda path: BPETokenizer.train('x', 300, pattern='['), 'regular expression'),
+    (lambda path: BPETokenizer.train(path, 300), 'latin.txt is not UTF-8'),
+    (lambda path: BPETokenizer({bytes([b]): b for b in range(256)}, special_tokens={'<a>': 3}), 'same id'),
+    (lambda path: BPETokenizer({bytes([b]): b for b in range(255)}), '0xFF'),
+])
+def test_bad_input_is_named(tmp_path, call, message):
+    (tmp_path/'latin.txt').write_bytes('é'.encode('latin-1') * 5)
+    with pytest.raises(ValueError, match=message): call(tmp_path/'latin.txt')
+
+
+# Round trips ------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=300)
+@given(text=st.one_of(st.text(st.characters(exclude_categories=['Cs'])), spicy))
+def test_every_text_comes_back(own, text):
+    ids = own.encode(text)
+    assert own.decode(ids, errors='strict') == text
+    assert own.decode(own.encode(text, allowed_special='all')) == text
+    assert all(i < own.vocab_size - 2 for i in ids), 'a special token came from text that was not allowed to make it'
+
+
+@settings(max_examples=200)
+@given(ids=st.lists(st.integers(0, 999), max_size=30))
+def test_stream_of_any_ids_is_their_text(own, ids):
+    pieces = list(own.decode_stream(ids))
+    assert ''.join(pieces) == own.decode(ids) and '' not in pieces
+
+
+@given(text=texts)
+def test_a_stream_never_shows_half_a_character(own, text):
+    so_far = ''
+    for piece in own.decode_stream(own.encode(text)):
+        so_far += piece
+        assert text.startswith(so_far)
+    assert so_far == text
+
+
+@pytest.mark.parametrize('pattern', [r'\w+', r'a', r'[^ ]+ ?', r'(?i)x|[\s\S]{2}', r'\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\p{L}+'])
+def test_own_patterns_lose_nothing_and_agree(pattern):
+    tokenizer = trained(pattern, 400)
+    for text in [*SENTENCES, 'abc 12345\n']:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and ids == tokenizer._fast.encode_ordinary(text) == list(tokenizer.encode_iterable(text))
+
+
+@settings(max_examples=200)
+@given(data=st.binary(max_size=200))
+def test_merging_against_rescanning(own, data):
+    parts = [data[i:i + 1] for i in range(len(data))]
+    while ranked := [(own.vocab[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in own.vocab]:
+        i = min(ranked)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    assert merge_bytes(data, own.vocab) == [own.vocab[part] for part in parts]
+
+
+def test_it_is_a_tokenizer(own):
+    assert isinstance(own, Tokenizer)
+    assert pickle.loads(pickle.dumps(own)) == own and own != trained(own.pattern, 900)
+
+
+# Streams of text --------------------------------------------------------------------------------------------------
+
+@settings(max_examples=250)
+@given(text=texts, data=st.data(), allowed=st.sampled_from([(), ('<|end|>',), 'all']), size=st.sampled_from([1, 4, 30]))
+def test_parts_give_the_ids_of_the_whole(own, text, data, allowed, size):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+    before, bpe._PART = bpe._PART, size
+    try: assert list(own.encode_iterable(parts, allowed)) == own.encode(text, allowed)
+    finally: bpe._PART = before
+
+
+@pytest.mark.parametrize('unit', ['a', 'ab', 'banana', 'é', '中文', '=-', "'", '7', '\n=', '=\n \n', 'x \n', '😀'])
+@pytest.mark.parametrize('tail', ['', 'a', "'ll", ' \n', '\n\n  x', '<|end|>!', ' '])
+def test_runs_longer_than_the_buffer(own, monkeypatch, unit, tail):
+    monkeypatch.setattr(bpe, '_PART', 500)
+    text = 'So ' + unit * (6000 // len(unit)) + tail
+    for allowed in (), 'all': assert list(own.encode_iterable(text, allowed)) == own.encode(text, allowed)
+
+
+@pytest.mark.parametrize('unit', ['a', 'banana', '中文', '12', '=\n \n', '😀!', 'no end '])
+def test_memory_is_bounded_however_long_the_text(own, unit):
+    kept = [0]
+    class Watched(BPETokenizer):
+        def _finished(self, text, special, hold):
+            ids, rest = super()._finished(text, special, hold)
+            kept.append(len(rest))
+            return ids, rest
+    watched = Watched(own.vocab, own.pattern, own.special_tokens)
+    n = sum(1 for _ in watched.encode_iterable((unit * (10_000 // len(unit)) for _ in range(60)), 'all'))
+    assert n > 10_000 and len(kept) > 3 and max(kept) < 5000
+
+
+def test_a_vocabulary_not_made_by_merges_streams_too():
+    odd = BPETokenizer({bytes([b]): b for b in range(256)} | {b'abcab': 256, b'ab': 257})
+    text = 'abcab' * 30_000
+    assert list(odd.encode_iterable(text)) == odd.encode(text)
+    with pytest.raises(ValueError, match='abcab'): odd.merges
+
+
+def test_a_surrogate_is_named_wherever_it_comes_in(own, tmp_path):
+    for call in (lambda: own.encode('ab\ud800'), lambda: own.encode_batch(['', 'ab\ud800']), lambda: list(own.encode_iterable(['a', 'b\ud800'])),
+                 lambda: own.encode('<|end|>ab\ud800'[5:], 'all') and None):
+        with pytest.raises(ValueError, match=r'U\+D800 at position \d'): call()
+    with pytest.raises(ValueError, match='position 70002'): list(own.encode_iterable(['x ' * 35_001, '\udfff']))
+
+
+def test_a_million_letters_take_seconds(gpt2):
+    start = time.perf_counter()
+    ids = gpt2.encode('a' * 1_000_000)
+    assert len(ids) < 500_000 and time.perf_counter() - start < 60          # rescanning would take days
+
+
+@given(texts=st.lists(texts, max_size=5), allowed=st.sampled_from([(), ('<|end|>',), 'all']))
+def test_batches_are_single_texts(own, texts, allowed):
+    assert own.encode_batch(texts, allowed) == [own.encode(text, allowed) for text in texts]
+
+
+def test_the_longest_special_token_wins(own):
+    short, long = own.special_tokens['<|end|>'], own.special_tokens['<|end|>!']
+    assert own.encode('<|end|>!<|end|>', 'all') == [long, short]
+    assert own.encode('<|end|>!', {'<|end|>'}) == [short, *own.encode('!')]
+    assert list(own.encode_iterable(['<|e', 'nd|', '>', '!'], 'all')) == [long]
+    with pytest.raises(ValueError, match='<nope>'): own.encode('x', {'<nope>'})
+
+
+def test_files_of_several_blocks(own, monkeypatch, tmp_path):
+    monkeypatch.setattr(bpe, '_BLOCK', 1000)
+    text = '<|end|>'.join(pydoc_corpus().values())[:50_000] + '中' * 3000
+    (tmp_path/'text.txt').write_bytes(text.encode())
+    for allowed in (), 'all':
+        blocks = list(own.encode_file(tmp_path/'text.txt', allowed, threads=2))
+        assert len(blocks) > 20 and list(itertools.chain(*blocks)) == own.encode(text, allowed)
+
+
+# Saved files ------------------------------------------------------------------------------------------------------
+
+def small(size=262): return BPETokenizer.train('banana bandana é', size, ['<|end|>'], GPT4_PATTERN)
+
+
+def test_saved_and_loaded(own, gpt2, tmp_path):
+    for tokenizer in own, gpt2, small():
+        tokenizer.save(tmp_path/'t.json')
+        assert BPETokenizer.load(tmp_path/'t.json') == tokenizer
+    assert [p.name for p in tmp_path.iterdir()] == ['t.json']
+
+
+def test_truncation_anywhere_is_named(tmp_path):
+    path = tmp_path/'t.json'
+    small().save(path)
+    whole = path.read_bytes()
+    for n in range(len(whole) - 1):                                   # the last byte is only a line end
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match='t.json is not a saved BPETokenizer'): BPETokenizer.load(path)
+
+
+def test_flipped_bits_are_named_or_harmless(tmp_path):
+    path, tokenizer = tmp_path/'t.json', small()
+    tokenizer.save(path)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << (at * 5 % 8)
+        path.write_bytes(damaged)
+        try: assert BPETokenizer.load(path) == tokenizer
+        except ValueError as e: assert 't.json is not a saved BPETokenizer' in str(e)
+
+
+def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path):
+    path, versions = tmp_path/'t.json', [small(260), small(264)]
+    versions[0].save(path)
+    program = ('import sys, pickle\nfrom pathlib import Path\none, two = pickle.loads(Path(sys.argv[2]).read_bytes())\nprint("ready", flush=True)\n'
+               'while True:\n    two.save(sys.argv[1]); one.save(sys.argv[1])\n')
+    (tmp_path/'versions').write_bytes(pickle.dumps(versions))
+    rng, seen = random.Random(0), set()
+    for _ in range(8):
+        writer = subprocess.Popen([sys.executable, '-c', program, str(path), str(tmp_path/'versions')], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(rng.uniform(0.005, 0.05))
+        writer.send_signal(getattr(signal, 'SIGKILL', signal.SIGTERM)); writer.wait(); writer.stdout.close()
+        found = BPETokenizer.load(path)
+        assert found in versions
+        seen.add(found.vocab_size)
+    assert seen
+
+
+# The library ------------------------------------------------------------------------------------------------------
+
+def test_import_brings_no_torch_and_no_tiktoken():
+    code = 'import sys, llm_from_scratch.bpe; print([m for m in ("torch", "tiktoken", "matplotlib", "tokenizers", "tqdm") if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(bpe.__file__).parent.parent)
+    assert done.stdout.strip() == '[]'
+
+
+def test_patterns_cover_every_text():
+    rng = random.Random(0)
+    for pattern in GPT2_PATTERN, GPT4_PATTERN, r'\w+':
+        text = ''.join(chr(rng.choice([rng.randrange(0xd800), rng.randrange(0xe000, 0x110000), rng.randrange(128)])) for _ in range(20_000))
+        assert ''.join(compile_pattern(pattern).findall(text)) == text
