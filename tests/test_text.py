@@ -197,6 +197,14 @@ def test_deduplicate_finds_exact_copies_of_texts_without_words():
     assert deduplicate({'a': '...', 'b': 'word', 'c': '...'}) == {'a': '...', 'b': 'word'}
 
 
+def test_exact_copies_go_before_pairs_are_formed(monkeypatch):
+    "A thousand copies of one text would otherwise be half a million pairs."
+    import llm_from_scratch.text as module
+    compared = []
+    monkeypatch.setattr(module, 'near_duplicates', lambda documents, threshold: compared.append(len(documents)) or [])
+    assert deduplicate({f'{i:03}': 'the same text' for i in range(1000)}) == {'000': 'the same text'} and compared == [1]
+
+
 # Tokenizers -------------------------------------------------------------------------------------------------------
 
 def test_both_tokenizers_satisfy_the_protocol():
