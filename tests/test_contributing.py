@@ -107,18 +107,19 @@ def test_what_the_scaffold_refuses(followed, shell, arguments, words):
 
 
 @needs_make
-def test_a_scaffold_that_fails_leaves_nothing(followed, shell):
-    "When the example raises as it runs, the tree is as it was."
-    state = 'git status --porcelain --untracked-files=all && git diff'
-    _, before = shell(state, followed)
-    template = followed/'tools'/'chapter.md'
-    text = template.read_text(encoding='utf-8')
+@pytest.mark.parametrize('file, good, bad', [('tools/chapter.md', 'rises = ', 'rises = 1 / 0 + '), ('tools/nbfilter.py', 'import ast\n', 'import ast\n1 / 0\n')], ids=['as it runs', 'as it is listed'])
+def test_a_scaffold_that_fails_leaves_nothing(followed, shell, file, good, bad):
+    "When a step raises, early or late, the tree is as it was."
+    state = 'git status --porcelain --untracked-files=all && git diff && cat llm_from_scratch/_modidx.py'
+    before = shell(state, followed)
+    text = (followed/file).read_text(encoding='utf-8')
+    assert good in text
     try:
-        template.write_text(text.replace('rises = ', 'rises = 1 / 0 + '), encoding='utf-8')
+        (followed/file).write_text(text.replace(good, bad, 1), encoding='utf-8')
         code, said = shell('make chapter n=32 name=broken title=Broken', followed)
-    finally: template.write_text(text, encoding='utf-8')
+    finally: (followed/file).write_text(text, encoding='utf-8')
     assert code and 'ZeroDivisionError' in said
-    assert shell(state, followed)[1] == before
+    assert shell(state, followed) == before
     assert not (followed/'.work'/'32_broken.md').exists()
 
 

@@ -76,6 +76,8 @@ BROKEN = [
     ('names', [code(CLASS.replace('        "What is inside."\n', '')), code('assert Box(3).open() == 3')], ['`Box.open` has no docstring']),
     ('names', [code(CLASS.replace('value: int', 'value')), code('assert Box(3).open() == 3')], ['`Box.__init__`', 'type of value']),
     ('names', [code(CLASS), code('#| export\n@patch\ndef shut(self: Box):\n    "Close it."'), code('assert Box(3).open() == 3; assert Box(3).shut() is None')], ['`Box.shut`', 'return']),
+    ('names', [code(DEFINED.replace('    return', '    if x < 0: raise ValueError(x)\n    return')), code('print(half(4))')], ['no check uses `half`']),
+    ('names', [code(DEFINED), code('def tried(x):\n    try: return half(x)\n    except TypeError: return 0')], ['no check uses `half`']),
     ('exported', [code('#| export\nassert 1 + 1 == 2')], ['would run on import']),
     ('exported', [code('#| export\nfor i in range(3): table[i] = i')], ['would run on import']),
     ('exported', [code('#| export\nfrom math import *')], ['name what is imported']),

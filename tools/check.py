@@ -242,11 +242,17 @@ def identifiers(tree):
 def checks(tree, checkers=frozenset()):
     "Whether some statement in here can fail a test: an assertion, an expected error, a call of a function that asserts."
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Assert, ast.Raise)): return True
+        if isinstance(node, ast.Assert) or isinstance(node, ast.Raise) and 'AssertionError' in ast.unparse(node): return True
         if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_(call|output)$', called(node))): return True
         if isinstance(node, ast.keyword) and node.arg == 'check' and getattr(node.value, 'value', False) is True: return True    # subprocess.run(..., check=True)
-        if isinstance(node, ast.Try) and node.handlers and not isinstance(tree, ast.FunctionDef): return True    # a cell that shows the error, stored and compared
-    return False
+    return shows_an_error(tree)
+
+
+def shows_an_error(tree):
+    "Whether a cell catches an error to print it: the message is stored, and compared with that of a fresh run."
+    found = list(tree.body) if isinstance(tree, ast.Module) else []
+    found += [n for outer in found if isinstance(outer, (ast.For, ast.With)) for n in outer.body]
+    return any(isinstance(n, ast.Try) and n.handlers for n in found)
 
 
 def called(call): return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', '')

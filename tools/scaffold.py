@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [(1, 'Text to numbers'), (6, 'The transformer'), (10, 'Learning'), (14, 'Speed'), (18, 'Real models'), (20, 'Assistants'), (27, 'Scale')]
+CONTENTS = ROOT/'_quarto.yml'
+LISTS = [CONTENTS, ROOT/'nbs'/'symbols.qmd', ROOT/'llm_from_scratch'/'_modidx.py']      # what lists the chapters and their names
 ROMAN = ['I', 'II', 'III', 'IV', 'V', 'VI', 'VII']
 CHAPTER = re.compile(r'^(\s*)- nbs/(\d\d)_\w+\.ipynb\s*(?:#.*)?$')
 PART = re.compile(r'^(\s*)- part:\s*(["\']?)[IVX]+(\W+)')
@@ -66,27 +68,23 @@ def new_part(lines, chapters, n, entry):
 def scaffold(n, name, title):
     "Write the chapter, run it, list it; leave nothing behind if a step fails."
     import nb
-    book, contents = notebook(n, name), ROOT/'_quarto.yml'
-    draft = nb.WORK/f'{book.stem}.md'
+    book, draft = ROOT/'nbs'/f'{n:02d}_{name}.ipynb', nb.WORK/f'{n:02d}_{name}.md'
     if draft.exists(): raise Refused(f'.work/{draft.name} exists already: a draft of this chapter; `make update n={n:02d}` takes it in, or delete it')
-    old = contents.read_text(encoding='utf-8')
-    new = insert(old, n, name)
+    made, changed = (draft, book, ROOT/'llm_from_scratch'/f'{name}.py'), {path: path.read_bytes() if path.exists() else None for path in LISTS}
+    contents = insert(CONTENTS.read_text(encoding='utf-8'), n, name)
     text = (ROOT/'tools'/'chapter.md').read_text(encoding='utf-8').replace('<<name>>', name).replace('<<title>>', title)
     try:
         nb.WORK.mkdir(exist_ok=True)
         draft.write_text(text, encoding='utf-8')
         nb.update(book)
         nb.execute(book)
-        contents.write_text(new, encoding='utf-8')
+        CONTENTS.write_text(contents, encoding='utf-8')
         indexes()
     except BaseException:
-        for path in (draft, book, ROOT/'llm_from_scratch'/f'{name}.py'): path.unlink(missing_ok=True)
-        contents.write_text(old, encoding='utf-8')
+        for path in made: path.unlink(missing_ok=True)
+        for path, old in changed.items(): path.unlink(missing_ok=True) if old is None else path.write_bytes(old)
         raise
     print(f'nbs/{book.name} runs and stands in _quarto.yml.\nEdit .work/{draft.name}, then: make update n={n:02d} && make execute n={n:02d} && make check')
-
-
-def notebook(n, name): return ROOT/'nbs'/f'{n:02d}_{name}.ipynb'
 
 
 def indexes():
