@@ -19,18 +19,42 @@ from torch.nn import functional as F
 _log = logging.getLogger(__name__)
 
 # %% ../nbs/01_tensors.ipynb #023ecd7b
-class Value:
-    "A number that remembers what it was made from and the slope there; `backward` turns that into gradients."
+class _Node:
+    "A number, what it was made from, and the slope there."
 
     def __init__(
         self,
         data: float | int,                              # the number
-        edges: "tuple[tuple[Value, float], ...]" = (),  # what it was made from, each with the slope of this number there
+        edges: "tuple[tuple[_Node, float], ...]" = (),  # what it was made from, each with the slope of this number there
         name: str = "",                                 # of the input or operation, for drawings
     ) -> None:
         self.data, self.edges, self.name, self.grad = float(data), edges, name, 0.0
 
-    def __repr__(self) -> str: return f"Value({self.data:.6g}, grad={self.grad:.6g})"
+    def history(self) -> "list[_Node]":
+        "Everything this number was made from and itself, each after all that it was made from."
+        order: list[_Node] = []
+        seen: set[_Node] = set()
+        stack: list[tuple[_Node, bool]] = [(self, False)]
+        while stack:
+            node, finished = stack.pop()
+            if finished: order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))              # comes up again when its sources are done
+                stack.extend((source, False) for source, _ in node.edges)
+        return order
+
+    def backward(self) -> None:
+        "Add to `grad` of every number in the history the slope of this one there, @eq-tensors-chain."
+        flow = dict.fromkeys(self.history(), 0.0)
+        flow[self] = 1.0
+        for node in reversed(flow):
+            node.grad += flow[node]
+            for source, slope in node.edges: flow[source] += flow[node] * slope
+
+# %% ../nbs/01_tensors.ipynb #0c93c5e4
+class _Arithmetic(_Node):
+    "Numbers that can be added, multiplied and raised to powers."
 
     def __add__(self, other: "Value | float | int") -> "Value":
         other = _as_value(other)
@@ -46,7 +70,6 @@ class Value:
         if self.data == 0 and n < 1 and n != 0: raise ZeroDivisionError(f"0 ** {n:g} has no finite value or slope")
         return Value(self.data**n, ((self, n * self.data ** (n - 1) if n else 0.0),), f"^{n:g}")
 
-    # The rest of the arithmetic is written with these three.
     def __neg__(self) -> "Value": return self * -1.0
     def __sub__(self, other: "Value | float | int") -> "Value": return self + -_as_value(other)
     def __truediv__(self, other: "Value | float | int") -> "Value": return self * _as_value(other) ** -1
@@ -54,6 +77,16 @@ class Value:
     def __rmul__(self, other: float | int) -> "Value": return self * other
     def __rsub__(self, other: float | int) -> "Value": return -self + other
     def __rtruediv__(self, other: float | int) -> "Value": return self**-1 * other
+
+
+def _as_value(x: "Value | float | int") -> "Value":
+    return x if isinstance(x, Value) else Value(x, name=f"{x:g}")
+
+# %% ../nbs/01_tensors.ipynb #f4fb5145
+class Value(_Arithmetic):
+    "A number that remembers what it was made from and the slope there; `backward` turns that into gradients."
+
+    def __repr__(self) -> str: return f"Value({self.data:.6g}, grad={self.grad:.6g})"
 
     def exp(self) -> "Value":
         "e to this power; the slope is the result."
@@ -79,38 +112,12 @@ class Value:
         "The number, or 0 if it is negative; the slope at 0 is taken as 0, as in torch."
         return Value(max(self.data, 0.0), ((self, float(self.data > 0)),), "relu")
 
-    def history(self) -> "list[Value]":
-        "Everything this number was made from and itself, each after all that it was made from."
-        order: list[Value] = []
-        seen: set[Value] = set()
-        stack: list[tuple[Value, bool]] = [(self, False)]
-        while stack:
-            node, finished = stack.pop()
-            if finished: order.append(node)
-            elif node not in seen:
-                seen.add(node)
-                stack.append((node, True))              # comes up again when its sources are done
-                stack.extend((source, False) for source, _ in node.edges)
-        return order
-
-    def backward(self) -> None:
-        "Add to `grad` of every number in the history the slope of this one there, @eq-tensors-chain."
-        flow = dict.fromkeys(self.history(), 0.0)
-        flow[self] = 1.0
-        for node in reversed(flow):
-            node.grad += flow[node]
-            for source, slope in node.edges: flow[source] += flow[node] * slope
-
     def graph(self) -> str:
         "The history as a drawing (SVG): name, number and gradient of each node. Needs the `plots` extra."
         from llm_from_scratch.figures import graph_svg
         key = {node: str(i) for i, node in enumerate(self.history())}
         labels = {key[node]: f"{node.name}\n{node.data:.4g}\ngrad {node.grad:.4g}" for node in key}
         return graph_svg(labels, [(key[source], key[node]) for node in key for source, _ in node.edges])
-
-
-def _as_value(x: "Value | float | int") -> Value:
-    return x if isinstance(x, Value) else Value(x, name=f"{x:g}")
 
 # %% ../nbs/01_tensors.ipynb #750b0016
 def _shift(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
