@@ -28,7 +28,7 @@ serve: book-env  ## build, serve on this machine, rebuild a page when its notebo
 	@$(PY) tools/serve.py $(args)
 
 check: dev-env  ## seconds: notebooks clean, library in step, house rules, links
-	@$(PY) tools/check.py
+	@$(PY) tools/check.py $(args)
 
 chapter: dev-env  ## start a chapter: make chapter n=06 name=positions title="Positions"
 	@$(PY) tools/scaffold.py "$(n)" "$(name)" "$(title)"
@@ -44,7 +44,6 @@ execute: dev-env  ## run chapter n in place and store its outputs: make execute 
 
 export: dev-env  ## write the library from all notebooks
 	@$(PY) tools/nb.py export
-	@$(PY) tools/nbfilter.py --symbols
 
 bench: dev-env  ## measure beside the peers; the results feed the Measurements page
 	@$(PY) benchmarks/run.py $(args)
@@ -55,8 +54,8 @@ slow: dev-env  ## the tests that take minutes
 types: dev-env  ## check the library's types
 	@$(PY) -m basedpyright
 
-hooks: dev-env  ## install nbdev's git hooks: clean notebooks on commit, readable merges
-	@$(PY) -c "from nbdev.clean import nbdev_install_hooks; nbdev_install_hooks()"
+hooks: dev-env  ## install git hooks: notebooks merge cell by cell, a commit checks the rules
+	@$(PY) tools/hooks.py
 
 clean:  ## remove what was built (the environment stays)
 	@$(PYTHON) tools/targets.py --clean

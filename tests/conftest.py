@@ -85,7 +85,13 @@ def pytest_configure(config):
 def _check_shapes():
     "Check every jaxtyping shape of the library while the tests run."
     from jaxtyping import install_import_hook
-    install_import_hook('llm_from_scratch', 'beartype.beartype')
+    install_import_hook('llm_from_scratch', 'conftest.checked')
+
+
+def checked(function):
+    "beartype, with an int welcome where a float is expected, as everywhere in Python."
+    from beartype import BeartypeConf, beartype
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
 
 
 @pytest.fixture(scope='session')

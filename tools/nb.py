@@ -7,7 +7,7 @@
     execute  export, run from a clean kernel, store the outputs, clean
     verify   run from a clean kernel and compare with the stored outputs
 """
-import argparse, json, os, platform, re, sys
+import argparse, json, os, platform, re, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,6 +72,16 @@ def export_all():
     os.chdir(ROOT)
     from nbdev.doclinks import nbdev_export
     nbdev_export()
+    indexes()
+
+
+def indexes():
+    "Bring what lists the chapters and their names in step: the library's index, the symbol index, the front picture."
+    os.chdir(ROOT)
+    from nbdev.doclinks import _build_modidx
+    _build_modidx()
+    subprocess.run([sys.executable, str(ROOT/'tools'/'nbfilter.py'), '--symbols'], check=True)
+    subprocess.run([sys.executable, str(ROOT/'tools'/'pictures.py')], check=True)
 
 
 def sources(nb):
@@ -90,7 +100,7 @@ def run(nb):
     import nbformat
     from nbclient import NotebookClient
     os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-                      JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
+                      MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
     book = nbformat.read(nb, as_version=4)
     NotebookClient(book, timeout=300, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
     for cell in book.cells:
@@ -185,6 +195,7 @@ def main():
         nb = find(which)
         try: commands[args.command](nb)
         except CellExecutionError as e: sys.exit(f'{nb.name} raised while it ran; mend the cell and run it again.\n{e}')
+    if args.notebook and args.command in ('export', 'execute'): indexes()
 
 
 if __name__ == '__main__': main()

@@ -4,13 +4,14 @@
 Writes `nbs/06_positions.ipynb` from tools/chapter.md, an example with every part a chapter has that runs and passes the
 tests; executes it, exports its module, and adds its line to `_quarto.yml`. If a step fails, nothing is left behind.
 """
-import keyword, re, subprocess, sys
+import keyword, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [(1, 'Text to numbers'), (6, 'The transformer'), (10, 'Learning'), (14, 'Speed'), (18, 'Real models'), (20, 'Assistants'), (27, 'Scale')]
 CONTENTS = ROOT/'_quarto.yml'
-LISTS = [CONTENTS, ROOT/'nbs'/'symbols.qmd', ROOT/'llm_from_scratch'/'_modidx.py']      # what lists the chapters and their names
+IMAGES = ROOT/'nbs'/'images'
+LISTS = [CONTENTS, ROOT/'nbs'/'symbols.qmd', ROOT/'llm_from_scratch'/'_modidx.py', IMAGES/'road.svg', IMAGES/'road-narrow.svg']      # what lists the chapters
 ROMAN = ['I', 'II', 'III', 'IV', 'V', 'VI', 'VII']
 CHAPTER = re.compile(r'^(\s*)- nbs/(\d\d)_\w+\.ipynb\s*(?:#.*)?$')
 PART = re.compile(r'^(\s*)- part:\s*(["\']?)[IVX]+(\W+)')
@@ -79,19 +80,12 @@ def scaffold(n, name, title):
         nb.update(book)
         nb.execute(book)
         CONTENTS.write_text(contents, encoding='utf-8')
-        indexes()
+        nb.indexes()
     except BaseException:
         for path in made: path.unlink(missing_ok=True)
         for path, old in changed.items(): path.unlink(missing_ok=True) if old is None else path.write_bytes(old)
         raise
     print(f'nbs/{book.name} runs and stands in _quarto.yml.\nEdit .work/{draft.name}, then: make update n={n:02d} && make execute n={n:02d} && make check')
-
-
-def indexes():
-    "Bring the library's index and the symbol index in step."
-    from nbdev.doclinks import _build_modidx
-    _build_modidx()
-    subprocess.run([sys.executable, str(ROOT/'tools'/'nbfilter.py'), '--symbols'], check=True)
 
 
 def main(argv):
