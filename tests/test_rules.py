@@ -127,6 +127,7 @@ BROKEN = [
     ('options', [code('#| figcap: "x"\nplot()')], ['no option']),
     ('options', [code('#| fig-subcap:\n#| - left\nplot()')], ['on one line', 'no directive']),
     ('options', [code('x = 1\n#| export\ny = 2')], ['below code']),
+    ('width', [code(f'x = "{"a" * 95}"')], ['cell 0', '1 line(s)', 'break them']),
     ('words', [md('It is simply a sum.')], ['"simply"']),
     ('words', [md('We just add them.')], ['"just"']),
     ('words', [md('In this section we will add.')], ['In this section we will']),
@@ -159,6 +160,7 @@ FINE = [
     ('remote', [code('plot()', shown(text_html='<svg xmlns="http://www.w3.org/2000/svg"><a href="https://example.org">x</a></svg>'))]),
     ('clean', [code('f()', stream('text')), code('#| timing\nf()', stream('1 s'))]),
     ('options', [code(FIGURE), code('#| default_exp x'), code('#| export\nx = 1'), code('# a comment | with a bar\nx = 1')]),
+    ('width', [code(f'#| fig-cap: "{"a" * 95}"\nx = "{"a" * 90}"'), code(f'#| echo: false\nx = "{"a" * 95}"')]),
     ('words', [md('Exact and adjustable: `simply` is quoted, the sum is just below.\n\n```python\njust = 1\n```')]),
 ]
 

@@ -712,6 +712,17 @@ FILLER = re.compile(r"\b(simply|just(?! (?:as|like|before|after|above|below|unde
                     r"|div(?:e|ing) (?:deep(?:er)? )?into|in this (?:section|chapter),? (?:we|you) will|it is (?:worth noting|important to note)|needless to say)\b", re.I)
 
 
+WIDTH = 96                                 # characters that fit beside the two lists of the site on a laptop
+
+@rule
+def width(book):
+    "Code fits its box: what a reader must scroll sideways to see, most readers never see."
+    for cell in book.code:
+        if 'hide' in cell.directives or cell.options.get('echo') == 'false': continue
+        wide = [line for line in cell.body.splitlines() if len(line) > WIDTH]
+        if wide: yield f'{cell.where}: {len(wide)} line(s) of more than {WIDTH} characters, such as `{wide[0].strip()[:50]}...`; break them'
+
+
 @rule
 def words(book):
     "No filler: each of these words can be struck and the sentence says the same, shorter."
