@@ -320,6 +320,14 @@ def test_parts_give_the_ids_of_the_whole(own, text, data, allowed, size):
     finally: bpe._PART = before
 
 
+def test_every_first_look_at_a_contraction_or_a_gap(own, monkeypatch):
+    text = "I'll we've 'S x  \n  y they're  \r\n\n z"
+    expected = own.encode(text)
+    for size in range(1, len(text)):                                 # where the first look ends
+        monkeypatch.setattr(bpe, '_PART', size)
+        assert list(own.encode_iterable(text)) == expected, size
+
+
 @pytest.mark.parametrize('unit', ['a', 'ab', 'banana', 'é', '中文', '=-', "'", '7', '\n=', '=\n \n', 'x \n', '😀'])
 @pytest.mark.parametrize('tail', ['', 'a', "'ll", ' \n', '\n\n  x', '<|end|>!', ' '])
 def test_runs_longer_than_the_buffer(own, monkeypatch, unit, tail):
