@@ -19,11 +19,14 @@ INK, FAINT = "#222222", "#8a8a8a"
 
 _STYLE = {
     "figure.figsize": (5.6, 3.0), "figure.constrained_layout.use": True, "figure.dpi": 110,
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "savefig.transparent": True,
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.titleweight": "bold",
-    "grid.color": "#b5b5b5", "grid.linewidth": 0.4, "lines.linewidth": 1.6, "lines.markersize": 4, "legend.frameon": False,
+    "figure.facecolor": "none", "axes.facecolor": "none",
+    "savefig.facecolor": "none", "savefig.transparent": True,
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "axes.titleweight": "bold",
+    "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.edgecolor": FAINT, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.8, "grid.color": "#b5b5b5", "grid.linewidth": 0.4,
+    "lines.linewidth": 1.6, "lines.markersize": 4, "legend.frameon": False,
     "image.cmap": "cividis", "svg.hashsalt": "llm-from-scratch", "svg.fonttype": "path",
 }
 
@@ -31,17 +34,19 @@ _STYLE = {
 def _plots() -> Any:
     "matplotlib, or an error that names the extra which brings it."
     try: import matplotlib
-    except ImportError as e: raise ImportError("figures need matplotlib: pip install 'llm-from-scratch[plots]'") from e
+    except ImportError as e:
+        message = "figures need matplotlib: pip install 'llm-from-scratch[plots]'"
+        raise ImportError(message) from e
     return matplotlib
 
 def use_style() -> None:
-    "Draw every figure from here on in the book's style, as SVG in a notebook. Needs the `plots` extra."
+    "Draw from here on in the book's style, as SVG in a notebook. Needs the `plots` extra."
     matplotlib = _plots()
     matplotlib.rcParams.update(_STYLE)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
     try:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
-    except ImportError: return                                # outside a notebook there is nothing to set
+    except ImportError: return                   # outside a notebook there is nothing to set
     set_matplotlib_formats("svg", metadata={"Date": None})
 
 # %% ../nbs/figures.ipynb #5b2e4503
@@ -52,18 +57,20 @@ def heatmap(
     columns: Sequence[str] | None = None,       # names along the bottom
     *,
     xlabel: str = "", ylabel: str = "",         # what the axes are
-    fmt: str | None = None,                     # how to write each number, such as ".2f"; None: do not
+    fmt: str | None = None,                     # writes each number, such as ".2f"; None: none
     colorbar: bool = False,                     # draw the scale
     **imshow: Any,                              # passed on to `Axes.imshow`
 ) -> Any:
     "Draw a matrix as colors with named axes; returns the image."
     import numpy as np
-    data = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix, dtype=float)
-    if data.ndim != 2: raise ValueError(f"a heat map shows a matrix, got an array of shape {data.shape}")
+    if hasattr(matrix, "detach"): matrix = matrix.detach().cpu()           # a torch tensor
+    data = np.asarray(matrix, dtype=float)
+    if data.ndim != 2: raise ValueError(f"a heat map shows a matrix, got shape {data.shape}")
     image = ax.imshow(data, **{"aspect": "auto", **imshow})
-    for axis, names, n in ((ax.yaxis, rows, data.shape[0]), (ax.xaxis, columns, data.shape[1])):
+    for axis, what, names, n in ((ax.yaxis, "rows", rows, data.shape[0]),
+                                 (ax.xaxis, "columns", columns, data.shape[1])):
         if names is None: continue
-        if len(names) != n: raise ValueError(f"{len(names)} names for {n} {'rows' if axis is ax.yaxis else 'columns'}")
+        if len(names) != n: raise ValueError(f"{len(names)} names for {n} {what}")
         axis.set_ticks(range(n), [str(name) for name in names])
     if fmt is not None: _write_numbers(ax, image, data, fmt)
     if colorbar: ax.figure.colorbar(image, ax=ax)
@@ -74,14 +81,12 @@ def heatmap(
 
 def _write_numbers(ax: Axes, image: Any, data: Any, fmt: str) -> None:
     "Each number in its cell, dark on a light color and light on a dark one."
-    for (i, j), value in _cells(data):
-        red, green, blue, _ = image.cmap(image.norm(value))
-        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-        ax.text(j, i, format(value, fmt), ha="center", va="center", color="#111111" if light else "#f5f5f5", fontsize=8)
-
-def _cells(data: Any) -> Any:
-    import numpy as np
-    return np.ndenumerate(data)
+    for i, row in enumerate(data):
+        for j, value in enumerate(row):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            ax.text(j, i, format(value, fmt), ha="center", va="center", fontsize=8,
+                    color="#111111" if light else "#f5f5f5")
 
 # %% ../nbs/figures.ipynb #e2f2ae03
 class SVG(str):
@@ -89,13 +94,14 @@ class SVG(str):
     def _repr_svg_(self) -> str: return str(self)
 
 def _columns(nodes: Mapping[str, str], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    "The longest way from a node without inputs to each node; raises where the edges go in a circle."
+    "The longest way to each node from one without inputs; ValueError where the edges go round."
     column = dict.fromkeys(nodes, 0)
     for _ in nodes:
         moved = [(a, b) for a, b in edges if column[b] < column[a] + 1]
         if not moved: return column
         for a, b in moved: column[b] = max(column[b], column[a] + 1)
-    if any(column[b] < column[a] + 1 for a, b in edges): raise ValueError("the edges go in a circle: a graph to draw needs a direction")
+    if any(column[b] < column[a] + 1 for a, b in edges):
+        raise ValueError("the edges go in a circle: a graph to draw needs a direction")
     return column
 
 # %% ../nbs/figures.ipynb #013fe507
@@ -107,30 +113,48 @@ def graph_svg(
 ) -> SVG:
     "Draw a directed graph without circles from left to right, inputs first."
     unknown = [n for edge in edges for n in edge if n not in nodes]
-    if unknown: raise ValueError(f"an edge names {unknown[0]!r}, which is not among the nodes {list(nodes)}")
-    column, place, filled = _columns(nodes, edges), {}, {}
+    if unknown:
+        raise ValueError(f"an edge names {unknown[0]!r}; the nodes are {list(nodes)}")
     height = 14 + 14 * max((label.count("\n") + 1 for label in nodes.values()), default=1)
-    for n in nodes:
-        row = filled[column[n]] = filled.get(column[n], -1) + 1
-        place[n] = (column[n], row)
-    tall = max(filled.values(), default=0) + 1
-    spot = {n: (8 + c * (width + 42), 8 + (r + (tall - 1 - filled[c]) / 2) * (height + 16)) for n, (c, r) in place.items()}
+    spot = _places(_columns(nodes, edges), width + 42, height + 16)
     lines = [_arrow(spot[a], spot[b], width, height) for a, b in edges]
-    boxes = [_box(label, *spot[n], width, height, (colors or {}).get(n, FAINT)) for n, label in nodes.items()]
-    w, h = 16 + (max(filled, default=0) + 1) * (width + 42) - 42, 16 + tall * (height + 16) - 16
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" font-family="Helvetica, Arial, sans-serif" font-size="12">'
-    tip = f'<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto"><path d="M0,1 L7,4 L0,7" fill="none" stroke="{FAINT}"/></marker></defs>'
-    return SVG("".join([head, tip, *lines, *boxes, "</svg>"]))
+    boxes = [_box(label, *spot[n], width, height, (colors or {}).get(n, FAINT))
+             for n, label in nodes.items()]
+    w = max((x for x, _ in spot.values()), default=0) + width + 8
+    h = max((y for _, y in spot.values()), default=0) + height + 8
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:g} {h:g}" width="{w:g}" '
+            f'height="{h:g}" font-family="Helvetica, Arial, sans-serif" font-size="12">')
+    return SVG("".join([head, _TIP, *lines, *boxes, "</svg>"]))
+
+# %% ../nbs/figures.ipynb #e76ce6fb
+def _places(
+    column: Mapping[str, int],      # of each node
+    across: int, down: int,         # steps from a node to its neighbors
+) -> dict[str, tuple[float, float]]:
+    "The upper left corner of each node."
+    members: dict[int, list[str]] = {}
+    for n, c in column.items(): members.setdefault(c, []).append(n)
+    tall = max(map(len, members.values()), default=0)
+    return {n: (8.0 + c * across, 8 + (row + (tall - len(ns)) / 2) * down)
+            for c, ns in members.items() for row, n in enumerate(ns)}
+
+# %% ../nbs/figures.ipynb #922c0064
+_TIP = ('<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" '
+        'orient="auto">'
+        f'<path d="M0,1 L7,4 L0,7" fill="none" stroke="{FAINT}"/></marker></defs>')
 
 def _arrow(a: tuple[float, float], b: tuple[float, float], width: int, height: int) -> str:
     "A curve from the right side of one box to the left side of another."
     x0, y0, x1, y1 = a[0] + width, a[1] + height / 2, b[0], b[1] + height / 2
     bend = max((x1 - x0) / 2, 16)
-    return f'<path d="M{x0:g},{y0:g} C{x0 + bend:g},{y0:g} {x1 - bend:g},{y1:g} {x1:g},{y1:g}" fill="none" stroke="{FAINT}" marker-end="url(#tip)"/>'
+    return (f'<path d="M{x0:g},{y0:g} C{x0 + bend:g},{y0:g} {x1 - bend:g},{y1:g} '
+            f'{x1:g},{y1:g}" fill="none" stroke="{FAINT}" marker-end="url(#tip)"/>')
 
 def _box(label: str, x: float, y: float, width: int, height: int, color: str) -> str:
     "A rounded box with its label, one line of text each."
     rows = label.split("\n")
     top = y + height / 2 - 7 * (len(rows) - 1) + 4
-    words = "".join(f'<text x="{x + width / 2:g}" y="{top + 14 * i:g}" text-anchor="middle" fill="{INK}">{escape(row)}</text>' for i, row in enumerate(rows))
-    return f'<rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="6" fill="none" stroke="{color}" stroke-width="1.4"/>{words}'
+    words = "".join(f'<text x="{x + width / 2:g}" y="{top + 14 * i:g}" text-anchor="middle" '
+                    f'fill="{INK}">{escape(row)}</text>' for i, row in enumerate(rows))
+    return (f'<rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="6" fill="none" '
+            f'stroke="{color}" stroke-width="1.4"/>{words}')

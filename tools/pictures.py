@@ -12,7 +12,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT/'nbs'/'images'
-INK, FAINT, BLUE, ORANGE, GREEN, PINK, AMBER, SKY = '#222222', '#767676', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'
+sys.path.insert(0, str(ROOT))
+from llm_from_scratch.figures import COLORS, INK  # noqa: E402
+
+BLUE, ORANGE, GREEN, PINK, AMBER, SKY = COLORS[:6]
+FAINT = '#767676'                                    # darker than in plots: here it is the color of words
 WIDTH, HEIGHT, GAP = 168, 150, 22
 
 # Of each part: its name, what the reader holds at its end, and the function that draws it in a 140 x 60 box.
