@@ -21,30 +21,33 @@ if TYPE_CHECKING: from torch import Tensor
 else: Tensor = Any        # writing and reading token files needs no torch; only batches do
 
 # %% auto #0
-__all__ = ['SOURCES', 'SPLITS', 'MAGIC', 'VERSION', 'HEADER_SIZE', 'IGNORE', 'as_ids', 'check_windows', 'windows', 'Source',
-           'DownloadError', 'download', 'split_text', 'split_documents', 'load_corpus', 'TokenHeader', 'check_crc',
-           'read_header', 'fingerprint', 'replacing', 'check_ids', 'id_type', 'TokenWriter', 'TokenFile',
-           'document_mask', 'document_positions', 'mix', 'slide', 'shuffle_index', 'rank_rows', 'BatchPlan',
-           'BatchLoader']
+__all__ = ['SOURCES', 'CACHE_VARIABLE', 'SPLITS', 'MAGIC', 'VERSION', 'HEADER_SIZE', 'IGNORE', 'as_ids', 'check_windows',
+           'windows', 'Source', 'DownloadError', 'download', 'split_text', 'split_documents', 'load_corpus',
+           'TokenHeader', 'check_crc', 'read_header', 'fingerprint', 'replacing', 'check_ids', 'id_type', 'TokenWriter',
+           'TokenFile', 'document_mask', 'document_positions', 'mix', 'slide', 'shuffle_index', 'rank_rows',
+           'BatchPlan', 'ignore_repeated', 'documents_at', 'BatchLoader']
 
 # %% ../nbs/05_data.ipynb #9c9d6934
 def as_ids(
     ids: Any,  # a list, an array or a tensor
 ) -> Integer[np.ndarray, "N"]:
-    "One row of token ids as an array, without copying one that is an array already. Anything else is a `ValueError`."
+    "One row of token ids as an array, not copied if it is one. `ValueError` for anything else."
     row = np.asarray(ids)
-    if row.size == 0 and row.ndim == 1: return row.astype(np.int64)      # an empty list has no integer type of its own
+    if row.size == 0 and row.ndim == 1: return row.astype(np.int64)   # [] has no integer type
     if row.ndim != 1 or row.dtype.kind not in "iu":
-        raise ValueError(f"token ids are one row of integers, not {row.dtype} of shape {row.shape}")
+        what = f"{row.dtype} of shape {row.shape}"
+        raise ValueError(f"token ids are one row of integers, not {what}")
     return row
 
 def check_windows(n_tokens: int, context_length: int, stride: int) -> None:
-    "`ValueError` where `n_tokens` tokens do not hold a single window, or the numbers make no sense."
-    if context_length < 1: raise ValueError(f"context_length is {context_length}; a window holds at least 1 token")
+    "`ValueError` where `n_tokens` tokens hold no window, or the numbers make no sense."
+    T = context_length
+    if T < 1: raise ValueError(f"context_length is {T}; a window holds at least 1 token")
     if stride < 1: raise ValueError(f"stride is {stride}; windows lie at least 1 token apart")
     if n_tokens == 0: raise ValueError("empty corpus: there are no tokens to cut windows from")
-    if n_tokens <= context_length:
-        raise ValueError(f"a window of {context_length:,} tokens and its last target need {context_length + 1:,} tokens; the data has {n_tokens:,}")
+    if n_tokens <= T:
+        raise ValueError(f"a window of {T:,} tokens and its last target need {T + 1:,} tokens; "
+                         f"the data has {n_tokens:,}")
 
 # %% ../nbs/05_data.ipynb #ff695251
 def windows(
@@ -65,13 +68,15 @@ class Source:
     urls: tuple[str, ...]    # where copies lie, tried in this order
     sha256: str              # what every copy must hash to
 
+_GITHUB, _MIRROR = "https://raw.githubusercontent.com", "https://cdn.jsdelivr.net/gh"
+
 SOURCES: Mapping[str, Source] = {
     "shakespeare": Source((
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
+        f"{_GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        f"{_MIRROR}/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
     ), "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "the-verdict": Source((
-        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
+        f"{_GITHUB}/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
     ), "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
 }
 
@@ -79,59 +84,71 @@ SOURCES: Mapping[str, Source] = {
 class DownloadError(OSError):
     "No address of a `Source` gave the text; says what each of them answered."
 
+CACHE_VARIABLE = "LLM_FROM_SCRATCH_CACHE"
+
 def _pooch() -> Any:
     "The library that downloads, or an error that names the extra which brings it."
     try: import pooch
-    except ImportError as e: raise ImportError("downloading needs pooch: pip install 'llm-from-scratch[hub]'") from e
+    except ImportError as e:
+        raise ImportError("downloading needs pooch: pip install 'llm-from-scratch[hub]'") from e
     return pooch
 
 def download(
     name: str,                                    # names the file in the cache
     source: Source,
-    cache: str | os.PathLike[str] | None = None,  # folder; else $LLM_FROM_SCRATCH_CACHE, else the user's cache folder
+    cache: str | os.PathLike[str] | None = None,  # else $LLM_FROM_SCRATCH_CACHE, else its own
     progress: bool = False,                       # show a bar
 ) -> Path:
-    "The path of the text in the cache, downloaded if it is not there yet. `DownloadError` if no address has it."
-    pooch, failures = _pooch(), []
-    folder = cache or os.environ.get("LLM_FROM_SCRATCH_CACHE") or pooch.os_cache("llm_from_scratch")
+    "The text's path in the cache, downloaded if need be. `DownloadError` if no address has it."
+    pooch, sha, failures = _pooch(), source.sha256, []
+    folder = cache or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("llm_from_scratch")
     get = pooch.HTTPDownloader(timeout=30, progressbar=progress)
+    file = f"{sha[:8]}-{name}.txt"
     for url in source.urls:
-        try: return Path(pooch.retrieve(url, f"sha256:{source.sha256}", f"{source.sha256[:8]}-{name}.txt", folder, downloader=get))
-        except ValueError: failures.append(f"{url}: its SHA-256 is not {source.sha256[:8]}…")
-        except OSError as e: failures.append(f"{url}: {type(e).__name__}")
-    raise DownloadError(f"cannot download {name!r}; load_corpus('storyland') needs no network\n  " + "\n  ".join(failures))
+        try: return Path(pooch.retrieve(url, f"sha256:{sha}", file, folder, downloader=get))
+        except ValueError: failures.append(f"\n  {url}: its SHA-256 is not {sha[:8]}…")
+        except OSError as e: failures.append(f"\n  {url}: {type(e).__name__}")
+    raise DownloadError(f"cannot download {name!r}; load_corpus('storyland') needs no network"
+                        + "".join(failures))
 
 # %% ../nbs/05_data.ipynb #22a27e3b
-SPLITS: Mapping[str, tuple[float, float]] = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
+SPLITS: Mapping[str, tuple[float, float]] = {
+    "train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
 def split_text(text: str, split: str) -> str:
-    "The part of one long text that belongs to `split`; cuts move on to the end of a paragraph, else of a line, else of a word."
+    "The part of a text that belongs to `split`; cuts move to the next blank line."
     def cut(share: float) -> int:
         at = round(len(text) * share)
         if at in (0, len(text)): return at
-        ends = (text.find(mark, at) + len(mark) for mark in ("\n\n", "\n", " ") if text.find(mark, at) >= 0)
-        return next(ends, len(text))
+        for mark in ("\n\n", "\n", " "):
+            if (found := text.find(mark, at)) >= 0: return found + len(mark)
+        return len(text)
     start, stop = SPLITS[split]
     return text[cut(start):cut(stop)]
 
 def split_documents(documents: Sequence[Any], split: str) -> Sequence[Any]:
-    "The documents of `split`, by position; of three or more documents each split gets at least one."
+    "The documents of `split`, by position; of three or more each split gets at least one."
     n = len(documents)
     validation = min(max(1, round(n * SPLITS["validation"][0])), n - 2)
     test = min(max(validation + 1, round(n * SPLITS["test"][0])), n - 1)
-    return {"train": documents[:validation], "validation": documents[validation:test], "test": documents[test:]}[split]
+    start = {"train": 0, "validation": validation, "test": test}[split]
+    stop = {"train": validation, "validation": test, "test": n}[split]
+    return documents[start:stop]
 
 # %% ../nbs/05_data.ipynb #dfd14be5
 def _read(path: Path) -> str:
     "The text of a UTF-8 file, with or without a byte-order mark."
     try: return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} at {e.start:,}") from e
+    except UnicodeDecodeError as e:
+        byte = e.object[e.start]
+        raise ValueError(f"{path} is not UTF-8: byte {byte:#04x} at {e.start:,}") from e
 
 def _from_files(path: Path, split: str) -> Iterator[str]:
     "The documents of a file or of a folder's `.txt` files, in the order of their names."
     files = [path] if path.is_file() else sorted(path.rglob("*.txt"), key=Path.as_posix)
     if not files: raise ValueError(f"empty corpus: there is no .txt file in {path}")
-    return map(_read, split_documents(files, split)) if len(files) >= 3 else _from_texts(map(_read, files), split, str(path))
+    if len(files) >= 3: return map(_read, split_documents(files, split))
+    return _from_texts(map(_read, files), split, str(path))
 
 def _from_texts(texts: Iterable[str], split: str, name: str) -> Iterator[str]:
     "The parts of a few long texts that belong to `split`."
@@ -146,28 +163,34 @@ def _storyland(n: int | None, seed: int, size: str, split: str) -> Iterator[str]
 
 # %% ../nbs/05_data.ipynb #494c9164
 def load_corpus(
-    name: str | os.PathLike[str] = "storyland",   # storyland, pydoc, a name in `sources`, or the path of a file or folder
+    name: str | os.PathLike[str] = "storyland",   # or pydoc, one of `sources`, a file or folder
     split: str = "train",                         # train, validation or test
     *,
-    n: int | None = None,                         # at most so many documents; storyland has no end without it
+    n: int | None = None,                         # at most so many; else storyland has no end
     seed: int = 0,                                # of storyland
     size: str = "small",                          # of storyland's world
     sources: Mapping[str, Source] = SOURCES,      # texts that can be downloaded
     cache: str | os.PathLike[str] | None = None,  # where downloads are kept, see `download`
     progress: bool = False,                       # show a bar while downloading
 ) -> Iterator[str]:
-    "The documents of a corpus, one by one. `ValueError` names an unknown corpus, `DownloadError` one that cannot be had."
-    if split not in SPLITS: raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+    "The documents of a corpus. `ValueError` if unknown, `DownloadError` if it cannot be had."
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
     if name == "storyland": found = _storyland(n, seed, size, split)
-    elif name == "pydoc": found = map(clean, split_documents(list(pydoc_corpus().values()), split))
-    elif name in sources: found = _from_texts([_read(download(str(name), sources[str(name)], cache, progress))], split, str(name))
+    elif name == "pydoc": found = map(clean, split_documents([*pydoc_corpus().values()], split))
+    elif (known := str(name)) in sources:
+        text = _read(download(known, sources[known], cache, progress))
+        found = _from_texts([text], split, known)
     elif Path(name).exists(): found = _from_files(Path(name), split)
-    else: raise ValueError(f"there is no corpus or path {str(name)!r}; known are {', '.join(['storyland', 'pydoc', *sources])}, and any folder of .txt files")
+    else:
+        names = ", ".join(["storyland", "pydoc", *sources])
+        raise ValueError(f"there is no corpus or path {known!r}; known are {names}, "
+                         "and any folder of .txt files")
     return islice(found, n)
 
 # %% ../nbs/05_data.ipynb #a3e6b87c
 MAGIC, VERSION = b"\x89LLM\r\n\x1a\n", 1
-_LAYOUT = struct.Struct("<8sIIQQQ32sII44x")          # little-endian, @tbl-data-header without the last line
+_LAYOUT = struct.Struct("<8sIIQQQ32sII44x")     # @tbl-data-header but its last line
 HEADER_SIZE = _LAYOUT.size + 4
 
 @dataclass(frozen=True)
@@ -195,7 +218,9 @@ class TokenHeader:
         "`ValueError` if the file called `name` was not made with this tokenizer."
         found, expected = self.fingerprint.hex(), fingerprint(tokenizer)
         if found == "0" * 64: raise ValueError(f"{name} does not say which tokenizer made it")
-        if found != expected: raise ValueError(f"{name} was made by another tokenizer: its fingerprint is {found[:8]}…, expected {expected[:8]}…")
+        if found != expected:
+            raise ValueError(f"{name} was made by another tokenizer: "
+                             f"its fingerprint is {found[:8]}…, expected {expected[:8]}…")
 
     def pack(self) -> bytes:
         "The header as bytes, its own checksum last."
@@ -206,55 +231,67 @@ class TokenHeader:
 def check_crc(data: bytes | memoryview, expected: int, what: str) -> None:
     "`ValueError` if the CRC-32 of `data` is not the expected one."
     found = zlib.crc32(data)
-    if found != expected: raise ValueError(f"{what} has checksum {found:08x}, expected {expected:08x}")
+    if found != expected:
+        raise ValueError(f"{what} has checksum {found:08x}, expected {expected:08x}")
 
 def read_header(
     file: BinaryIO,
     name: str,       # what to call the file in an error
 ) -> TokenHeader:
-    "The header of an open token file, if it and the file's size are in order; else a `ValueError` that says what is wrong."
+    "The header of an open token file. `ValueError` says what is wrong with it or the size."
     data, size = file.read(HEADER_SIZE), os.fstat(file.fileno()).st_size
-    if not data or data[:8] != MAGIC[:len(data)]: raise ValueError(f"{name} is not a token file: it starts with {data[:8]!r}, not with {MAGIC!r}")
-    if len(data) < HEADER_SIZE: raise ValueError(f"{name} is truncated inside its header: {len(data)} of {HEADER_SIZE} bytes")
+    if not data or data[:8] != MAGIC[:len(data)]:
+        raise ValueError(f"{name} is not a token file: "
+                         f"it starts with {data[:8]!r}, not with {MAGIC!r}")
+    if len(data) < HEADER_SIZE:
+        raise ValueError(f"{name} is truncated inside its header: "
+                         f"{len(data)} of {HEADER_SIZE} bytes")
     _, version, *fields = _LAYOUT.unpack(data[:-4])
-    if version != VERSION: raise ValueError(f"{name} has version {version} of the token file format; this library reads version {VERSION}")
+    if version != VERSION:
+        raise ValueError(f"{name} has version {version} of the token file format; "
+                         f"this library reads version {VERSION}")
     check_crc(data[:-4], int.from_bytes(data[-4:], "little"), f"{name} is damaged: its header")
     header = TokenHeader(*fields)
-    if header.itemsize not in (2, 4): raise ValueError(f"{name} is damaged: ids of {header.itemsize} bytes, expected 2 or 4")
+    if header.itemsize not in (2, 4):
+        raise ValueError(f"{name} is damaged: ids of {header.itemsize} bytes, expected 2 or 4")
     if size != header.file_size:
-        part = "ids" if size < header.offsets_start else "document offsets"
-        problem = f"truncated inside its {part}" if size < header.file_size else "longer than its header says"
+        problem = ("truncated inside its ids" if size < header.offsets_start else
+                   "truncated inside its document offsets" if size < header.file_size else
+                   "longer than its header says")
         raise ValueError(f"{name} is {problem}: {size:,} bytes, expected {header.file_size:,}")
     return header
 
 # %% ../nbs/05_data.ipynb #bd4d5a91
 def fingerprint(tokenizer: Tokenizer) -> str:
-    "64 hexadecimal digits that two tokenizers share only if they give the same ids the same meaning."
-    facts = [type(tokenizer).__name__, tokenizer.vocab_size, sorted(tokenizer.special_tokens.items()), _table(tokenizer)]
+    "64 hexadecimal digits that two tokenizers share only if their ids mean the same."
+    special = sorted(tokenizer.special_tokens.items())
+    facts = [type(tokenizer).__name__, tokenizer.vocab_size, special, _table(tokenizer)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
 
 def _table(tokenizer: Any) -> Any:
     "What a tokenizer knows, wherever it keeps it."
-    if hasattr(tokenizer, "state"): return tokenizer.state()                   # chapter 2
-    if hasattr(tokenizer, "vocab"): return sorted(tokenizer.vocab, key=tokenizer.vocab.get), getattr(tokenizer, "pattern", "")   # chapter 3
+    if hasattr(tokenizer, "state"): return tokenizer.state()          # chapter 2
+    if hasattr(tokenizer, "vocab"):                                   # chapter 3
+        pieces = sorted(tokenizer.vocab, key=tokenizer.vocab.get)
+        return pieces, getattr(tokenizer, "pattern", "")
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
 
 # %% ../nbs/05_data.ipynb #364ba09e
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    "A new file beside `path` that takes its place when the block ends, and vanishes if the block raises."
+    "A new file beside `path` that replaces it when the block ends, or vanishes if it raises."
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "x+b") as file:
             yield file
-            file.flush(); os.fsync(file.fileno())         # on the disk, not only on its way there
+            file.flush(); os.fsync(file.fileno())   # on the disk, not only on its way
         os.replace(beside, path)
         _sync_folder(path.parent)
     finally: beside.unlink(missing_ok=True)
 
 def _sync_folder(folder: Path) -> None:
-    "Make the new name last through a power failure, where the system has a way to ask for that."
+    "Make the new name last through a power failure, where the system has a way to ask."
     if os.name != "posix": return
     handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
@@ -269,21 +306,23 @@ def check_ids(
     "`ValueError` names the first id that is not in `0 … vocab_size - 1`."
     if ids.size == 0 or (ids.max() < vocab_size and ids.min() >= 0): return
     at = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
-    raise ValueError(f"token id {ids.flat[at]} at position {at:,} is outside {of}: ids run from 0 to {vocab_size - 1:,}")
+    raise ValueError(f"token id {ids.flat[at]} at position {at:,} is outside {of}: "
+                     f"ids run from 0 to {vocab_size - 1:,}")
 
 def id_type(vocab_size: int) -> np.dtype[Any]:
     "The smallest of the two file types that holds every id: 16 bits up to 65,536 ids, else 32."
-    if not 1 <= vocab_size <= 1 << 32: raise ValueError(f"vocab_size is {vocab_size:,}; a token file takes 1 to {1 << 32:,}")
+    if not 1 <= vocab_size <= 1 << 32:
+        raise ValueError(f"vocab_size is {vocab_size:,}; a token file takes 1 to {1 << 32:,}")
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 # %% ../nbs/05_data.ipynb #dd408ca6
 class TokenWriter:
-    "Appends documents to a token file in the making; `TokenFile.create` and `TokenFile.extend` give you one."
-    def __init__(self, file: BinaryIO, offsets: BinaryIO, vocab_size: int, fingerprint: bytes):
-        self.dtype, self.vocab_size, self.fingerprint = id_type(vocab_size), vocab_size, fingerprint
+    "Appends documents to a token file in the making, see `TokenFile.create` and `.extend`."
+    def __init__(self, file: BinaryIO, offsets: BinaryIO, vocab_size: int, mark: bytes):
+        self.dtype, self.vocab_size, self._mark = id_type(vocab_size), vocab_size, mark
         self.n_tokens = self.n_documents = self._ids_crc = self._offsets_crc = 0
         self._file, self._offsets = file, offsets
-        file.write(bytes(HEADER_SIZE))                    # room for the header, which is known last
+        file.write(bytes(HEADER_SIZE))             # room for the header, which is known last
         self._add_offset()
 
     def append(self, ids: Any) -> None:
@@ -315,14 +354,17 @@ class TokenWriter:
         self._add_ids(bytes(-self.n_tokens * self.dtype.itemsize % 8))
         self._offsets.seek(0); shutil.copyfileobj(self._offsets, self._file)
         self._file.seek(0)
-        self._file.write(TokenHeader(self.dtype.itemsize, self.vocab_size, self.n_tokens, self.n_documents,
-                                     self.fingerprint, self._ids_crc, self._offsets_crc).pack())
+        header = TokenHeader(self.dtype.itemsize, self.vocab_size, self.n_tokens,
+                             self.n_documents, self._mark, self._ids_crc, self._offsets_crc)
+        self._file.write(header.pack())
 
 # %% ../nbs/05_data.ipynb #92d36b2a
 @contextmanager
-def _writing(path: str | os.PathLike[str], vocab_size: int, fingerprint: bytes) -> Iterator[TokenWriter]:
+def _writing(
+    path: str | os.PathLike[str], vocab_size: int, mark: bytes,
+) -> Iterator[TokenWriter]:
     with replacing(path) as file, tempfile.TemporaryFile(dir=Path(path).parent) as offsets:
-        writer = TokenWriter(file, offsets, vocab_size, fingerprint)
+        writer = TokenWriter(file, offsets, vocab_size, mark)
         yield writer
         writer._finish()
 
@@ -330,11 +372,14 @@ def _writing(path: str | os.PathLike[str], vocab_size: int, fingerprint: bytes) 
 _T = TypeVar("_T", bound="_MappedTokens")
 
 class _MappedTokens:
-    "Documents as token ids in a mapped file: `len()` counts documents, `[i]` is one of them, `ids` is all of them in a row."
+    "Documents in a mapped file: `len()` counts them, `[i]` is one, `ids` is all in a row."
+    _ids: np.ndarray | None
+    _offsets: np.ndarray | None
+
     def __init__(self, path: Path, header: TokenHeader, data: mmap.mmap):
         self.path, self.header, self._map = path, header, data
-        self._ids: np.ndarray | None = np.frombuffer(data, f"<u{header.itemsize}", header.n_tokens, HEADER_SIZE)
-        self._offsets: np.ndarray | None = np.frombuffer(data, "<i8", header.n_documents + 1, header.offsets_start)
+        self._ids = np.frombuffer(data, f"<u{header.itemsize}", header.n_tokens, HEADER_SIZE)
+        self._offsets = np.frombuffer(data, "<i8", header.n_documents + 1, header.offsets_start)
 
     @property
     def ids(self) -> Integer[np.ndarray, "N"]:
@@ -344,7 +389,7 @@ class _MappedTokens:
 
     @property
     def offsets(self) -> Int64[np.ndarray, "D"]:
-        "Document i holds the tokens from `offsets[i]` up to `offsets[i + 1]`; one number more than there are documents."
+        "Document i holds the tokens from `offsets[i]` up to `offsets[i + 1]`."
         if self._offsets is None: raise ValueError(f"{self.path.name} is closed")
         return self._offsets
 
@@ -361,8 +406,14 @@ class _MappedTokens:
 
     def __iter__(self) -> Iterator[np.ndarray]: return (self[i] for i in range(len(self)))
 
+    def __repr__(self) -> str:
+        h = self.header
+        return (f"{type(self).__name__}({self.path.name!r}: "
+                f"{h.n_tokens:,} tokens in {len(self):,} documents, "
+                f"vocabulary {h.vocab_size:,}, {h.itemsize} bytes per id)")
+
     def close(self) -> None:
-        "Let go of the file. A slice that you still hold stays valid, and the map goes with the last of them."
+        "Let go of the file. Slices that you still hold stay valid; the map goes with the last."
         self._ids = self._offsets = None
         with suppress(BufferError): self._map.close()
 
@@ -378,9 +429,9 @@ class _CheckedTokens(_MappedTokens):
         cls: type[_C],
         path: str | os.PathLike[str],
         tokenizer: Tokenizer | None = None,   # if given, it must be the one that made the file
-        verify: bool = False,                 # also read the whole file once and compare checksums
+        verify: bool = False,                 # read the whole file once, compare checksums
     ) -> _C:
-        "Map a token file. `ValueError` says what is wrong: not a token file, truncated, damaged, or another tokenizer's."
+        "Map a token file. `ValueError`: truncated, damaged, or another tokenizer's."
         path = Path(path)
         with open(path, "rb") as file:
             header = read_header(file, path.name)
@@ -392,25 +443,29 @@ class _CheckedTokens(_MappedTokens):
         return found
 
     def verify(self) -> None:
-        "Read the whole file; `ValueError` names the part whose checksum or content cannot be right."
+        "Read the whole file; `ValueError` names the part that cannot be right."
         start, name = self.header.offsets_start, f"{self.path.name} is damaged"
-        with memoryview(self._map) as data, data[HEADER_SIZE:start] as ids, data[start:] as offsets:
+        with memoryview(self._map) as all, all[HEADER_SIZE:start] as ids, all[start:] as rest:
             check_crc(ids, self.header.ids_crc, f"{name}: its ids part")
-            check_crc(offsets, self.header.offsets_crc, f"{name}: its document offsets part")
-        if self.offsets[0] != 0 or self.offsets[-1] != len(self.ids) or (self.offsets[1:] < self.offsets[:-1]).any():
-            raise ValueError(f"{name}: its document offsets do not rise from 0 to {len(self.ids):,}")
+            check_crc(rest, self.header.offsets_crc, f"{name}: its document offsets part")
+        ends, n = self.offsets, len(self.ids)
+        if ends[0] != 0 or ends[-1] != n or (ends[1:] < ends[:-1]).any():
+            raise ValueError(f"{name}: its document offsets do not rise from 0 to {n:,}")
         check_ids(self.ids, self.vocab_size, f"the vocabulary of {self.path.name}")
 
 # %% ../nbs/05_data.ipynb #25055b8f
 def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     "The ids of each text; many texts in one call where the tokenizer has one for that."
     texts = iter(texts)
+    at_once = hasattr(tokenizer, "encode_batch")
     while some := list(islice(texts, 256)):
-        yield from tokenizer.encode_batch(some) if hasattr(tokenizer, "encode_batch") else map(tokenizer.encode, some)
+        yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)
 
 # %% ../nbs/05_data.ipynb #126239cd
 class TokenFile(_CheckedTokens):
-    "A file of token ids that knows which tokenizer made it, where its documents end, and whether it is whole."
+    """A file of token ids that knows its tokenizer, its documents and whether it is whole.
+
+    `len(file)` counts documents, `file[i]` is one, `file.ids` is all of them in a row."""
     @classmethod
     @contextmanager
     def create(
@@ -419,19 +474,22 @@ class TokenFile(_CheckedTokens):
         tokenizer: Tokenizer | None = None,   # whose fingerprint the file carries
         vocab_size: int | None = None,        # of the tokenizer; needed where there is none
     ) -> Iterator[TokenWriter]:
-        "`with TokenFile.create(path, tokenizer) as file: file.append(ids)`: at the end of the block the file is there, whole."
+        "`with TokenFile.create(path, tokenizer) as file: file.append(ids)` for each document."
         if tokenizer is not None: vocab_size = tokenizer.vocab_size
-        if vocab_size is None: raise ValueError("a token file needs a tokenizer or a vocab_size")
+        if vocab_size is None:
+            raise ValueError("a token file needs a tokenizer or a vocab_size")
         mark = bytes(32) if tokenizer is None else bytes.fromhex(fingerprint(tokenizer))
         with _writing(path, vocab_size, mark) as writer: yield writer
 
     @classmethod
     @contextmanager
-    def extend(cls, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Iterator[TokenWriter]:
-        "Append documents to a copy, which takes the file's place at the end of the block. One writer at a time."
+    def extend(
+        cls, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None,
+    ) -> Iterator[TokenWriter]:
+        "Append to a copy, which takes the file's place at the end. One writer at a time."
         with cls.open(path, tokenizer) as old: header = old.header
         with _writing(path, header.vocab_size, header.fingerprint) as writer:
-            with cls.open(path, verify=True) as old: writer._copy(old)   # closed before it is replaced: Windows insists
+            with cls.open(path, verify=True) as old: writer._copy(old)  # closed when replaced
             yield writer
 
     @classmethod
@@ -440,7 +498,7 @@ class TokenFile(_CheckedTokens):
         path: str | os.PathLike[str],
         texts: Iterable[str],
         tokenizer: Tokenizer,
-        end: str | None = "<|endoftext|>",    # special token put after each document, if the tokenizer has it
+        end: str | None = "<|endoftext|>",    # put after each document, if the tokenizer has it
     ) -> TokenFile:
         "Tokenize documents into a new file, a few at a time, and open it."
         last = [tokenizer.special_tokens[end]] if end in tokenizer.special_tokens else []
@@ -448,13 +506,10 @@ class TokenFile(_CheckedTokens):
             for ids in _encode_all(tokenizer, texts): file.append([*ids, *last])
         return cls.open(path)
 
-    def __repr__(self) -> str:
-        return f"TokenFile({self.path.name!r}: {len(self.ids):,} tokens in {len(self):,} documents, vocabulary {self.vocab_size:,}, {self.header.itemsize} bytes per id)"
-
 # %% ../nbs/05_data.ipynb #056c8ac1
 def document_mask(
     segments: Int64[Tensor, "B T"],     # the document of each token
-) -> Bool[Tensor, "B T T"]:             # True where a query (first T) may look at a key (second T)
+) -> Bool[Tensor, "B T T"]:             # True where a query (down) may look at a key (across)
     "A causal mask that ends at the borders of documents, @eq-data-mask."
     same = segments[:, :, None] == segments[:, None, :]
     return same.tril()
@@ -465,7 +520,7 @@ def document_positions(segments: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
 
 # %% ../nbs/05_data.ipynb #35fff9fd
 def mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    "Scramble 64-bit numbers: each bit of the input decides about half of the bits of the output (splitmix64)."
+    "Scramble 64-bit numbers (splitmix64): each input bit sways about half of the output bits."
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
@@ -487,17 +542,18 @@ def slide(
 def shuffle_index(
     index: Integer[np.ndarray, "N"],     # numbers below n
     n: int,
-    key: Any,                        # another key, another order; one number, or one for each index
+    key: Any,                        # another key, another order; a number, or one per index
     rounds: int = 6,
 ) -> Int64[np.ndarray, "N"]:
-    "Where a shuffle of `range(n)` puts each number: a bijection, computed for these numbers alone, the same on every machine."
+    "Where a shuffle of `range(n)` puts these numbers: a bijection, the same on every machine."
     if n < 1: raise ValueError(f"cannot shuffle {n} numbers")
     rows = isqrt(n - 1) + 1                                # the smallest square that holds n …
     columns = -(-n // rows)                                # … and no more columns than needed
     keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape) + np.zeros(1, np.uint64)
     keys = mix(mix(keys) + np.arange(rounds, dtype=np.uint64)[:, None])
     out = slide(index.astype(np.uint64), rows, columns, keys)
-    while (outside := out >= n).any(): out[outside] = slide(out[outside], rows, columns, keys[:, outside])
+    while (out_of_n := out >= n).any():
+        out[out_of_n] = slide(out[out_of_n], rows, columns, keys[:, out_of_n])
     return out.astype(np.int64)
 
 # %% ../nbs/05_data.ipynb #63eb5def
@@ -506,18 +562,23 @@ IGNORE = -100      # the target that a loss leaves out
 def rank_rows(batch_size: int, rank: int, world_size: int) -> range:
     "The rows of a batch that `rank` reads; together the ranks read each row once."
     if world_size < 1: raise ValueError(f"world_size is {world_size}; there is at least 1 rank")
-    if not 0 <= rank < world_size: raise ValueError(f"rank {rank} is out of range: {world_size} ranks are numbered 0 to {world_size - 1}")
-    if batch_size < world_size: raise ValueError(f"a batch of {batch_size} rows cannot be shared by {world_size} ranks: each needs at least one row")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is out of range: "
+                         f"{world_size} ranks are numbered 0 to {world_size - 1}")
+    if batch_size < world_size:
+        raise ValueError(f"a batch of {batch_size} rows cannot be shared by "
+                         f"{world_size} ranks: each needs at least one row")
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 # %% ../nbs/05_data.ipynb #05ff0ec5
 class BatchPlan:
     "Which windows the rows of each step show, @eq-data-row: pure arithmetic, no data."
-    def __init__(self, n_windows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, shuffle: bool = True):
+    def __init__(self, n_windows: int, batch_size: int, seed: int = 0, rank: int = 0,
+                 world_size: int = 1, shuffle: bool = True):
         self.n_windows, self.batch_size, self.shuffle = n_windows, batch_size, shuffle
         self.rows = rank_rows(batch_size, rank, world_size)
         self._seed = mix(np.array([seed % 2**64], np.uint64))
-        self._together = max(1, 2048 // len(self.rows))    # steps computed at once, and kept until another is asked for
+        self._together = max(1, 2048 // len(self.rows))    # steps computed at once, and kept
         self._kept = -1, np.empty((0, 0), np.int64)
 
     def windows(self, step: int) -> Int64[np.ndarray, "B"]:
@@ -525,15 +586,18 @@ class BatchPlan:
         if step < 0: raise ValueError(f"step is {step}; the first step is 0")
         group, at = divmod(step, self._together)
         kept = self._kept
-        if kept[0] != group: self._kept = kept = group, self._compute(group * self._together + np.arange(self._together))
+        if kept[0] != group:
+            steps = group * self._together + np.arange(self._together)
+            self._kept = kept = group, self._compute(steps)
         return kept[1][at]
 
     def _compute(self, steps: Int64[np.ndarray, "S"]) -> Int64[np.ndarray, "S B"]:
         "The windows of several steps, @eq-data-row."
         rows = steps[:, None] * self.batch_size + np.asarray(self.rows)
         epoch, place = np.divmod(rows.ravel(), self.n_windows)
-        order = shuffle_index(place, self.n_windows, self._seed + epoch.astype(np.uint64)) if self.shuffle else place
-        return order.reshape(rows.shape)
+        key = self._seed + epoch.astype(np.uint64)
+        if self.shuffle: place = shuffle_index(place, self.n_windows, key)
+        return place.reshape(rows.shape)
 
     def epoch(self, step: int) -> int:
         "The epoch that the first row of `step` belongs to."
@@ -541,17 +605,38 @@ class BatchPlan:
 
     def steps(self, epoch: int) -> range:
         "The steps that begin in `epoch`."
-        return range(-(-epoch * self.n_windows // self.batch_size), -(-(epoch + 1) * self.n_windows // self.batch_size))
+        first, last = epoch * self.n_windows, (epoch + 1) * self.n_windows
+        return range(-(-first // self.batch_size), -(-last // self.batch_size))
+
+# %% ../nbs/05_data.ipynb #3b1abd14
+def ignore_repeated(
+    start: Int64[np.ndarray, "B"],     # where each row starts
+    y: Int64[np.ndarray, "B T"],       # its targets, changed in place
+) -> None:
+    "The last window reaches back: ignore the targets that the window before it had."
+    T = y.shape[1]
+    for row in np.flatnonzero(start % T): y[row, :-start[row] % T] = IGNORE
+
+def documents_at(
+    offsets: Int64[np.ndarray, "D"],
+    start: Int64[np.ndarray, "B"],
+    width: int,
+) -> Int64[np.ndarray, "B width"]:
+    "The document of each of `width` tokens from each start on."
+    return np.searchsorted(offsets, start[:, None] + np.arange(width), side="right") - 1
 
 # %% ../nbs/05_data.ipynb #aa4fb807
-def _tokens(data: Any, context_length: int, vocab_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    "The ids and document offsets of a file or of a bare row, if there is a window in it and a model of `vocab_size` can read it."
+def _tokens(
+    data: Any, context_length: int, vocab_size: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    "Ids and offsets of a file or a bare row, if a model of `vocab_size` can read it."
     file = data if isinstance(data, TokenFile) else None
     ids = as_ids(data) if file is None else file.ids
     check_windows(len(ids), context_length, context_length)
     if file is None: check_ids(ids, vocab_size or 1 << 63, "the model's vocabulary")
     elif vocab_size is not None and file.vocab_size > vocab_size:
-        raise ValueError(f"{file.path.name} has ids up to {file.vocab_size - 1:,}, the model's vocabulary ends at {vocab_size - 1:,}")
+        raise ValueError(f"{file.path.name} has ids up to {file.vocab_size - 1:,}, "
+                         f"the model's vocabulary ends at {vocab_size - 1:,}")
     return ids, np.array([0, len(ids)]) if file is None else file.offsets
 
 # %% ../nbs/05_data.ipynb #4024a572
@@ -564,11 +649,12 @@ class _Batches:
         *,
         seed: int = 0, rank: int = 0, world_size: int = 1, shuffle: bool = True,
         vocab_size: int | None = None,    # of the model: larger ids are an error
-        cross_documents: bool = True,     # if False, no target belongs to another document than its input
+        cross_documents: bool = True,     # if False, targets in the next document are ignored
     ):
         self.ids, self.offsets = _tokens(data, context_length, vocab_size)
         self.context_length, self.cross_documents = context_length, cross_documents
-        self.plan = BatchPlan(-(-(len(self.ids) - 1) // context_length), batch_size, seed, rank, world_size, shuffle)
+        n_windows = -(-(len(self.ids) - 1) // context_length)
+        self.plan = BatchPlan(n_windows, batch_size, seed, rank, world_size, shuffle)
         self._windows = np.lib.stride_tricks.sliding_window_view(self.ids, context_length + 1)
 
     def starts(self, step: int) -> Int64[np.ndarray, "B"]:
@@ -581,38 +667,32 @@ class _Batches:
         start = self.starts(step)
         block = self._windows[start]
         x, y = block[:, :-1].astype(np.int64), block[:, 1:].astype(np.int64)
-        self._drop_repeated(start, y)
+        ignore_repeated(start, y)
         if not self.cross_documents:
-            document = self._documents(start, self.context_length + 1)
+            document = documents_at(self.offsets, start, self.context_length + 1)
             y[document[:, 1:] != document[:, :-1]] = IGNORE
         return torch.from_numpy(x), torch.from_numpy(y)
-
-    def _drop_repeated(self, start: Int64[np.ndarray, "B"], y: Int64[np.ndarray, "B T"]) -> None:
-        "In the last window, which reaches back, ignore the targets that the window before it had."
-        for row in np.flatnonzero(start % self.context_length):
-            y[row, :-start[row] % self.context_length] = IGNORE
-
-    def _documents(self, start: Int64[np.ndarray, "B"], width: int) -> Int64[np.ndarray, "B width"]:
-        return np.searchsorted(self.offsets, start[:, None] + np.arange(width), side="right") - 1
 
     def segments(self, step: int) -> Int64[Tensor, "B T"]:
         "The number of the document that each input of `batch(step)` belongs to."
         import torch
-        return torch.from_numpy(self._documents(self.starts(step), self.context_length))
+        found = documents_at(self.offsets, self.starts(step), self.context_length)
+        return torch.from_numpy(found)
 
 
 # %% ../nbs/05_data.ipynb #172dc944
 class BatchLoader(_Batches):
     """Batches of a token file, each a pure function of seed, step, rank and world size.
 
-    `batch(step)` computes one, `for x, y in loader` reads the rest of the epoch, `len(loader)` counts the steps of the epoch it is in."""
+    `batch(step)` computes one, `for x, y in loader` reads the rest of the epoch it is in,
+    `len(loader)` counts the steps of that epoch."""
     step = 0        # the next one
 
     def __len__(self) -> int: return len(self.plan.steps(self.plan.epoch(self.step)))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(self.step, self.plan.steps(self.plan.epoch(self.step)).stop):
-            self.step = step + 1                           # before the yield: whoever saves the state now has had this batch
+            self.step = step + 1         # before the yield: whoever saves now has had it
             yield self.batch(step)
 
     def state_dict(self) -> dict[str, int]:
