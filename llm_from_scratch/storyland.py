@@ -8,23 +8,18 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import accumulate, islice
+from itertools import accumulate, islice, permutations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING: from llm_from_scratch.text import Tokenizer
 
 # %% auto #0
-__all__ = ['Facts', 'Scene', 'PEOPLE', 'FORMS', 'PLACES', 'COLORS', 'NUMBERS', 'WALKS', 'HOURS', 'SKIES', 'THINGS', 'KINDS',
-           'SIZES', 'START', 'FRIENDS', 'SCENES', 'QUESTIONS', 'WALK', 'IDLE', 'HAPPY', 'SAD', 'CHEER', 'SPLITS',
+__all__ = ['Facts', 'Scene', 'PEOPLE', 'PLACES', 'COLORS', 'HOURS', 'SKIES', 'NUMBERS', 'THINGS', 'KINDS', 'SIZES', 'FRIENDS',
+           'START', 'SCENES', 'QUESTIONS', 'Told', 'WALK', 'Doing', 'IDLE', 'HAPPY', 'SAD', 'CHEER', 'SPLITS',
            'ORDINALS', 'entropy', 'cross_entropy_of', 'kl_divergence', 'Option', 'Glass', 'Menu', 'Narrator', 'Step',
-           'walk', 'recall', 'tell', 'follow', 'read', 'Size', 'opening', 'home', 'setting', 'first_place',
-           'belongings', 'count_first', 'carry', 'carry_what', 'goal', 'want', 'want_what', 'why_want', 'lost_where',
-           'friend_name', 'friend_place', 'present', 'why_give', 'need', 'need_why', 'quest', 'target', 'belonging',
-           'appetite', 'turn', 'sky', 'total', 'hero', 'go', 'go_why', 'greet', 'explore', 'discover', 'newcomer',
-           'idle', 'eat', 'gather', 'give', 'give_number', 'friend', 'friend_gives', 'beg', 'hint', 'reply', 'leave',
-           'together', 'homecoming', 'luggage', 'verdict', 'closing', 'last', 'narrator', 'log_probability',
-           'continuations', 'EntropyFloor', 'entropy_floor', 'split_of', 'State', 'Event', 'Story', 'stories', 'World',
+           'walk', 'recall', 'tell', 'follow', 'read', 'Size', 'narrator', 'log_probability', 'continuations',
+           'can_begin', 'EntropyFloor', 'entropy_floor', 'split_of', 'State', 'Event', 'Story', 'stories', 'World',
            'Task', 'questions', 'labels', 'instructions', 'arithmetic', 'Preference', 'preferences']
 
 # %% ../nbs/04_storyland.ipynb #414caeb1
@@ -114,11 +109,13 @@ class Step(NamedTuple):
     start: int      # its words are text[start:end]
     end: int
     menu: Menu      # what might have been told
-    index: int      # what was
+    chosen: int     # what was
     facts: Facts    # what is true afterwards
 
     @property
-    def log_p(self) -> float: return math.log(self.menu.p[self.index])
+    def log_p(self) -> float:
+        "Logarithm of the probability of this choice."
+        return math.log(self.menu.p[self.chosen])
 
 def walk(
     narrator: Narrator,
@@ -158,9 +155,9 @@ def recall(narrator: Narrator, facts: Facts) -> Menu:
 # %% ../nbs/04_storyland.ipynb #c9ac586b
 def tell(narrator: Narrator, uniform: Callable[[], float]) -> str:
     "Tell a story: the same as `walk` for the same random numbers, and fast."
-    facts, words, tree = narrator.start.copy(), [], narrator.tree
+    facts, words = narrator.start.copy(), []
     while facts["scene"] != "end":
-        node = tree
+        node: Any = narrator.tree
         while node.__class__ is tuple: node = node[1].get(node[0](facts))     # as in recall
         menu = node or _grow(narrator, facts)
         text, true = menu.told[bisect(menu.bounds, uniform())]
@@ -192,28 +189,44 @@ def read(narrator: Narrator, text: str) -> list[Step]:
     return steps
 
 # %% ../nbs/04_storyland.ipynb #439efda6
-PEOPLE = [("Mia", "she"), ("Tom", "he"), ("Anna", "she"), ("Ben", "he"), ("Lily", "she"), ("Sam", "he"), ("Rosa", "she"), ("Leo", "he"), ("Zoe", "she"), ("Max", "he"),
-          ("Emma", "she"), ("Finn", "he"), ("Nora", "she"), ("Hugo", "he"), ("Clara", "she"), ("Oscar", "he"), ("Ruth", "she"), ("Paul", "he"), ("Ivy", "she"), ("Jack", "he")]
-FORMS = {"she": ("She", "her", "her", "Her"), "he": ("He", "him", "his", "His")}
-PLACES = [("river", "by"), ("market", "at"), ("forest", "in"), ("bridge", "on"), ("garden", "in"), ("mill", "by"), ("beach", "on"), ("school", "at"),
-          ("castle", "in"), ("meadow", "in"), ("harbor", "at"), ("tower", "in"), ("lake", "by"), ("village", "in"), ("hill", "on"), ("station", "at")]
-COLORS = ["red", "blue", "green", "yellow", "white", "golden"]
-NUMBERS = "no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
-WALKS = ["went to", "walked to", "ran to", "set out for"]
-HOURS = ["morning", "noon", "afternoon", "evening", "night"]
-SKIES = {"sunny": "the sun came out.", "rainy": "it began to rain.", "windy": "a strong wind rose.", "snowy": "it began to snow."}
+def _pairs(text: str) -> list[tuple[str, str]]:
+    "One pair of words from each item between commas."
+    return [(first, second) for first, second in map(str.split, text.split(","))]
+
+PEOPLE = _pairs("Mia she, Tom he, Anna she, Ben he, Lily she, Sam he, Rosa she, Leo he, Zoe she, Max he, "
+                "Emma she, Finn he, Nora she, Hugo he, Clara she, Oscar he, Ruth she, Paul he, Ivy she, Jack he")
+PLACES = _pairs("river by, market at, forest in, bridge on, garden in, mill by, beach on, school at, "
+                "castle in, meadow in, harbor at, tower in, lake by, village in, hill on, station at")
+COLORS = "red blue green yellow white golden".split()
+HOURS = "morning noon afternoon evening night".split()
+SKIES = {"sunny": "the sun came out.", "rainy": "it began to rain.",
+         "windy": "a strong wind rose.", "snowy": "it began to snow."}
+NUMBERS = ("no one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+           "fifteen sixteen seventeen eighteen nineteen twenty").split()
 
 # %% ../nbs/04_storyland.ipynb #847586c3
-THINGS = [("ball", ("{A_he} wanted to play", "it had been a gift from {A_his} aunt")), ("kite", ("the wind was right", "{A_he} loved to watch it fly")),
-          ("key", ("the door would not open without it", "{A_his} diary was locked")), ("lamp", ("{A_he} was afraid of the dark", "the nights were long")),
-          ("book", ("{A_he} liked to read", "the days were dull without it")), ("blanket", ("the nights were cold", "{A_he} could not sleep without it")),
-          ("drum", ("{A_he} wanted to make music", "there would be a parade")), ("map", ("{A_he} wanted to see the world", "{A_he} kept getting lost")),
-          ("rope", ("{A_he} wanted to build a swing", "the boat had to be tied up")), ("bell", ("{A_his} cat kept running away", "it had a lovely sound")),
-          ("hat", ("the sun was strong", "{A_his} ears were cold")), ("spoon", ("there was soup for supper", "{A_he} wanted to bake")),
-          ("whistle", ("{A_his} dog only came when it blew", "it was fun to blow")), ("basket", ("there were berries to pick", "{A_he} had too much to carry")),
-          ("mirror", ("{A_he} wanted to catch the sun", "it had belonged to {A_his} mother")), ("flute", ("{A_he} wanted to play a song", "there would be a dance"))]
-KINDS = [("apples", "apple", True, "to bake a pie"), ("shells", "shell", False, "to make a necklace"), ("nuts", "nut", True, "to get through the winter"), ("flowers", "flower", False, "to make a garland"),
-         ("plums", "plum", True, "to make jam"), ("stones", "stone", False, "to build a wall"), ("cookies", "cookie", True, "to have a party"), ("feathers", "feather", False, "to fill a pillow")]
+THINGS = {
+    "ball": ("{A_he} wanted to play", "it had been a gift from {A_his} aunt"),
+    "kite": ("the wind was right", "{A_he} loved to watch it fly"),
+    "key": ("the door would not open without it", "{A_his} diary was locked"),
+    "lamp": ("{A_he} was afraid of the dark", "the nights were long"),
+    "book": ("{A_he} liked to read", "the days were dull without it"),
+    "blanket": ("the nights were cold", "{A_he} could not sleep without it"),
+    "drum": ("{A_he} wanted to make music", "there would be a parade"),
+    "map": ("{A_he} wanted to see the world", "{A_he} kept getting lost"),
+    "rope": ("{A_he} wanted to build a swing", "the boat had to be tied up"),
+    "bell": ("{A_his} cat kept running away", "it had a lovely sound"),
+    "hat": ("the sun was strong", "{A_his} ears were cold"),
+    "spoon": ("there was soup for supper", "{A_he} wanted to bake"),
+    "whistle": ("{A_his} dog only came when it blew", "it was fun to blow"),
+    "basket": ("there were berries to pick", "{A_he} had too much to carry"),
+    "mirror": ("{A_he} wanted to catch the sun", "it had belonged to {A_his} mother"),
+    "flute": ("{A_he} wanted to play a song", "there would be a dance"),
+}
+KINDS = [("apple", "apples", True, "to bake a pie"), ("shell", "shells", False, "to make a necklace"),
+         ("nut", "nuts", True, "to get through the winter"), ("flower", "flowers", False, "to make a garland"),
+         ("plum", "plums", True, "to make jam"), ("stone", "stones", False, "to build a wall"),
+         ("cookie", "cookies", True, "to have a party"), ("feather", "feathers", False, "to fill a pillow")]
 
 # %% ../nbs/04_storyland.ipynb #7c94e8b2
 @dataclass(frozen=True)
@@ -229,39 +242,60 @@ class Size:
     friends: int       # whom the hero can meet in one story
     rooms: int         # places in one story
     most: int          # largest number that comes at once
-    pace: float        # chance that the clock moves on before the hero does anything; 1: always
-    depth: int         # 0: hero, place, thing; 1: friends and feelings; 2: company, loss and theft
+    pace: float        # share of the clock among those whose turn it may be; 1: always the clock
+    depth: int         # 0: hero, place, thing; 1: friends, feelings; 2: company, loss, theft
 
 SIZES = {
-    "micro": Size(people=2, places=3, things=1, kinds=1, colors=0, skies=1, wordings=1, friends=0, rooms=3, most=2, pace=1.0, depth=0),
-    "tiny": Size(people=4, places=4, things=4, kinds=2, colors=0, skies=2, wordings=1, friends=1, rooms=4, most=3, pace=0.45, depth=1),
-    "small": Size(people=10, places=8, things=8, kinds=4, colors=4, skies=3, wordings=3, friends=2, rooms=4, most=5, pace=0.33, depth=2),
-    "large": Size(people=20, places=16, things=16, kinds=8, colors=6, skies=4, wordings=6, friends=2, rooms=5, most=8, pace=0.22, depth=2),
+    "micro": Size(people=2, places=3, things=1, kinds=1, colors=0, skies=1, wordings=1,
+                  friends=0, rooms=3, most=2, pace=1.0, depth=0),
+    "tiny": Size(people=4, places=4, things=4, kinds=2, colors=0, skies=2, wordings=1,
+                 friends=1, rooms=4, most=3, pace=0.45, depth=1),
+    "small": Size(people=10, places=8, things=8, kinds=4, colors=4, skies=3, wordings=3,
+                  friends=2, rooms=4, most=5, pace=0.33, depth=2),
+    "large": Size(people=20, places=16, things=16, kinds=8, colors=6, skies=4, wordings=6,
+                  friends=2, rooms=5, most=8, pace=0.22, depth=2),
 }
 
 # %% ../nbs/04_storyland.ipynb #c306e85b
+FRIENDS = ("B", "C")
+_FORMS = ("he", "He", "him", "his", "His")
+
 START: Facts = {
-    "scene": "opening", "weather": "", "hour": "", "goal": "", "why": "", "done": False, "mood": "", "because": "",
-    "she": "", "he": "",                               # whom these words mean now; "" when that is not clear
-    "at": "", "friend": "", "company": "",             # where the hero is, who is there too, who walks along
-    "news": "", "moved": False, "thanks": "",          # whose number changed, did the hero walk last, whom the hero gave something
-    "sex": "", "names": 0, "places": 0, "known": 0, "met": 0,     # taken names and places (as bits), and how many
-    "N": "", "N_one": "", "N_eat": False, "N_use": "", "need": 0, "gift": 0,
-    **{f"{role}{form}": "" for role in "ABC" for form in ("", "_he", "_He", "_him", "_his", "_His", "_at", "_feels")},
-    **{f"{role}_n": 0 for role in "ABC"},              # how many apples (or …) a person has
-    **{f"{thing}{form}": "" for thing in "TU" for form in ("", "_full", "_at")},     # _at: a person's role, a place's, or "" for unknown
+    "scene": "opening", "goal": "", "why": "", "need": 0, "done": False, "mood": "", "because": "",
+    "weather": "", "hour": "",
+    "she": "", "he": "",                     # the role these words mean now; "" when that is not clear
+    "at": "", "friend": "", "company": "",   # where the hero is, who is there too, who walks along
+    "news": "",                              # whose number has just changed
+    "moved": False,                          # did the hero walk just now?
+    "thanks": "",                            # whom the hero gave something
+    "gift": 0,                               # how many are changing hands
+    "sex": "", "names": 0, "met": 0,         # of a newcomer; names in use, as bits; friends so far
+    "places": 0, "known": 0,                 # places in use, as bits, and how many
+    "N": "", "N_one": "", "N_eat": False, "N_use": "",
+    **{f"{role}{form}": "" for role in "ABC" for form in ("", "_at", "_feels")},
+    **{f"{role}_{form}": "" for role in "ABC" for form in _FORMS},
+    **{f"{role}_n": 0 for role in "ABC"},    # how many apples (or …) a person has
+    **{f"{x}{form}": "" for x in "TU" for form in ("", "_full", "_at")},   # _at: a role, "" unknown
     **{f"P{i}{form}": "" for i in range(5) for form in ("", "_at")},
 }
 
-FRIENDS = ("B", "C")
 SCENES: dict[str, Scene] = {}
 QUESTIONS: dict[str, Callable[[Facts], Any]] = {}
 
-def _scene(f: Scene) -> Scene: SCENES[getattr(f, "__name__")] = f; return f
-def _question(f: Callable[[Facts], Any]) -> Callable[[Facts], Any]: QUESTIONS[getattr(f, "__name__")] = f; return f
+def _scene(f: Scene) -> Scene:
+    "Enter a scene under its name."
+    SCENES[getattr(f, "__name__").lstrip("_")] = f
+    return f
+
+def _question(f: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
+    "Enter a question under its name."
+    QUESTIONS[getattr(f, "__name__").lstrip("_")] = f
+    return f
 
 # %% ../nbs/04_storyland.ipynb #9227a09d
-def _ways(w: Glass, weight: float, texts: str, then: str, event: str = "", **facts: Any) -> Iterator[Option]:
+Told = Iterable[Option]
+
+def _ways(w: Glass, weight: float, texts: str, then: str, event: str = "", **facts: Any) -> Told:
     "Wordings of one event, parted by bars, that share its weight; `then` is the next scene."
     wordings = texts.split("|")[:w.size.wordings]
     facts["scene"] = then
@@ -271,347 +305,478 @@ def _ways(w: Glass, weight: float, texts: str, then: str, event: str = "", **fac
 def _mention(w: Glass, *roles: str) -> Facts:
     "Whom `she` and `he` mean after a sentence that spoke of these people."
     facts = {}
-    for role in roles: facts[w[f"{role}_he"]] = "" if w[f"{role}_he"] in facts else role
+    for role in roles:
+        he = w[f"{role}_he"]
+        facts[he] = "" if he in facts else role
     return facts
 
-def _name(w: Glass, role: str, form: str = "he") -> str:
+def _name(w: Glass, role: str) -> str:
     "The pronoun of a person where it is clear, else the name."
-    return f"{{{role}_{form}}}" if w[w[f"{role}_he"]] == role else f"{{{role}}}"
+    return f"{{{role}_he}}" if w[w[f"{role}_he"]] == role else f"{{{role}}}"
+
+def _alike(w: Glass, role: str) -> bool:
+    "Are this friend and the hero both girls, or both boys?"
+    return w[f"{role}_he"] == w.A_he
 
 def _he(w: Glass, role: str) -> str:
-    "A friend in a clause whose sentence has named hero and friend: a pronoun only if they are not both girls or both boys."
-    return f"{{{role}}}" if w[f"{role}_he"] == w.A_he else f"{{{role}_he}}"
+    "A friend, in a clause whose sentence has named hero and friend."
+    return f"{{{role}}}" if _alike(w, role) else f"{{{role}_he}}"
 
 # %% ../nbs/04_storyland.ipynb #66f1bcc4
 def _forms(role: str, he: str) -> Facts:
     "The facts `A_he`, `A_him`, … of a person who is called she or he."
-    return {f"{role}_{key}": form for key, form in zip(("he", "He", "him", "his", "His"), (he, *FORMS[he]))}
+    words = "she She her her Her" if he == "she" else "he He him his His"
+    return {f"{role}_{form}": word for form, word in zip(_FORMS, words.split())}
 
-def _people(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any) -> Iterator[Option]:
-    "Names not yet taken, of the sex that was told."
+def _people(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any) -> Told:
+    "Friends whose names are not yet taken, of the sex that was told."
     for i, (name, he) in enumerate(PEOPLE[:w.size.people]):
         if w.names >> i & 1 or w.sex not in ("", he): continue
-        now = "" if w.A_he == he else role     # the hero stands in the same sentence
-        yield Option(1 / (i + 3), name + tail, {"scene": then, role: name, **_forms(role, he), he: now, "names": w.names | 1 << i, **facts}, event)
+        now = "" if w.A_he == he else role           # the hero stands in the same sentence
+        told = {role: name, **_forms(role, he), he: now, "names": w.names | 1 << i}
+        yield Option(1 / (i + 3), name + tail, {"scene": then, **told, **facts}, event)
 
-def _places(w: Glass, role: str, phrase: str, then: str, event: str, **facts: Any) -> Iterator[Option]:
-    "Places not yet taken; in the phrase, {0} is the place and {1} its preposition."
+def _places(w: Glass, role: str, phrase: str, then: str, event: str, **facts: Any) -> Told:
+    "Places not yet taken; in the phrase, <the> becomes `the mill` and <at> `by the mill`."
     for i, (name, at) in enumerate(PLACES[:w.size.places]):
         if w.places >> i & 1: continue
-        yield Option(1 / (i + 3), phrase.replace("{0}", name).replace("{1}", at), {"scene": then, role: name, f"{role}_at": f"{at} the {name}", "places": w.places | 1 << i, **facts}, event)
+        the, at = f"the {name}", f"{at} the {name}"
+        told = {role: name, f"{role}_at": at, "places": w.places | 1 << i}
+        words = phrase.replace("<the>", the).replace("<at>", at)
+        yield Option(1 / (i + 3), words, {"scene": then, **told, **facts}, event)
 
-def _things(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any) -> Iterator[Option]:
+# %% ../nbs/04_storyland.ipynb #f480b5e1
+def _things(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any) -> Told:
     "Things not yet taken, after the color that was told, if any."
-    for i, (name, _) in enumerate(THINGS[:w.size.things]):
+    for i, name in enumerate([*THINGS][:w.size.things]):
         if role == "T" and name == w.U: continue
-        yield Option(1 / (i + 3), name + tail, {"scene": then, role: name, f"{role}_full": f"{w[role + '_full']} {name}".strip(), **facts}, event)
+        full = f"{w[role + '_full']} {name}".strip()
+        yield Option(1 / (i + 3), name + tail, {"scene": then, role: name, f"{role}_full": full, **facts}, event)
 
-def _colors(w: Glass, role: str, then: str) -> Iterator[Option]:
-    for i, color in enumerate(COLORS[:w.size.colors]): yield Option(1 / (i + 2), color + " ", {"scene": then, f"{role}_full": color})
+def _colors(w: Glass, role: str, then: str) -> Told:
+    "A color for the thing that comes."
+    for i, color in enumerate(COLORS[:w.size.colors]):
+        yield Option(1 / (i + 2), color + " ", {"scene": then, f"{role}_full": color})
 
-def _amount(n: int) -> str: return f"{NUMBERS[n]} {'{N_one}' if n == 1 else '{N}'}"
+def _amount(n: int, more: str = "") -> str:
+    "So many of the goods of this story."
+    return f"{NUMBERS[n]} {more}{'{N_one}' if n == 1 else '{N}'}"
 
 # %% ../nbs/04_storyland.ipynb #9e32c3e5
 @_scene
-def opening(w: Glass) -> Iterator[Option]:
+def _opening(w: Glass) -> Told:
     for i, (name, he) in enumerate(PEOPLE[:w.size.people]):
-        girl, forms = "girl" if he == "she" else "boy", _forms("A", he)
-        words = f"Once upon a time there was a {girl} called |Long ago there lived a {girl} called |Once there was a little {girl} whose name was |In a land far away lived a {girl} named |My grandmother used to tell of a {girl} called |Here is a story about a {girl} called "
-        yield from _ways(w, 1 / (i + 3), words.replace("|", f"{name}|") + name, "home", "open", A=name, names=1 << i, **forms, **{he: "A"})
+        girl = "girl" if he == "she" else "boy"
+        texts = (f"Once upon a time there was a {girl} called {name}|Long ago there lived a {girl} called {name}|"
+                 f"Once there was a little {girl} whose name was {name}|In a land far away lived a {girl} named {name}|"
+                 f"My grandmother used to tell of a {girl} called {name}|Here is a story about a {girl} called {name}")
+        facts = {"A": name, **_forms("A", he), he: "A", "names": 1 << i}
+        yield from _ways(w, 1 / (i + 3), texts, "home", "open", **facts)
 
 @_scene
-def home(w: Glass) -> Iterator[Option]:
-    for phrase in " who lived |, whose house stood |. {A_He} lived |. {A_His} family lived |. {A_He} had grown up |, and the house of {A_his} family stood ".split("|")[:w.size.wordings]:
-        yield from _places(w, "P0", phrase + "{1} the {0}.", "setting", "open", known=1)
+def _home(w: Glass) -> Told:
+    phrases = (" who lived <at>.|, whose house stood <at>.|. {A_He} lived <at>.|. {A_His} family lived <at>.|"
+               ". {A_He} had grown up <at>.|, and the house of {A_his} family stood <at>.")
+    for phrase in phrases.split("|")[:w.size.wordings]:
+        yield from _places(w, "P0", phrase, "setting", "open", known=1)
 
 @_scene
-def setting(w: Glass) -> Iterator[Option]:
+def _setting(w: Glass) -> Told:
     "The sky, the hour, and the first steps."
     for sky in [*SKIES][:w.size.skies]:
         for hour in "morning", "afternoon":
             weight = (3 if sky == "sunny" else 1) * (3 if hour == "morning" else 1)
-            for verb in WALKS[:w.size.wordings]:
-                yield from _ways(w, weight, f" One {sky} {hour} {{A_he}} {verb} the | It was a {sky} {hour}, and {{A_he}} {verb} the | On a {sky} {hour} {{A_he}} {verb} the ", "first_place", weather=sky, hour=hour)
+            for went in ("went to", "walked to", "set out for", "ran to")[:w.size.wordings]:
+                texts = (f" One {sky} {hour} {{A_he}} {went} |"
+                         f" It was a {sky} {hour}, and {{A_he}} {went} | On a {sky} {hour} {{A_he}} {went} ")
+                yield from _ways(w, weight, texts, "first_place", weather=sky, hour=hour)
 
 @_scene
-def first_place(w: Glass) -> Iterator[Option]: return _places(w, "P1", "{0}.", "belongings", "move", at="P1", known=2)
+def _first_place(w: Glass) -> Told:
+    return _places(w, "P1", "<the>.", "belongings", "move", at="P1", known=2)
 
 # %% ../nbs/04_storyland.ipynb #fc5e5332
 @_scene
-def belongings(w: Glass) -> Iterator[Option]:
+def _belongings(w: Glass) -> Told:
     yield from _ways(w, 3, " {A_He} had | {A} had | In {A_his} bag {A_he} had ", "count_first")
-    if w.size.depth: yield from _ways(w, 2, " {A_He} carried a | {A} carried a | With {A_him} {A_he} brought a ", "carry")
-    for option in goal(w): yield option._replace(weight=option.weight / 4)
+    if w.size.depth:
+        yield from _ways(w, 2, " {A_He} carried a | {A} carried a | With {A_him} {A_he} brought a ", "carry")
+    for option in _goal(w): yield option._replace(weight=option.weight / 4)
 
 @_scene
-def count_first(w: Glass) -> Iterator[Option]:
-    for i, (many, one, eat, use) in enumerate(KINDS[:w.size.kinds]):
+def _count_first(w: Glass) -> Told:
+    for i, (one, many, eat, use) in enumerate(KINDS[:w.size.kinds]):
+        facts = {"scene": "goal", "N": many, "N_one": one, "N_eat": eat, "N_use": use}
         for n in range(1, w.size.most + 1):
-            yield Option(1 / n / (i + 2), f"{NUMBERS[n]} {one if n == 1 else many}.", {"scene": "goal", "A_n": n, "N": many, "N_one": one, "N_eat": eat, "N_use": use}, "have")
+            words = f"{NUMBERS[n]} {one if n == 1 else many}."
+            yield Option(1 / n / (i + 2), words, {**facts, "A_n": n}, "have")
 
 @_scene
-def carry(w: Glass) -> Iterator[Option]: return _colors(w, "U", "carry_what") if w.size.colors else carry_what(w)
+def _carry(w: Glass) -> Told:
+    return _colors(w, "U", "carry_what") if w.size.colors else _carry_what(w)
 
 @_scene
-def carry_what(w: Glass) -> Iterator[Option]: return _things(w, "U", ".", "goal", "have", U_at="A")
+def _carry_what(w: Glass) -> Told: return _things(w, "U", ".", "goal", "have", U_at="A")
 
 # %% ../nbs/04_storyland.ipynb #83b409ba
 @_scene
-def goal(w: Glass) -> Iterator[Option]:
-    yield from _ways(w, 3, " {A_He} wanted a | {A} wished for a | More than anything {A_he} wanted a ", "want", goal="want")
-    yield from _ways(w, 3, " The day before, {A_he} had lost {A_his} | {A} was sad because {A_he} had lost {A_his} | Last week {A_he} had lost {A_his} ", "want", goal="lost")
-    if w.size.friends: yield from _ways(w, 2, " {A_He} was on the way to a friend called | {A} was going to see a friend called | {A} wished to visit a friend called ", "friend_name", goal="deliver", sex="")
-    if w.N: yield from _ways(w, 2, " {A_He} needed | {A} hoped for | {A_He} was out to collect ", "need", goal="collect")
+def _goal(w: Glass) -> Told:
+    want = " {A_He} wanted a | {A} wished for a | More than anything {A_he} wanted a "
+    lost = (" The day before, {A_he} had lost {A_his} | {A} was sad because {A_he} had lost {A_his} |"
+            " Last week {A_he} had lost {A_his} ")
+    visit = (" {A_He} was on the way to a friend called | {A} was going to see a friend called |"
+             " {A} wished to visit a friend called ")
+    yield from _ways(w, 3, want, "want", goal="want")
+    yield from _ways(w, 3, lost, "want", goal="lost")
+    if w.size.friends: yield from _ways(w, 2, visit, "friend_name", goal="deliver", sex="")
+    if w.N:
+        yield from _ways(w, 2, " {A_He} needed | {A} hoped for | {A_He} was out to collect ", "need", goal="collect")
 
 @_scene
-def want(w: Glass) -> Iterator[Option]: return _colors(w, "T", "want_what") if w.size.colors else want_what(w)
+def _want(w: Glass) -> Told: return _colors(w, "T", "want_what") if w.size.colors else _want_what(w)
 
 @_scene
-def want_what(w: Glass) -> Iterator[Option]:
+def _want_what(w: Glass) -> Told:
     if w.goal == "want": return _things(w, "T", " because ", "why_want", "want")
     if w.goal == "lost": return _things(w, "T", " ", "lost_where", "lose")
     return _things(w, "T", ", because ", "why_give", "want")
 
 @_scene
-def why_want(w: Glass) -> Iterator[Option]:
-    for why in dict(THINGS)[w.T][:w.size.wordings]: yield Option(1, why + ".", {"scene": "turn", "why": why, "because": why, **_mention(w, "A")}, "want")
-
-@_scene
-def lost_where(w: Glass) -> Iterator[Option]: return _places(w, "P2", "{1} the {0}.", "turn", "lose", known=3, T_at="P2", **_mention(w, "A"))
+def _lost_where(w: Glass) -> Told:
+    return _places(w, "P2", "<at>.", "turn", "lose", known=3, T_at="P2", **_mention(w, "A"))
 
 # %% ../nbs/04_storyland.ipynb #72249d63
-@_scene
-def friend_name(w: Glass) -> Iterator[Option]: return _people(w, "B", " who lived ", "friend_place", "want", met=1)
+def _reason(text: str, why: str, **facts: Any) -> Option:
+    "The last words of a goal; from here on the world moves by itself."
+    return Option(1, text + ".", {"scene": "turn", "why": why, "because": why, **facts}, "want")
 
 @_scene
-def friend_place(w: Glass) -> Iterator[Option]: return _places(w, "P2", "{1} the {0}", "present", "want", known=3, B_at="P2")
+def _why_want(w: Glass) -> Told:
+    for why in THINGS[w.T][:w.size.wordings]: yield _reason(why, why, **_mention(w, "A"))
 
 @_scene
-def present(w: Glass) -> Iterator[Option]: return _ways(w, 1, ", to bring {B_him} a |, and had packed a |. In the bag was a ", "want", T_at="A")
+def _need(w: Glass) -> Told:
+    for more in range(1, w.size.most + 1):
+        n = w.A_n + more
+        yield Option(1 / more, f"{NUMBERS[n]} {{N}} ", {"scene": "need_why", "need": n}, "want")
 
 @_scene
-def why_give(w: Glass) -> Iterator[Option]:
-    for why in ("it was {B}'s birthday" if w.B_he == w.A_he else "it was {B_his} birthday", f"{_he(w, 'B')} had been ill", f"{_he(w, 'B')} had no toys")[:w.size.wordings]:
-        yield Option(1, why + ".", {"scene": "turn", "why": why, "because": why, **_mention(w, "A", "B")}, "want")
+def _need_why(w: Glass) -> Told: yield _reason("{N_use}", "{A_he} wanted {N_use}", **_mention(w, "A"))
 
 @_scene
-def need(w: Glass) -> Iterator[Option]:
-    for more in range(1, w.size.most + 1): yield Option(1 / more, f"{NUMBERS[w.A_n + more]} {{N}} ", {"scene": "need_why", "need": w.A_n + more}, "want")
+def _friend_name(w: Glass) -> Told:
+    return _people(w, "B", " who lived ", "friend_place", "want", met=1)
 
 @_scene
-def need_why(w: Glass) -> Iterator[Option]: yield Option(1, "{N_use}.", {"scene": "turn", "why": "{A_he} wanted {N_use}", "because": "{A_he} wanted {N_use}", **_mention(w, "A")}, "want")
+def _friend_place(w: Glass) -> Told: return _places(w, "P2", "<at>", "present", "want", known=3, B_at="P2")
+
+@_scene
+def _present(w: Glass) -> Told:
+    return _ways(w, 1, ", to bring {B_him} a |, and had packed a |, bringing {B_him} a ", "want", T_at="A")
+
+@_scene
+def _why_give(w: Glass) -> Told:
+    birthday = "it was {B}'s birthday" if _alike(w, "B") else "it was {B_his} birthday"
+    for why in (birthday, f"{_he(w, 'B')} had been ill", f"{_he(w, 'B')} had no toys")[:w.size.wordings]:
+        yield _reason(why, why, **_mention(w, "A", "B"))
 
 # %% ../nbs/04_storyland.ipynb #dd7d1e67
 @_question
-def quest(f: Facts) -> str:
+def _quest(f: Facts) -> str:
     "How the goal stands for a hero who looks around."
     goal, at = f["goal"], f["T_at"]
-    if goal == "collect" or f["done"]: return "collect" if goal == "collect" and not f["done"] else "done"
+    if f["done"]: return "done"
+    if goal == "collect": return "collect"
     if goal == "deliver": return "give" if f["friend"] == "B" else "deliver"
     if at == "": return "unknown"
     return "here" if at == f["at"] else "friend" if at == f["friend"] else "away"
 
 @_question
-def target(f: Facts) -> str:
-    "The place the hero ought to go to, as far as it is known."
-    seek = f["B_at"] if f["goal"] == "deliver" else "" if f["goal"] == "collect" else f[f"{f['T_at']}_at"] if f["T_at"] in FRIENDS else f["T_at"]
-    return "" if f["done"] else seek
+def _target(f: Facts) -> str:
+    "The place the hero ought to go to, as far as the story has told it."
+    if f["done"] or f["goal"] == "collect": return ""
+    if f["goal"] == "deliver": return f["B_at"]
+    return f[f"{f['T_at']}_at"] if f["T_at"] in FRIENDS else f["T_at"]
 
 @_question
-def belonging(f: Facts) -> str:
+def _belonging(f: Facts) -> str:
     "Where the other thing is, seen from the hero."
     at = f["U_at"]
-    return "" if not at else "mine" if at == "A" else "here" if at == f["at"] else "friend" if at == f["friend"] else "away"
+    if at in ("", "A"): return "mine" if at else ""
+    return "here" if at == f["at"] else "friend" if at == f["friend"] else "away"
 
 @_question
-def appetite(f: Facts) -> str:
+def _in_hand(f: Facts) -> str:
+    "The same, for one who sees only what lies here or is in the hero's hands."
+    return {"mine": "mine", "here": "here"}.get(_belonging(f), "")
+
+@_question
+def _appetite(f: Facts) -> str:
     "What the hero's body asks for."
     return "eat" if f["A_feels"] == "hungry" and f["N_eat"] and f["A_n"] else f["A_feels"]
 
 # %% ../nbs/04_storyland.ipynb #9e8b07fe
-def _at_friend(question: Callable[[Facts, str], Any]) -> Callable[[Facts], Any]:
+def _of_friend(ask: Callable[[Facts, str], Any]) -> Callable[[Facts], Any]:
     "A question about the friend who is here; None when nobody is."
-    return lambda f: question(f, f["friend"]) if f["friend"] else None
+    return lambda f: ask(f, f["friend"]) if f["friend"] else None
+
+def _occasion(f: Facts, friend: str) -> str:
+    "Could the hero give the friend something? Would it help?"
+    able = f["U_at"] == "A" or (f["A_n"] and f[f"{friend}_n"] < 20)
+    return "" if not able else "need" if f[f"{friend}_feels"] else "can"
+
+def _object(f: Facts, role: str) -> str:
+    "A person as the object of a sentence, by pronoun where that is clear."
+    return f"{{{role}_him}}" if f[f[f"{role}_he"]] == role else f"{{{role}}}"
 
 QUESTIONS.update(
-    full=lambda f: f["A_n"] >= 20, any=lambda f: f["A_n"] > 0, wet=lambda f: f["weather"] if f["weather"] in ("rainy", "snowy") else "",
+    any=lambda f: f["A_n"] > 0,
+    full=lambda f: f["A_n"] >= 20,
     room=lambda f: f["known"] < f["rooms"],
-    occasion=_at_friend(lambda f, b: "" if f["U_at"] != "A" and not (f["A_n"] and f[f"{b}_n"] < 20) else "need" if f[f"{b}_feels"] else "can"),
-    space=_at_friend(lambda f, b: min(8, 20 - f[f"{b}_n"])),
-    in_hand=lambda f: {"A": "mine", f["at"]: "here"}.get(f["U_at"], "") if f["U_at"] else "",
-    friend_feels=_at_friend(lambda f, b: f[f"{b}_feels"]),
-    grateful=_at_friend(lambda f, b: f["thanks"] == b),
-    him=_at_friend(lambda f, b: f"{{{b}_him}}" if f[f[f"{b}_he"]] == b else f"{{{b}}}"),     # the friend as object
-    me=lambda f: "{A_him}" if f[f["A_he"]] == "A" else "{A}",                                # the hero as object
+    wet=lambda f: f["weather"] if f["weather"] in ("rainy", "snowy") else "",
+    me=lambda f: _object(f, "A"),
+    him=_of_friend(_object),
+    occasion=_of_friend(_occasion),
+    space=_of_friend(lambda f, friend: min(8, 20 - f[f"{friend}_n"])),
+    friend_feels=_of_friend(lambda f, friend: f[f"{friend}_feels"]),
+    grateful=_of_friend(lambda f, friend: f["thanks"] == friend),
 )
 
 # %% ../nbs/04_storyland.ipynb #d8049443
 @_scene
-def turn(w: Glass) -> Iterator[Option]:
+def _turn(w: Glass) -> Told:
     "Whose turn is it?"
-    if w.news: yield from _ways(w, 12, f" Now {_name(w, w.news)} had | So {_name(w, w.news)} now had ", "total")
+    if w.news:
+        yield from _ways(w, 12, f" Now {_name(w, w.news)} had | So {_name(w, w.news)} now had ", "total")
     yield from _hero_turn(w)
     if w.friend: yield from _friend_turn(w, w.friend)
     if w.size.skies > 1: yield from _ways(w, 0.6, " All at once | The sky changed, and ", "sky", news="")
 
-def _hero_turn(w: Glass) -> Iterator[Option]:
-    "The hero acts, alone or with company, by a pronoun or by name."
-    he, slow, facts = _name(w, "A"), 1 - w.size.pace, {"news": "", "because": "", **_mention(w, "A")}
-    if he == "{A_he}": yield from _ways(w, 7 * slow, " {A_He} | Then {A_he} | A little later {A_he} ", "hero", **facts)
-    yield from _ways(w, (2 if he == "{A_he}" else 9) * slow, " {A} | Then {A} | Soon {A} ", "hero", **facts)
-    if not w.company: yield from _clock(w, he, "hero", facts); return
-    facts |= _mention(w, "A", w.company)
-    yield from _ways(w, 4 * slow, " They | Together they ", "together", **facts)
-    yield from _clock(w, "they", "together", facts)
+def _hero_turn(w: Glass) -> Told:
+    "The hero acts, by pronoun or name, alone or with company; or the clock moves on first."
+    he, facts = _name(w, "A"), {"news": "", "because": "", **_mention(w, "A")}
+    slow, clear = 1 - w.size.pace, he == "{A_he}"
+    if clear: yield from _ways(w, 7 * slow, " {A_He} | Then {A_he} | A little later {A_he} ", "hero", **facts)
+    yield from _ways(w, (2 if clear else 9) * slow, " {A} | Then {A} | Soon {A} ", "hero", **facts)
+    if w.company:
+        he, facts = "they", {**facts, **_mention(w, "A", w.company)}
+        yield from _ways(w, 4 * slow, " They | Together they ", "together", **facts)
+    yield from _clock(w, he, {**facts, "scene": "together" if w.company else "hero"})
 
-def _clock(w: Glass, he: str, then: str, facts: Facts) -> Iterator[Option]:
+def _clock(w: Glass, he: str, facts: Facts) -> Told:
     "The next hour comes, and with the night the end."
     hour = HOURS[HOURS.index(w.hour) + 1]
-    words = {"noon": f" At noon {he} | When the clock struck twelve, {he} ", "afternoon": f" In the afternoon {he} | After lunch {he} ", "evening": f" In the evening {he} | When the sun went down, {he} "}
-    if hour != "night": yield from _ways(w, 9 * w.size.pace, words[hour], then, "", **{**facts, "hour": hour})
-    else: yield from _ways(w, 9 * w.size.pace, "\nWhen night came, |\nThen the moon rose, and |\nAt the end of the day ", "homecoming", "night", hour="night", news="")
+    lead = {"noon": f" At noon {he} | When the clock struck twelve, {he} ",
+            "afternoon": f" In the afternoon {he} | After lunch {he} ",
+            "evening": f" In the evening {he} | When the sun went down, {he} ",
+            "night": "\nWhen night came, |\nThen the moon rose, and |\nAt the end of the day "}[hour]
+    end, weight = {"scene": "homecoming", "news": ""}, 9 * w.size.pace
+    for option in _ways(w, weight, lead, facts["scene"], "night" if hour == "night" else ""):
+        yield option._replace(facts={**(end if hour == "night" else facts), "hour": hour})
     if w.done: yield from _ways(w, 5, "\nAt last |\nIn the end |\nFull of joy, ", "homecoming", "night", news="")
 
-def _friend_turn(w: Glass, f: str) -> Iterator[Option]:
-    facts = {"news": "", "because": "", **_mention(w, f)}
-    clear = w[w[f"{f}_he"]] == f
+# %% ../nbs/04_storyland.ipynb #c15a7026
+def _friend_turn(w: Glass, f: str) -> Told:
+    "The friend acts, by pronoun or name."
+    facts, clear = {"news": "", "because": "", **_mention(w, f)}, w[w[f"{f}_he"]] == f
     if clear: yield from _ways(w, 3, f" {{{f}_He}} | Then {{{f}_he}} ", "friend", **facts)
     yield from _ways(w, 1 if clear else 4, f" {{{f}}} | Then {{{f}}} | Suddenly {{{f}}} ", "friend", **facts)
 
 @_scene
-def sky(w: Glass) -> Iterator[Option]:
+def _sky(w: Glass) -> Told:
     for sky in [*SKIES][:w.size.skies]:
         if sky != w.weather: yield Option(1, SKIES[sky], {"scene": "turn", "weather": sky}, "weather")
 
 @_scene
-def total(w: Glass) -> Iterator[Option]: yield Option(1, _amount(w[f"{w.news}_n"]) + ".", {"scene": "turn", "news": "", **_mention(w, w.news)}, "count")
+def _total(w: Glass) -> Told:
+    facts = {"scene": "turn", "news": "", **_mention(w, w.news)}
+    yield Option(1, _amount(w[f"{w.news}_n"]) + ".", facts, "count")
 
 # %% ../nbs/04_storyland.ipynb #df910d4d
-WALK = {"unknown": 2, "away": 8, "deliver": 8, "here": 1, "friend": 1, "give": 1, "collect": 1.5, "done": 2}     # how much the hero wants to go on
+WALK = {"unknown": 2, "away": 8, "deliver": 8, "here": 1, "friend": 1, "give": 1, "collect": 1.5, "done": 2}
 
 @_scene
-def hero(w: Glass) -> Iterator[Option]:
+def _hero(w: Glass) -> Told:
     "What the hero does: look at the goal first, then at what is in hand, then at company."
     do, quest = partial(_ways, w, moved=False), w.quest
-    if not w.company: yield from _walking(w, WALK[quest] / (4 if quest not in ("away", "deliver") and w.moved else 1))
-    if quest == "here": yield from do(30, "saw the {T} and picked it up.|discovered the {T} under a stone.|spotted the {T} behind a tree.|came upon the {T} in the grass.", "turn", "find", T_at="A", done=True)
-    if quest in ("unknown", "away") and w.size.depth: yield from do(1, "looked everywhere, but there was no {T}.|searched for the {T} and found nothing.", "turn", "search")
-    if w.in_hand == "here": yield from do(6, "took the {U} again.|was glad to see the {U} again and took it.", "turn", "take", U_at="A")
-    if w.in_hand == "mine" and w.size.depth > 1: yield from do(0.5, "put down the {U} and forgot it.|dropped the {U}, but did not notice.", "turn", "drop", U_at=w.at)
-    if w.N and not w.full: yield from do(5 if quest == "collect" else 1.5, "found |gathered |collected ", "gather")
+    if not w.company:
+        restless = quest not in ("away", "deliver") and w.moved     # no aim, and has just walked
+        yield from _walking(w, WALK[quest] / (4 if restless else 1))
+    if quest == "here":
+        texts = ("saw the {T} and picked it up.|discovered the {T} under a big stone.|"
+                 "spotted the {T} behind an old tree.|came upon the {T} in the grass.")
+        yield from do(30, texts, "turn", "find", T_at="A", done=True)
+    if quest == "unknown" and w.size.depth:
+        texts = "looked everywhere, but there was no {T}.|searched for a {T} and found nothing."
+        yield from do(0.8, texts, "turn", "search")
+    yield from _hands(w, do)
     if w.size.depth: yield from _body(w, do)
     if w.friend: yield from _company(w, do)
 
-def _walking(w: Glass, weight: float) -> Iterator[Option]:
-    yield from _ways(w, weight, "went |walked all the way |hurried along the path |took the short cut ", "go", moved=True)
-    if w.room: yield from _ways(w, 4 if w.quest == "unknown" else 1, "came to |reached |followed a path to ", "explore", moved=True)
+def _walking(w: Glass, weight: float) -> Told:
+    went = "went |walked all the way |hurried along the path |took the short cut "
+    yield from _ways(w, weight, went, "go", moved=True)
+    if w.room:
+        found = "came to |reached |followed a path to "
+        yield from _ways(w, 4 if w.quest == "unknown" else 1, found, "explore", moved=True)
 
-def _body(w: Glass, do: Callable[..., Iterator[Option]]) -> Iterator[Option]:
+Doing = Callable[..., Told]
+
+def _hands(w: Glass, do: Doing) -> Told:
+    "What can be done with things and goods."
+    if w.in_hand == "here":
+        yield from do(6, "took the {U} again.|was glad to see the {U} again and took it.", "turn", "take", U_at="A")
+    if w.in_hand == "mine" and w.size.depth > 1:
+        yield from do(0.5, "put down the {U} and forgot it.|dropped the {U}, but did not notice.", "turn", "drop", U_at=w.at)
+    if w.N and not w.full:
+        yield from do(5 if w.quest == "collect" else 1.5, "found |gathered |collected ", "gather")
+
+def _body(w: Glass, do: Doing) -> Told:
+    "Hunger, sleep and idleness."
     if w.appetite == "eat": yield from do(8, "ate |happily ate ", "eat")
-    if w.appetite == "tired": yield from do(6, "sat down and slept for a while.|rested under a tree.", "turn", "rest", A_feels="")
+    if w.appetite == "tired":
+        yield from do(6, "sat down and slept for a while.|rested under a tree.", "turn", "rest", A_feels="")
     if w.appetite == "":
         yield from do(0.6, "was hungry.|had not eaten all day.", "turn", "feel", A_feels="hungry")
         yield from do(0.4, "grew tired.|could hardly walk any more.", "turn", "feel", A_feels="tired")
     yield from do(0.7, "stopped to ", "idle")
 
-def _company(w: Glass, do: Callable[..., Iterator[Option]]) -> Iterator[Option]:
-    him = w.him
-    if w.quest == "give" or w.occasion: yield from do(30 if w.quest == "give" else 5 if w.occasion == "need" else 1.5, f"gave {him} |handed {him} ", "give")
-    if w.quest == "friend": yield from do(8, f"asked {him} for the {{T}}.|said to {him}, \"Please give me the {{T}}.\"", "beg", "ask")
-    if w.quest == "unknown": yield from do(6, f"asked {him} about the {{T}}.|asked {him}, \"Where can I find a {{T}}?\"", "reply", "ask")
+def _company(w: Glass, do: Doing) -> Told:
+    "What can be done with a friend."
+    quest, him = w.quest, w.him
+    if quest == "give" or w.occasion:
+        weight = 30 if quest == "give" else 5 if w.occasion == "need" else 1.5
+        yield from do(weight, f"gave {him} |handed {him} ", "give")
+    if quest == "friend":
+        yield from do(4, f"asked {him} for the {{T}}.|said to {him}, \"Please give me the {{T}}.\"", "beg", "ask")
+    if quest == "unknown":
+        yield from do(6, f"asked {him} about the {{T}}.|asked {him}, \"Where can I find a {{T}}?\"", "reply", "ask")
 
 # %% ../nbs/04_storyland.ipynb #f37991ec
 @_scene
-def go(w: Glass) -> Iterator[Option]:
+def _go(w: Glass) -> Told:
     "To one of the places the story knows; rather to where the goal is, and home when it is wet."
-    for i, p in enumerate(f"P{i}" for i in range(w.known)):
+    for i in range(w.known):
+        p = f"P{i}"
         there = next((f for f in FRIENDS[:w.size.friends] if w[f"{f}_at"] == p), "")
         if p == w.at or (w.company and there): continue
         weight = (8 if p == w.target else 1) * (3 if i == 0 and w.wet else 1)
-        yield Option(weight, f"to the {{{p}}}" if i else "home", {"scene": "go_why", "at": p, "friend": w.company or there}, "move")
+        facts = {"scene": "go_why", "at": p, "friend": w.company or there}
+        yield Option(weight, f"to the {{{p}}}" if i else "home", facts, "move")
 
 @_scene
-def go_why(w: Glass) -> Iterator[Option]:
-    then = "greet" if w.friend and not w.company else "turn"
+def _go_why(w: Glass) -> Told:
+    meets = w.friend and not w.company
+    then = "greet" if meets else "turn"
     yield Option(4, ".", {"scene": then}, "move")
-    if w.quest in ("here", "unknown"): yield from _ways(w, 3, " to look for the {T}.| in search of the {T}.", then, "move", because="{A_he} was looking for the {T}")
-    if then == "greet": yield from _ways(w, 3, f" to see {{{w.friend}}}.| to visit {{{w.friend}}}.", then, "move", **_mention(w, "A", w.friend))
+    if w.quest in ("here", "unknown") and not w.company:
+        texts = " to look for the {T}.| in search of the {T}."
+        yield from _ways(w, 3, texts, then, "move", because="{A_he} was looking for the {T}")
+    if meets:
+        texts = f" to see {{{w.friend}}}.| to visit {{{w.friend}}}."
+        yield from _ways(w, 3, texts, then, "move", **_mention(w, "A", w.friend))
     if w.at == "P0" and w.wet:
         why = "it was raining" if w.wet == "rainy" else "it was snowing"
         yield Option(5, f" because {why}.", {"scene": then, "because": why}, "move")
 
 @_scene
-def greet(w: Glass) -> Iterator[Option]:
+def _greet(w: Glass) -> Told:
     "Who was left at a place is still there, with what was left in those hands."
     f = f"{{{w.friend}}}"
     has = " with the {T}" if w.quest == "friend" else " with the {U}" if w.belonging == "friend" else ""
-    return _ways(w, 1, f" {f} was there{has}.| There stood {f}{has}.| {f} was still there{has}.", "turn", "greet", **_mention(w, w.friend))
+    texts = f" {f} was there{has}.| There stood {f}{has}.| {f} was still there{has}."
+    return _ways(w, 1, texts, "turn", "greet", **_mention(w, w.friend))
+
+# %% ../nbs/04_storyland.ipynb #e6886bf0
+@_scene
+def _explore(w: Glass) -> Told:
+    p = f"P{w.known}"
+    return _places(w, p, "<the>", "discover", "move", known=w.known + 1, at=p)
 
 @_scene
-def explore(w: Glass) -> Iterator[Option]: return _places(w, f"P{w.known}", "the {0}", "discover", "move", known=w.known + 1, at=f"P{w.known}")
-
-@_scene
-def discover(w: Glass) -> Iterator[Option]:
+def _discover(w: Glass) -> Told:
     "A new place: quiet, or the thing lies there, or a new friend."
-    yield from _ways(w, 3, ".|, where everything was quiet.", "turn", "move", friend=w.company)
-    if w.quest == "unknown": yield from _ways(w, 3, ", and there lay a {T_full}.| and saw a {T_full} in the grass.", "turn", "see", T_at=w.at, friend=w.company)
+    alone = {"friend": w.company}
+    yield from _ways(w, 3, ".|, where everything was quiet.", "turn", "move", **alone)
+    if w.quest == "unknown":
+        texts = ", and there lay a {T_full}.| and saw a {T_full} in the grass."
+        yield from _ways(w, 3, texts, "turn", "see", T_at=w.at, **alone)
     if w.met < w.size.friends and not w.company:
         f = FRIENDS[w.met]
         for sex, girl in ("she", "girl"), ("he", "boy"):
-            yield from _ways(w, 2, f" and met a {girl} called |, where {{A_he}} met a {girl} named ", "newcomer", sex=sex, friend=f, met=w.met + 1, **{f"{f}_at": w.at})
+            facts = {"sex": sex, "friend": f, "met": w.met + 1, f"{f}_at": w.at}
+            texts = f" and met a {girl} called |, where {{A_he}} met a {girl} named "
+            yield from _ways(w, 2, texts, "newcomer", **facts)
 
 @_scene
-def newcomer(w: Glass) -> Iterator[Option]: return _people(w, w.friend, ".", "turn", "meet")
+def _newcomer(w: Glass) -> Told: return _people(w, w.friend, ".", "turn", "meet")
+
+@_scene
+def _together(w: Glass) -> Told:
+    yield from _walking(w, 2 + WALK[w.quest])
+    texts = "sang a song.|told each other stories.|laughed and danced."
+    yield from _ways(w, 1.5, texts, "turn", "idle", moved=False)
 
 # %% ../nbs/04_storyland.ipynb #b7b59f6f
-IDLE = {"sunny": "lie in the sun.|watch the clouds.", "rainy": "listen to the rain.|jump into a puddle.", "windy": "chase the leaves.|feel the wind.", "snowy": "build a snowman.|catch a snowflake."}
+IDLE = {"sunny": "lie in the warm sun.|watch the clouds go by.", "rainy": "listen to the rain.|jump into a puddle.",
+        "windy": "chase the leaves.|feel the wind.", "snowy": "build a snowman.|catch a snowflake."}
 
 @_scene
-def idle(w: Glass) -> Iterator[Option]: return _ways(w, 1, IDLE[w.weather], "turn", "idle")
+def _idle(w: Glass) -> Told: return _ways(w, 1, IDLE[w.weather], "turn", "idle")
 
 def _has(w: Glass, n: int) -> Facts:
-    "The facts when the hero's number has become `n`."
-    return {"A_n": n, "news": "A" if n else "", **({"done": n >= w.need} if w.goal == "collect" else {})}
+    "What becomes true when the hero's number has become `n`."
+    done = {"done": n >= w.need} if w.goal == "collect" else {}
+    return {"A_n": n, "news": "A" if n else "", **done}
 
 @_scene
-def eat(w: Glass) -> Iterator[Option]:
+def _eat(w: Glass) -> Told:
     for n in range(1, min(w.A_n, 3) + 1):
-        yield Option(1 / n, f"{_amount(n)} because {{A_he}} was hungry.", {"scene": "turn", "A_feels": "", "because": "{A_he} was hungry", **_has(w, w.A_n - n)}, "eat")
+        facts = {"scene": "turn", "A_feels": "", "because": "{A_he} was hungry", **_has(w, w.A_n - n)}
+        yield Option(1 / n, f"{_amount(n)} because {{A_he}} was hungry.", facts, "eat")
 
-def _more(w: Glass, facts: Facts, event: str) -> Iterator[Option]:
+def _more(w: Glass, event: str, **facts: Any) -> Told:
     "The hero gets some more."
     for n in range(1, min(w.size.most, 20 - w.A_n) + 1):
-        words = f"{NUMBERS[n]}{' more' if w.A_n else ''} {'{N_one}' if n == 1 else '{N}'}."
+        words = _amount(n, "more " if w.A_n else "") + "."
         yield Option(1 / n, words, {"scene": "turn", **facts, **_has(w, w.A_n + n)}, event)
 
 @_scene
-def gather(w: Glass) -> Iterator[Option]: return _more(w, {}, "gather")
+def _gather(w: Glass) -> Told: return _more(w, "gather")
 
 # %% ../nbs/04_storyland.ipynb #9b642d23
 @_scene
-def give(w: Glass) -> Iterator[Option]:
+def _give(w: Glass) -> Told:
     "What the hero gives to the friend, and why."
-    f, feels = w.friend, w.friend_feels
-    facts = {"scene": "turn", **_mention(w, "A", f)}
-    if w.quest == "give": yield Option(30, "the {T_full}.", {**facts, "T_at": f, "done": True}, "give")
+    f, both = w.friend, {"scene": "turn", **_mention(w, "A", w.friend)}
+    if w.quest == "give": yield Option(30, "the {T_full}.", {**both, "T_at": f, "done": True}, "give")
     if w.belonging == "mine":
-        yield Option(1, "the {U}.", {**facts, "U_at": f, "thanks": f}, "give")
-        if feels == "sad": yield Option(5, f"the {{U}} because {_he(w, f)} was sad.", {**facts, "U_at": f, "thanks": f, f"{f}_feels": "", "because": f"{{{f}_he}} was sad"}, "give")
-    for n in range(1, min(w.A_n, w.size.most, w.space) + 1): yield Option(1 / n, _amount(n), {**facts, "scene": "give_number", **_has(w, w.A_n - n), "gift": n}, "give")
+        facts = {**both, "U_at": f, "thanks": f}
+        yield Option(1, "the {U}.", facts, "give")
+        if w.friend_feels == "sad":
+            facts = {**facts, f"{f}_feels": "", "because": f"{{{f}_he}} was sad"}
+            yield Option(5, f"the {{U}} because {_he(w, f)} was sad.", facts, "give")
+    for n in range(1, min(w.A_n, w.size.most, w.space) + 1):
+        facts = {**both, **_has(w, w.A_n - n), "scene": "give_number", "gift": n}
+        yield Option(1 / n, _amount(n), facts, "give")
 
 @_scene
-def give_number(w: Glass) -> Iterator[Option]:
+def _give_number(w: Glass) -> Told:
     "The number changes hands."
-    f, n = w.friend, w.gift
-    facts = {"scene": "turn", "thanks": f, f"{f}_n": w[f"{f}_n"] + n}
+    f = w.friend
+    facts = {"scene": "turn", "thanks": f, f"{f}_n": w[f"{f}_n"] + w.gift}
     yield Option(1, ".", facts if w.any else {**facts, "news": f}, "give")
-    if w.friend_feels == "hungry": yield Option(5, f" because {_he(w, f)} was hungry.", {**facts, "news": f, f"{f}_feels": "", "because": f"{{{f}_he}} was hungry"}, "give")
+    if w.friend_feels == "hungry":
+        facts = {**facts, "news": f, f"{f}_feels": "", "because": f"{{{f}_he}} was hungry"}
+        yield Option(5, f" because {_he(w, f)} was hungry.", facts, "give")
 
+# %% ../nbs/04_storyland.ipynb #5df3afcf
 @_scene
-def friend(w: Glass) -> Iterator[Option]:
+def _friend(w: Glass) -> Told:
     "What the friend who is here does."
     do, f, me, quest = partial(_ways, w), w.friend, w.me, w.quest
-    gifts = (15 if w.grateful else 4) * (quest == "friend") + 1.5 * (w.N != "" and not w.full) + (w.belonging == "friend")
+    thing = (15 if w.grateful else 4) if quest == "friend" else 0
+    gifts = thing + 1.5 * (w.N != "" and not w.full) + (w.belonging == "friend")
     if gifts: yield from do(gifts, f"gave {me} |handed {me} ", "friend_gives")
     if quest == "unknown":
         yield from do(1, "had a {T_full}.|was playing with a {T_full}.", "turn", "have", T_at=f)
@@ -620,91 +785,117 @@ def friend(w: Glass) -> Iterator[Option]:
         yield from do(0.8, "was hungry.|had had no breakfast.", "turn", "feel", **{f"{f}_feels": "hungry"})
         yield from do(0.8, "looked sad.|began to cry.", "turn", "feel", **{f"{f}_feels": "sad"})
     if w.size.depth > 1: yield from _comings_and_goings(w, f)
-    yield from do(1, "laughed.|sang a song.|told a joke.|smiled.", "turn", "idle")
+    yield from do(1, "laughed out loud.|sang a little song.|told a funny story.|smiled.", "turn", "idle")
 
-def _comings_and_goings(w: Glass, f: str) -> Iterator[Option]:
-    if not w.company: yield from _ways(w, 1.5, "wanted to come along.|said, \"I will come with you.\"", "turn", "join", company=f, **{f"{f}_at": "along"})
+def _comings_and_goings(w: Glass, f: str) -> Told:
+    "A friend comes along, leaves, or runs away with something."
+    if not w.company:
+        texts = "wanted to come along.|said, \"I will come with you.\""
+        yield from _ways(w, 1.5, texts, "turn", "join", company=f, **{f"{f}_at": "along"})
     yield from _ways(w, 1, "had to leave and went |said goodbye and ran ", "leave")
-    if w.belonging == "mine": yield from _ways(w, 0.7, "took the {U} and ran |grabbed the {U} and ran ", "leave", U_at=f)
-
-# %% ../nbs/04_storyland.ipynb #5df3afcf
-@_scene
-def friend_gives(w: Glass) -> Iterator[Option]:
-    f = w.friend
-    facts = {"scene": "turn", **_mention(w, f, "A")}
-    if w.quest == "friend":
-        if w.grateful: yield Option(12, f"the {{T}} because {'{A}' if w.A_he == w[f + '_he'] else '{A_he}'} had been kind.", {**facts, "T_at": "A", "done": True, "because": "{A_he} had been kind"}, "give")
-        yield Option(3 if w.grateful else 4, "the {T}.", {**facts, "T_at": "A", "done": True}, "give")
-    if w.belonging == "friend": yield Option(1, "the {U} back.", {**facts, "U_at": "A"}, "give")
-    if w.N: yield from (o._replace(weight=o.weight / 2) for o in _more(w, _mention(w, f, "A"), "give"))
+    if w.belonging == "mine":
+        yield from _ways(w, 0.7, "took the {U} and ran |grabbed the {U} and ran ", "leave", U_at=f)
 
 @_scene
-def beg(w: Glass) -> Iterator[Option]:
-    f, facts = w.friend, _mention(w, w.friend, "A")
-    yield from _ways(w, 9 if w.grateful else 1, f" {{{f}}} gave it to {{A_him}}.| {{{f}}} smiled and gave it to {{A_him}}.", "turn", "give", T_at="A", done=True, **facts)
-    yield from _ways(w, 3, f" {{{f}}} said no.| {{{f}}} shook {{{f}_his}} head.", "turn", "refuse", **_mention(w, f))
-
-def _somewhere(w: Glass, phrase: str, facts: Facts) -> Iterator[Option]:
-    "The friend knows where the thing is: from now on it is there."
-    for p in (f"P{i}" for i in range(w.known)):
-        if p != w.at: yield Option(1, phrase.format(f"{{{p}_at}}"), {"scene": "turn", "T_at": p, **facts}, "tell")
-
-@_scene
-def hint(w: Glass) -> Iterator[Option]: return _somewhere(w, "{0}.", _mention(w, w.friend, "A"))
-
-@_scene
-def reply(w: Glass) -> Iterator[Option]:
-    f, facts = w.friend, _mention(w, w.friend)
-    yield from _ways(w, 1, f" {{{f}}} did not know.| \"I do not know,\" said {{{f}}}.", "turn", "reply", **facts)
-    yield from _somewhere(w, f" {{{{{f}}}}} had seen one {{0}}.", facts)
-    if w.size.wordings > 1: yield from _somewhere(w, f" \"There is one {{0}},\" said {{{{{f}}}}}.", facts)
-
-@_scene
-def leave(w: Glass) -> Iterator[Option]:
+def _leave(w: Glass) -> Told:
     f = w.friend
     other = "C" if f == "B" else "B"
     for p in (f"P{i}" for i in range(w.known)):
-        if p != w.at and p != w[f"{other}_at"]: yield Option(1, f"to the {{{p}}}.", {"scene": "turn", f"{f}_at": p, "friend": "", "company": ""}, "leave")
+        if p not in (w.at, w[f"{other}_at"]):
+            facts = {"scene": "turn", f"{f}_at": p, "friend": "", "company": ""}
+            yield Option(1, f"to the {{{p}}}.", facts, "leave")
+
+# %% ../nbs/04_storyland.ipynb #650d4961
+@_scene
+def _friend_gives(w: Glass) -> Told:
+    f, both = w.friend, _mention(w, w.friend, "A")
+    if w.quest == "friend":
+        facts = {"scene": "turn", **both, "T_at": "A", "done": True}
+        yield Option(4, "the {T}.", facts, "give")
+        if w.grateful:
+            kind = f"the {{T}} because {'{A}' if _alike(w, f) else '{A_he}'} had been kind."
+            yield Option(12, kind, {**facts, "because": "{A_he} had been kind"}, "give")
+    if w.belonging == "friend": yield Option(1, "the {U} back.", {"scene": "turn", **both, "U_at": "A"}, "give")
+    if w.N: yield from (o._replace(weight=o.weight / 2) for o in _more(w, "give", **both))
 
 @_scene
-def together(w: Glass) -> Iterator[Option]:
-    yield from _walking(w, 2 + WALK[w.quest])
-    yield from _ways(w, 1.5, "sang a song.|told each other stories.|laughed and danced.", "turn", "idle", moved=False)
+def _beg(w: Glass) -> Told:
+    f, facts = w.friend, _mention(w, w.friend, "A")
+    yes = f" {{{f}}} gave it to {{A_him}}.| {{{f}}} smiled and gave it to {{A_him}}."
+    yield from _ways(w, 9 if w.grateful else 1, yes, "turn", "give", T_at="A", done=True, **facts)
+    no = f" {{{f}}} said no.| {{{f}}} shook {{{f}_his}} head."
+    yield from _ways(w, 3, no, "turn", "refuse", **_mention(w, f))
+
+# %% ../nbs/04_storyland.ipynb #feef4ba4
+def _somewhere(w: Glass, phrase: str, facts: Facts) -> Told:
+    "The friend tells where the thing is: one of the places that were spoken of."
+    for p in (f"P{i}" for i in range(w.known)):
+        if p != w.at:
+            yield Option(1, phrase.replace("<at>", f"{{{p}_at}}"), {"scene": "turn", "T_at": p, **facts}, "tell")
+
+@_scene
+def _hint(w: Glass) -> Told: return _somewhere(w, "<at>.", _mention(w, w.friend, "A"))
+
+@_scene
+def _reply(w: Glass) -> Told:
+    f, facts = f"{{{w.friend}}}", _mention(w, w.friend)
+    no = f" {f} did not know.| \"I do not know,\" said {f}."
+    yield from _ways(w, 1, no, "turn", "reply", **facts)
+    yield from _somewhere(w, f" {f} had seen one <at>.", facts)
+    if w.size.wordings > 1: yield from _somewhere(w, f" \"There is one <at>,\" said {f}.", facts)
 
 # %% ../nbs/04_storyland.ipynb #a40a2e97
 @_scene
-def homecoming(w: Glass) -> Iterator[Option]:
-    he, facts = _name(w, "A"), _mention(w, "A")
-    if w.at == "P0": return _ways(w, 1, f"{he} was at home {{P0_at}} |{he} sat at home {{P0_at}} ", "luggage", "move", friend="", **facts)
-    return _ways(w, 1, f"{he} went home to the {{P0}} |{he} walked back to the {{P0}} |{he} returned to the house {{P0_at}} ", "luggage", "move", at="P0", friend="", **facts)
+def _homecoming(w: Glass) -> Told:
+    he, facts = _name(w, "A"), {"friend": "", **_mention(w, "A")}
+    there = f"{he} was at home {{P0_at}} |{he} sat at home {{P0_at}} "
+    if w.at == "P0": return _ways(w, 1, there, "luggage", "move", **facts)
+    away = f"{he} went home to the {{P0}} |{he} walked back to the {{P0}} |{he} returned to the house {{P0_at}} "
+    return _ways(w, 1, away, "luggage", "move", at="P0", **facts)
 
 @_scene
-def luggage(w: Glass) -> Iterator[Option]:
-    things = [_amount(w.A_n)] * (w.A_n > 0) + ["the {U_full}"] * (w.belonging == "mine") + ["the {T_full}"] * (w.T_at == "A")
+def _luggage(w: Glass) -> Told:
+    things = [_amount(w.A_n)] * (w.A_n > 0)
+    things += ["the {U_full}"] * (w.belonging == "mine") + ["the {T_full}"] * (w.T_at == "A")
     text = " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
     return _ways(w, 1, f"with {text or 'empty hands'}.", "verdict", "arrive")
 
 # %% ../nbs/04_storyland.ipynb #e9df5e83
-HAPPY = {"want": " {A_He} had a {T} at last, and {A_he} was happy.| Now {A_he} had a {T} and was happy.", "lost": " {A_He} had found the {T} again, and {A_he} was happy.| The {T} was found, and {A} was happy.",
-         "deliver": " {B} had the {T}, and {A} was happy.| {A} was happy because {B} had the {T}.", "collect": " {A_He} had enough {N} {N_use} and was happy.| There were enough {N} {N_use}, and {A} was happy."}
-SAD = {"want": " {A_He} still had no {T}, and {A_he} was sad.| {A_He} was sad because {A_he} had no {T}.", "lost": " The {T} was still lost, and {A_he} was sad.| {A_He} was sad because the {T} was still lost.",
-       "deliver": " {B} did not get the {T}, and {A} was sad.| {A} was sad because {B} did not get the {T}.", "collect": " {A_He} did not have enough {N} {N_use} and was sad.| {A_He} was sad because there were too few {N} {N_use}."}
-CHEER = {"want": " {A_He} still had no {T}, but {A_he} was happy to have met {B}.", "lost": " The {T} was still lost, but {A_he} was happy to have met {B}.", "collect": " There were too few {N} {N_use}, but {A_he} was happy to have met {B}."}
+HAPPY = {
+    "want": " {A_He} had a {T} at last, and {A_he} was happy.| Now {A_he} had a {T} and was happy.",
+    "lost": " {A_He} had found the {T} again, and {A_he} was happy.| The {T} was found, and {A} was happy.",
+    "deliver": " {B} had the {T}, and {A} was happy.| {A} was happy because {B} had the {T}.",
+    "collect": " {A_He} had enough {N} {N_use} and was happy.| There were enough {N} {N_use}, and {A} was happy."}
+SAD = {
+    "want": " {A_He} still had no {T}, and {A_he} was sad.| {A_He} was sad because {A_he} had no {T}.",
+    "lost": " The {T} was still lost, and {A_he} was sad.| {A_He} was sad because the {T} was still lost.",
+    "deliver": " {B} did not get the {T}, and {A} was sad.| {A} was sad because {B} did not get the {T}.",
+    "collect": " There were too few {N} {N_use}, and {A} was sad.| {A_He} was sad because there were too few {N} {N_use}."}
+CHEER = {
+    "want": " {A_He} still had no {T}, but {A_he} was happy to have met {B}.",
+    "lost": " The {T} was still lost, but {A_he} was happy to have met {B}.",
+    "collect": " There were too few {N} {N_use}, but {A} was happy to have met {B}."}
 
 @_scene
-def verdict(w: Glass) -> Iterator[Option]:
-    yield from _ways(w, 2, (HAPPY if w.done else SAD)[w.goal], "closing", "feel", mood="happy" if w.done else "sad")
-    if not w.done and w.met and w.goal in CHEER: yield from _ways(w, 1, CHEER[w.goal], "closing", "feel", mood="happy")
+def _verdict(w: Glass) -> Told:
+    texts, mood = (HAPPY, "happy") if w.done else (SAD, "sad")
+    yield from _ways(w, 2, texts[w.goal], "closing", "mood", mood=mood)
+    if not w.done and w.met and w.goal in CHEER:
+        yield from _ways(w, 1, CHEER[w.goal], "closing", "mood", mood="happy")
 
 @_scene
-def closing(w: Glass) -> Iterator[Option]:
+def _closing(w: Glass) -> Told:
     "What became of the other thing; then the last words."
-    if w.U_at in FRIENDS: yield Option(3, f" {{{w.U_at}}} still had the {{U_full}}.", {"scene": "last"}, "recall")
-    elif w.U_at not in ("", "A"): yield Option(3, f" The {{U_full}} lay forgotten {{{w.U_at}_at}}.", {"scene": "last"}, "recall")
-    yield from last(w)
+    at = w.U_at
+    if at in FRIENDS: yield Option(3, f" {{{at}}} still had the {{U_full}}.", {"scene": "last"}, "recall")
+    elif at not in ("", "A"): yield Option(3, f" The {{U_full}} lay forgotten {{{at}_at}}.", {"scene": "last"}, "recall")
+    yield from _last(w)
 
 @_scene
-def last(w: Glass) -> Iterator[Option]: return _ways(w, 1, " The end.| Soon {A_he} was asleep.| {A_He} dreamed of the {P1} that night.| And that is all.| What a day it had been!| The stars shone over the {P0}.", "end", "end")
+def _last(w: Glass) -> Told:
+    texts = (" The end.| Soon {A} was asleep.| {A} dreamed of the {P1} that night.|"
+             " And that is all.| What a day it had been!| The stars shone over the {P0}.")
+    return _ways(w, 1, texts, "end", "end")
 
 # %% ../nbs/04_storyland.ipynb #86f8f83f
 @cache
@@ -731,15 +922,19 @@ def continuations(
     text: str,              # the beginning of a story
     size: str = "small",
 ) -> dict[str, float]:
-    "What may follow this beginning, up to the end of the next choice, with exact probabilities; empty if nothing can."
-    world, steps = narrator(size), list(follow(narrator(size), text))
-    facts, at = (steps[-1].facts, steps[-1].end) if steps else (world.start, 0)
+    "What may follow, up to the end of the choice that `text` has reached, with exact probabilities; empty if nothing can."
+    world = narrator(size)
+    facts, at = world.start, 0
+    for step in follow(world, text): facts, at = step.facts, step.end
     if facts["scene"] == "end": return {}
     menu = recall(world, facts)
     told = [(words % facts, p) for (words, _), p in zip(menu.told, menu.p)]
-    rest = {words[len(text) - at:]: p for words, p in told if words.startswith(text[at:])}
-    total = math.fsum(rest.values())
-    return {words: p / total for words, p in rest.items()}
+    left = {words[len(text) - at:]: p for words, p in told if words.startswith(text[at:])}
+    return {words: p / math.fsum(left.values()) for words, p in left.items()}
+
+def can_begin(text: str, size: str = "small") -> bool:
+    "Can a story begin with this text, or be it?"
+    return bool(continuations(text, size)) or log_probability(text, size) > -math.inf
 
 # %% ../nbs/04_storyland.ipynb #57f522f9
 @dataclass(frozen=True)
@@ -861,7 +1056,7 @@ class Story:
     def log_probability(self) -> float: return math.fsum(step.log_p for step in self.steps)
 
 def _event(sentence: str, steps: Sequence[Step]) -> Event:
-    options = [(step.menu.options[step.index], step.facts) for step in steps]
+    options = [(step.menu.options[step.chosen], step.facts) for step in steps]
     kind = next((o.event for o, _ in reversed(options) if o.event), "open")
     because = next((_fill(o.facts["because"], facts) for o, facts in reversed(options) if o.facts.get("because")), "")
     return Event(kind, sentence, because)
@@ -949,7 +1144,7 @@ def arithmetic(story: Story) -> list[Task]:
     for before, after, sentence in zip(story.states, story.states[1:], story.sentences[1:]):
         a, b = before.counts.get(before.hero, 0), after.counts.get(after.hero, 0)
         if a != b and before.goods:
-            goods = before.goods if a != 1 else next(one for many, one, *_ in KINDS if many == before.goods)
+            goods = before.goods if a != 1 else next(one for one, many, *_ in KINDS if many == before.goods)
             text = f"{before.hero} had {NUMBERS[a]} {goods}. {sentence}"
             tasks.append(Task("arithmetic", text, f"How many {before.goods} does {before.hero} have now?", NUMBERS[b] if b else "none"))
     return tasks
@@ -962,21 +1157,27 @@ class Preference(NamedTuple):
     rejected: str
     reason: str
 
-def _rivals(story: Story) -> list[list[str]]:
-    "Groups of words of this story that could be mistaken for each other."
-    f, size = story.steps[-1].facts, SIZES[story.size]
-    return [[f[role] for role in "ABC" if f[role]], [f[f"P{i}"] for i in range(f["known"])], [f[x] for x in "TU" if f[x]], NUMBERS[1:size.most * 2 + 2], [*"sad happy".split()]]
+_FOLLOWS = {"count", "greet", "arrive", "mood", "recall"}     # events whose words are bound by the facts
+
+def _rivals(story: Story) -> Iterator[tuple[str, str, str]]:
+    "Words of this story that could be mistaken for each other: what they are about, one, another."
+    f = story.steps[-1].facts
+    groups = {"person": [f[role] for role in "ABC"], "place": [f[f"P{i}"] for i in range(5)],
+              "thing": [f["T"], f["U"]], "number": NUMBERS[1:], "mood": ["happy", "sad"]}
+    for kind, words in groups.items():
+        for one, other in permutations(filter(None, words), 2):
+            near = kind != "number" or abs(words.index(one) - words.index(other)) == 1
+            if near: yield kind, one, other
 
 def preferences(story: Story) -> list[Preference]:
-    "For every sentence that can be broken by one word: the true one, a false one, and which word is wrong."
-    pairs, ends = [], [m.end() for m in _END_OF_SENTENCE.finditer(story.text)]
-    for start, sentence in zip(ends, story.sentences[1:]):
+    "For each sentence that follows from what was told: the true one, and false ones that differ in one word."
+    pairs, starts = [], [0, *(m.end() for m in _END_OF_SENTENCE.finditer(story.text))]
+    for start, event in zip(starts, story.events):
+        if event.kind not in _FOLLOWS: continue
         before = story.text[:start]
-        for group in _rivals(story):
-            for word in group:
-                for other in group:
-                    if other == word or not re.search(rf"\b{word}\b", sentence): continue
-                    false = re.sub(rf"\b{word}\b", other, sentence, count=1)
-                    if not continuations(before + false, story.size) and before + false != story.text:
-                        pairs.append(Preference(before, sentence, false, f"{other!r} contradicts what was told; {word!r} fits"))
+        for kind, word, other in _rivals(story):
+            false = re.sub(rf"\b{word}\b", other, event.sentence, count=1)
+            if false == event.sentence or can_begin(before + false, story.size): continue
+            reason = f"the {kind} must be {word}, not {other}"
+            pairs.append(Preference(before, event.sentence, false, reason))
     return pairs
