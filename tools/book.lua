@@ -72,15 +72,28 @@ local function read_output(div)
   }
 end
 
--- `.content-visible when-format="html"` and its relatives.
+-- `.content-visible when-format="html"` and its relatives. To Quarto an EPUB is "html" too; "html:js" is the site alone.
 local function is_shown(div)
+  local names = { [FORMAT] = true, html = html or epub, ['html:js'] = html, epub = epub, typst = typst, pdf = typst }
   local when, unless = div.attributes['when-format'], div.attributes['unless-format']
-  local function matches(name) return name == FORMAT or name == 'html' and html or name == 'epub' and epub or (name == 'pdf' or name == 'typst') and typst end
-  local yes = (not when or matches(when)) and not (unless and matches(unless))
-  return yes == div.classes:includes 'content-visible'
+  local yes = (not when or names[when]) and not (unless and names[unless])
+  return (yes or false) == div.classes:includes 'content-visible'
 end
 
+-- HTML that an author wrote by hand is for the site: in a book it may not be well-formed, and its pictures would be missing.
+local function drop_html(block)
+  if not html and context.mode == 'book' and block.format == 'html' then return {} end
+end
+
+local function drop_comment(inline)
+  if inline.format == 'html' and inline.text:match '^<!%-%-' then return {} end
+end
+
+local outputs = { Div = function(div) return div.classes:includes 'cell-output' and read_output(div) or nil end }
+
 local normalize = {
+  RawBlock = drop_html,
+  RawInline = drop_comment,
   Div = function(div)
     if div.classes:includes 'panel-tabset' then return split_tabs(div) end
     if callout_type(div) then
@@ -88,7 +101,6 @@ local normalize = {
       return div
     end
     if div.classes:includes 'content-visible' or div.classes:includes 'content-hidden' then return is_shown(div) and div.content or {} end
-    if div.classes:includes 'cell-output' then return read_output(div) end
   end,
   Image = function(image)
     local alt = image.attributes['fig-alt'] or image.attributes.alt
@@ -266,6 +278,10 @@ local number = {
   Div = function(div)
     local type = kind(div.identifier)
     if type == 'fig' or type == 'tbl' then return float(div, type) end
+    if div.classes:includes 'cell' then
+      div.identifier = unique(div.identifier)
+      return div
+    end
   end,
 }
 
@@ -446,6 +462,12 @@ local present = {
     if typst and div.classes:includes 'fold-title' then return typst_call('fold', div.content[1].content, {}) end
     return show_grid(div)
   end,
+  Figure = function(figure)                                  -- pandoc's EPUB writer finds links to divs, not to figures
+    if not epub or figure.identifier == '' then return nil end
+    local id = figure.identifier
+    figure.identifier = ''
+    return pandoc.Div({ figure }, pandoc.Attr(id))
+  end,
   Table = function(tbl)
     if html then return pandoc.Div({ tbl }, { class = 'table-scroll' }) end
   end,
@@ -484,7 +506,7 @@ function Pandoc(doc)
   for _, div in ipairs(doc.blocks) do
     enter(div)
     blocks:extend(part_title(div))
-    local content = div.content:walk(normalize):walk(number)
+    local content = div.content:walk(outputs):walk(normalize):walk(number)
     blocks:extend(context.mode == 'labels' and content or content:walk(resolve))
   end
   if context.mode == 'labels' then

@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quarto", choices=("auto", "yes", "no"), default="auto", help="use Quarto where it is installed, always, or never")
     parser.add_argument("--draft", action="store_true", help="references that lead nowhere are warnings, not errors")
     parser.add_argument("--quiet", action="store_true", help="say only what went wrong")
+    parser.add_argument("--output", default="_site", help="the folder to write, seen from the root of the book (default: %(default)s)")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
     chosen.formats = [name.strip() for name in chosen.formats.split(",") if name.strip()]
@@ -68,7 +69,7 @@ def installed_version(package: str) -> str:
 
 # The embedded builder ---------------------------------------------------------------------------------------------
 
-def build_embedded(book: Book, formats: list[str], draft: bool) -> None:
+def build_embedded(book: Book, formats: list[str], draft: bool, site: Path) -> None:
     "Build beside the old site, then let the new one take its place."
     if draft:
         book.bibliography += [path.relative_to(book.root).as_posix() for path in sorted(book.root.glob(".work/*.bib"))]
@@ -82,7 +83,7 @@ def build_embedded(book: Book, formats: list[str], draft: bool) -> None:
     downloads = [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
     with staging(book.root) as fresh:
         build_site(work, fresh, downloads)
-        swap(fresh, book.root / "_site")
+        swap(fresh, site)
     work.prune()
 
 
@@ -115,7 +116,7 @@ def swap(fresh: Path, site: Path) -> None:
 
 # Quarto -----------------------------------------------------------------------------------------------------------
 
-def build_quarto(book: Book) -> None:
+def build_quarto(book: Book, site: Path) -> None:
     "Let Quarto render into a folder of its own, then swap."
     quarto = shutil.which("quarto")
     if not quarto:
@@ -125,25 +126,25 @@ def build_quarto(book: Book) -> None:
         done = subprocess.run([quarto, "render", "--output-dir", str(fresh)], cwd=book.root, env=environment)
         if done.returncode or not (fresh / "index.html").exists():
             raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
-        swap(fresh, book.root / "_site")
+        swap(fresh, site)
 
 
 # The command ------------------------------------------------------------------------------------------------------
 
-def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = False) -> bool:
+def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = False, output: str = "_site") -> bool:
     "Build what changed; the answer is whether anything was done."
-    book = load_book(root)
+    book, site = load_book(root), root / output
     note = assets.ensure()
     if note:
         print(note, file=sys.stderr)
     use_quarto = quarto == "yes" or quarto == "auto" and shutil.which("quarto") is not None
-    stamp, state = root / ".cache" / "book.stamp", fingerprint(book, formats) + f" {use_quarto} {draft}"
-    if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (root / "_site" / "index.html").exists():
+    stamp, state = root / ".cache" / f"{site.name}.stamp", fingerprint(book, formats) + f" {use_quarto} {draft}"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (site / "index.html").exists():
         return False
     if use_quarto:
-        build_quarto(book)
+        build_quarto(book, site)
     else:
-        build_embedded(book, formats, draft)
+        build_embedded(book, formats, draft, site)
     stamp.write_text(state, encoding="utf-8")
     return True
 
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = parse_arguments(argv)
     start = time.perf_counter()
     try:
-        changed = build(chosen.root, chosen.formats, chosen.quarto, chosen.draft)
+        changed = build(chosen.root, chosen.formats, chosen.quarto, chosen.draft, chosen.output)
     except BookError as error:
         print(f"The book was not built: {error}.", file=sys.stderr)
         return 1
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
               "Check the disk and who owns this folder, then run the same command again.", file=sys.stderr)
         return 1
     if not chosen.quiet:
-        site = chosen.root / "_site"
+        site = chosen.root / chosen.output
         print(f"The book is in {site}{'' if changed else ' and is up to date'} ({time.perf_counter() - start:.1f} s).")
         print(f"Open {site / 'index.html'} in a browser, or run `make serve` for the book with search.")
     return 0

@@ -167,7 +167,7 @@ class Workshop:
         result = self.path(key, "html")
         if not result.exists():
             document = with_metadata(parsed.ast, self.path(key, "meta.json"), meta)
-            args = ["-f", "json", "-t", "html5", "--mathml", "--section-divs", f"--metadata-file={document}", f"--lua-filter={FILTER}", "--wrap=none"]
+            args = ["-f", "json", "-t", "html5", "--mathml", f"--metadata-file={document}", f"--lua-filter={FILTER}", "--wrap=none"]
             text = run_pandoc(args, self.context(key, **facts), json.dumps(parsed.ast), parsed.page.file.as_posix())
             result.write_text(text, encoding="utf-8")
         return result.read_text(encoding="utf-8")

