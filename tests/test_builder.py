@@ -124,11 +124,11 @@ Right words.
 A note at the side.
 :::
 
-::: {.content-visible when-format="html"}
+::: {.content-visible when-format="html:js"}
 Only on the site.
 :::
 
-::: {.content-hidden when-format="html"}
+::: {.content-hidden when-format="html:js"}
 Only on paper.
 :::
 
@@ -269,9 +269,9 @@ def test_figures_have_number_caption_alt_and_file(rich):
 # Symbols ----------------------------------------------------------------------------------------------------------
 
 def test_symbols_link_to_their_defining_cell(rich):
-    assert 'id="def-area"' in rich.page("nbs/01_one")
-    assert re.search(r'<a href="01_one.html#def-area" class="symbol">', rich.page("nbs/02_two"))
-    assert page_links(rich.page("nbs/01_one"), "symbol") == ["#def-area"] * 4       # prose, method, callout, generated sentence; no heading
+    assert 'id="api-area"' in rich.page("nbs/01_one")
+    assert re.search(r'<a href="01_one.html#api-area" class="symbol">', rich.page("nbs/02_two"))
+    assert page_links(rich.page("nbs/01_one"), "symbol") == ["#api-area"] * 4       # prose, method, callout, generated sentence; no heading
 
 
 def page_links(page, kind):
@@ -280,14 +280,14 @@ def page_links(page, kind):
 
 @pytest.mark.parametrize("text", ["# `area`", "[`area`](x)", "```\n`area`\n```", "``area``", "$$\n`area`\n$$", "`areas`", "`area`{.python}"])
 def test_no_link_inside_headings_links_and_code(text):
-    names = {"area": nbfilter.Symbol("area", "01_one", "def-area")}
+    names = {"area": nbfilter.Symbol("area", "01_one", "api-area")}
     assert nbfilter.link_symbols(text, names) == text
 
 
 def test_link_survives_several_fences_and_calls():
-    names = {"area": nbfilter.Symbol("area", "01_one", "def-area")}
+    names = {"area": nbfilter.Symbol("area", "01_one", "api-area")}
     text = "````\n```\n`area`\n```\n````\nthen `area()` and `area`."
-    assert nbfilter.link_symbols(text, names).count("01_one.ipynb#def-area") == 2
+    assert nbfilter.link_symbols(text, names).count("01_one.ipynb#api-area") == 2
 
 
 def test_filter_as_quarto_runs_it(rich):
@@ -297,8 +297,8 @@ def test_filter_as_quarto_runs_it(rich):
     sources = ["".join(c["source"]) for c in cells]
     assert all(isinstance(c["source"], list) for c in cells)
     assert not any(re.search(r"#\| (export|hide|timing|default_exp)", s) for s in sources)
-    assert {"def-area"} == {c["id"] for c in cells if c["id"].startswith("def-")}
-    assert "[`area`](01_one.ipynb#def-area){.symbol}" in sources[0]
+    assert {"api-area"} == {c["id"] for c in cells if c["id"].startswith("api-")}
+    assert "[`area`](01_one.ipynb#api-area){.symbol}" in sources[0]
 
 
 def test_directives_only_at_the_top_of_a_cell():
@@ -315,7 +315,7 @@ def test_patched_methods_and_constants_are_symbols():
 def test_symbol_index_says_where_names_are_defined_and_used(rich):
     page = nbfilter.symbol_index(rich.root / "nbs")
     row = next(line for line in page.splitlines() if line.startswith("| [`area`]"))
-    assert "The area of a circle." in row and "01_one.ipynb#def-area" in row and "[02](02_two.ipynb)" in row
+    assert "The area of a circle." in row and "01_one.ipynb#api-area" in row and "[02](02_two.ipynb)" in row
 
 
 # The frame of the site --------------------------------------------------------------------------------------------
@@ -467,5 +467,5 @@ def test_both_builders_give_the_same_addresses(rich, tmp_path):
             continue
         theirs = (tmp_path / "q/_site" / page.relative_to(rich.root / "_site")).read_text(encoding="utf-8")
         ours = page.read_text(encoding="utf-8")
-        wanted = set(re.findall(r'\bid="((?:fig|tbl|eq|sec|lst|def|cell)-[\w-]+)"', ours))
+        wanted = set(re.findall(r'\bid="((?:fig|tbl|eq|sec|lst|api|cell)-[\w-]+)"', ours))
         assert wanted <= set(re.findall(r'\bid="([^"]+)"', theirs)), page.name

@@ -282,7 +282,8 @@ def test_theme_follows_the_system_and_remembers_the_choice(address, visit):
     assert page.evaluate(theme) == "dark"
     dark = page.evaluate(ground)
     page.emulate_media(color_scheme="light")
-    assert page.evaluate(theme) == "light" and page.evaluate(ground) != dark
+    page.wait_for_function(f"{theme} === 'light'")
+    assert page.evaluate(ground) != dark
     page.locator(".theme-switch").click()
     assert page.evaluate(theme) == "dark" and page.evaluate(ground) == dark
     page.goto(address + CHAPTERS[0].url)

@@ -317,7 +317,7 @@ local function resolve_cite(cite)
   return out
 end
 
--- `03_bpe.ipynb#def-x`, seen from this page's folder.
+-- `03_bpe.ipynb#api-x`, seen from this page's folder.
 local function resolve_link(link)
   if link.target:match '^%a+:' then return nil end
   local path, id = link.target:match '^([^#]*)#?(.*)$'

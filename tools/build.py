@@ -69,8 +69,8 @@ def installed_version(package: str) -> str:
 
 # The embedded builder ---------------------------------------------------------------------------------------------
 
-def build_embedded(book: Book, formats: list[str], draft: bool, site: Path) -> None:
-    "Build beside the old site, then let the new one take its place."
+def parsed_book(book: Book, draft: bool) -> Workshop:
+    "Every page read; references that lead nowhere end the build, or are warnings in a draft."
     if draft:
         book.bibliography += [path.relative_to(book.root).as_posix() for path in sorted(book.root.glob(".work/*.bib"))]
     work = Workshop(book, book.root / ".cache" / "book")
@@ -80,6 +80,12 @@ def build_embedded(book: Book, formats: list[str], draft: bool, site: Path) -> N
         raise BookError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""))
     for problem in problems:
         print(f"Warning: {problem}", file=sys.stderr)
+    return work
+
+
+def build_embedded(book: Book, formats: list[str], draft: bool, site: Path) -> None:
+    "Build beside the old site, then let the new one take its place."
+    work = parsed_book(book, draft)
     downloads = [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
     with staging(book.root) as fresh:
         build_site(work, fresh, downloads)
@@ -116,14 +122,17 @@ def swap(fresh: Path, site: Path) -> None:
 
 # Quarto -----------------------------------------------------------------------------------------------------------
 
-def build_quarto(book: Book, site: Path) -> None:
-    "Let Quarto render into a folder of its own, then swap."
+def build_quarto(book: Book, formats: list[str], site: Path) -> None:
+    "Let Quarto render the site and the EPUB; the PDF is typst's, because Quarto sets books with typst only from 1.9 on."
     quarto = shutil.which("quarto")
     if not quarto:
         raise BookError("Quarto is not on PATH: install it, or leave out `--quarto yes` to use the embedded builder")
+    environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
+    if "pdf" in formats:
+        environment |= {"BOOK_PDF": str(build_pdf(parsed_book(book, draft=False))), "BOOK_PDF_NAME": f"{book.name}.pdf"}
+    only = ["--to", formats[0]] if formats in (["html"], ["epub"]) else []
     with staging(book.root) as fresh:
-        environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
-        done = subprocess.run([quarto, "render", "--output-dir", str(fresh)], cwd=book.root, env=environment)
+        done = subprocess.run([quarto, "render", *only, "--output-dir", str(fresh)], cwd=book.root, env=environment)
         if done.returncode or not (fresh / "index.html").exists():
             raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
         swap(fresh, site)
@@ -142,7 +151,7 @@ def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = Fa
     if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (site / "index.html").exists():
         return False
     if use_quarto:
-        build_quarto(book, site)
+        build_quarto(book, formats, site)
     else:
         build_embedded(book, formats, draft, site)
     stamp.write_text(state, encoding="utf-8")

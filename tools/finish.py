@@ -129,13 +129,20 @@ def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
     return f'<p class="notebook-links" data-pagefind-ignore><span>Run this chapter:</span> {" ".join(links)}</p>'
 
 
-def add_notebook_links(text: str, name: str, settings: dict[str, str], prefix: str) -> str:
-    "Put the links behind the title of the page (behind Quarto's title block where there is one)."
+def add_below_title(text: str, line: str) -> str:
+    "Put a line of links behind the title of the page (behind Quarto's title block where there is one)."
     if 'class="notebook-links"' in text:
         return text
     end = r"</header>" if 'id="title-block-header"' in text else r"</h1>"
     place = re.search(rf"id=\"title-block-header\".*?{end}|<main\b.*?{end}", text, re.S)
-    return text[:place.end()] + "\n" + notebook_links(name, settings, prefix) + text[place.end():] if place else text
+    return text[:place.end()] + "\n" + line + text[place.end():] if place else text
+
+
+def download_links(site: Path) -> str:
+    "A line of links to the book in one file, where there are any."
+    files = sorted(site.glob("*.epub")) + sorted(site.glob("*.pdf"))
+    links = " ".join(f'<a href="{file.name}" download>{file.suffix[1:].upper()}</a>' for file in files)
+    return f'<p class="notebook-links" data-pagefind-ignore><span>The whole book in one file:</span> {links}</p>' if files else ""
 
 
 # The head of a page -----------------------------------------------------------------------------------------------
@@ -203,7 +210,9 @@ def finish(site: Path, root: Path, memory: Path) -> None:
         name = page.relative_to(site).with_suffix(".ipynb").as_posix()
         if (root / name).exists():
             shutil.copyfile(root / name, site / name)
-            text = add_notebook_links(text, name, settings, up(site, page))
+            text = add_below_title(text, notebook_links(name, settings, up(site, page)))
+        elif name == "index.ipynb":
+            text = add_below_title(text, download_links(site))
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
         page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
     write_copies(site, root, listed_files(root), settings)
@@ -219,6 +228,8 @@ def main() -> int:
     note = assets.ensure()
     if note:
         print(note, file=sys.stderr)
+    if os.environ.get("BOOK_PDF"):                           # made beforehand by tools/build.py
+        shutil.copyfile(os.environ["BOOK_PDF"], site / os.environ["BOOK_PDF_NAME"])
     finish(site, ROOT, ROOT / ".cache" / "katex.json")
     return 0
 

@@ -87,11 +87,13 @@ def _first_line(node: ast.AST) -> str:
 
 
 def anchor(cell: Cell) -> str:
-    "A stable id for a code cell: the first name that an exported cell defines, else the id of the cell."
+    """A stable id for a code cell: the first name that an exported cell defines, else the id of the cell.
+
+    The prefixes are chosen so that Quarto takes neither for one of its own kinds (`def-` would be a Definition)."""
     marks, text = directives(source(cell))
     if marks & DEFINES:
         for name, _ in definitions(text):
-            return f"def-{name}"
+            return f"api-{name}"
     return f"cell-{cell.get('id', '')}"
 
 
