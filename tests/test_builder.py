@@ -308,14 +308,15 @@ def test_directives_only_at_the_top_of_a_cell():
 
 
 def test_patched_methods_and_constants_are_symbols():
-    cell = "LIMIT = 3\nlower = 4\n@patch\ndef shrink(self: Shape): 'Smaller.\\n\\nMore.'\ndef _private(): pass"
+    cell = "LIMIT = 3\nlower = 4\n@patch\ndef shrink(self: Shape): 'Smaller.\\n\\nMore.'\ndef _private(): pass\nclass _Base:\n    def helps(self): pass"
     assert list(nbfilter.definitions(cell)) == [("LIMIT", ""), ("Shape.shrink", "Smaller.")]
 
 
 def test_symbol_index_says_where_names_are_defined_and_used(rich):
     page = nbfilter.symbol_index(rich.root / "nbs")
-    row = next(line for line in page.splitlines() if line.startswith("| [`area`]"))
-    assert "The area of a circle." in row and "01_one.ipynb#api-area" in row and "[02](02_two.ipynb)" in row
+    entry = page[page.index("[`area`]"):page.index("[`Shape`]")]
+    assert "The area of a circle." in entry and "01_one.ipynb#api-area" in entry and "used in [chapter 2](02_two.ipynb)" in entry
+    assert "secret" not in page
 
 
 # The frame of the site --------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def definitions(text: str) -> Iterator[tuple[str, str]]:
             if not node.name.startswith("_"):
                 yield owner + node.name, _first_line(node)
             for child in node.body if isinstance(node, ast.ClassDef) else []:
-                if isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+                if isinstance(child, ast.FunctionDef) and not (node.name.startswith("_") or child.name.startswith("_")):
                     yield f"{node.name}.{child.name}", _first_line(child)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -174,16 +174,25 @@ def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, A
 
 # The symbol index -------------------------------------------------------------------------------------------------
 
+def mentions(cell: Cell) -> set[str]:
+    "The names that a cell uses: in code, or in backticks in prose."
+    text = directives(source(cell))[1]
+    if cell["cell_type"] == "markdown":
+        return {word for span in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"[A-Za-z_]\w*", span)}
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except SyntaxError:                                      # a cell with a `%magic`
+        return set(re.findall(r"[A-Za-z_]\w*", text))
+    return {getattr(n, "id", None) or getattr(n, "attr", None) or n.name for n in nodes if isinstance(n, (ast.Name, ast.Attribute, ast.alias))}
+
+
 def count_uses(names: dict[str, Symbol], folder: Path) -> None:
-    "Note for each symbol the notebooks that mention it, in prose or in code, outside its own."
+    "Note for each symbol the notebooks that use it, other than its own."
     for path in notebooks(folder):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        text = "\n".join(source(c) for c in cells)
-        words = set(re.findall(r"[A-Za-z_]\w*", text))
+        used = set().union(*map(mentions, cells))
         for symbol in names.values():
-            last = symbol.name.rpartition(".")[2]
-            owner = symbol.name.partition(".")[0]
-            if path.stem != symbol.page and last in words and owner in words:
+            if path.stem != symbol.page and set(symbol.name.split(".")) <= used:
                 symbol.used.append(path.stem)
 
 
@@ -191,25 +200,23 @@ def symbol_index(folder: Path) -> str:
     "The page that lists every public name: what it is, where it is defined, where it is used."
     names = symbols(folder)
     count_uses(names, folder)
-    rows = [_row(s) for s in sorted(names.values(), key=lambda s: s.name.lower())]
+    entries = [_entry(s) for s in sorted(names.values(), key=lambda s: s.name.lower())]
     return "\n".join([
         "# Symbol index {#sec-symbols}", "",
         "<!-- Written by `python tools/nbfilter.py --symbols`; do not edit. -->", "",
         "Every public name of the library: what it does, the chapter that builds it, and the chapters that use it.", "",
-        "::: {.symbol-index}", "",
-        "| name | what it is | defined in | used in |", "|:-----|:-----------|:-----------|:--------|",
-        *rows, "", ":::", ""])
+        "::: {.symbol-index}", "", *entries, ":::", ""])
 
 
-def _row(symbol: Symbol) -> str:
-    doc = symbol.doc.replace("|", "\\|")
-    used = ", ".join(f"[{_number(p)}]({p}.ipynb)" for p in symbol.used)
-    return (f"| [`{symbol.name}`]({symbol.page}.ipynb#{symbol.anchor}) | {doc} "
-            f"| [{symbol.page.replace('_', ' ')}]({symbol.page}.ipynb) | {used} |")
+def _entry(symbol: Symbol) -> str:
+    place = f"[{_page_name(symbol.page)}]({symbol.page}.ipynb#{symbol.anchor})"
+    used = ", ".join(f"[{_page_name(page)}]({page}.ipynb)" for page in symbol.used)
+    doc = re.sub(r"(?<=[^.!?])$", ".", symbol.doc) + " " if symbol.doc else ""
+    return f"[`{symbol.name}`]({symbol.page}.ipynb#{symbol.anchor})\n:   {doc}[Built in {place}{'; used in ' + used if used else ''}.]{{.symbol-place}}\n"
 
 
-def _number(page: str) -> str:
-    return page[:2] if PAGE.match(page) else page
+def _page_name(page: str) -> str:
+    return f"chapter {int(page[:2])}" if PAGE.match(page) else f"“{page}”"
 
 
 def main(argv: list[str]) -> int:
