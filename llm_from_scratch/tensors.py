@@ -25,13 +25,13 @@ class _Node:
     def __init__(
         self,
         data: float | int,                              # the number
-        edges: "tuple[tuple[_Node, float], ...]" = (),  # what it was made from, each with the slope of this number there
-        name: str = "",                                 # of the input or operation, for drawings
+        edges: "tuple[tuple[_Node, float], ...]" = (),  # its sources and the slopes there
+        name: str = "",                                 # input or operation, for drawings
     ) -> None:
         self.data, self.edges, self.name, self.grad = float(data), edges, name, 0.0
 
     def history(self) -> "list[_Node]":
-        "Everything this number was made from and itself, each after all that it was made from."
+        "This number and all it was made from, each after what it was made from."
         order: list[_Node] = []
         seen: set[_Node] = set()
         stack: list[tuple[_Node, bool]] = [(self, False)]
@@ -40,12 +40,12 @@ class _Node:
             if finished: order.append(node)
             elif node not in seen:
                 seen.add(node)
-                stack.append((node, True))              # comes up again when its sources are done
+                stack.append((node, True))              # again when its sources are done
                 stack.extend((source, False) for source, _ in node.edges)
         return order
 
     def backward(self) -> None:
-        "Add to `grad` of every number in the history the slope of this one there, @eq-tensors-chain."
+        "Add to every `grad` in the history the slope there, @eq-tensors-chain."
         flow = dict.fromkeys(self.history(), 0.0)
         flow[self] = 1.0
         for node in reversed(flow):
@@ -65,14 +65,22 @@ class _Arithmetic(_Node):
         return Value(self.data * other.data, ((self, other.data), (other, self.data)), "×")
 
     def __pow__(self, n: float | int) -> "Value":
-        if not isinstance(n, (int, float)): raise TypeError(f"the exponent must be a number, got {n!r}; for two values write (y * x.log()).exp()")
-        if self.data < 0 and n != int(n): raise ValueError(f"({self.data:g}) ** {n:g} is not a real number")
-        if self.data == 0 and n < 1 and n != 0: raise ZeroDivisionError(f"0 ** {n:g} has no finite value or slope")
-        return Value(self.data**n, ((self, n * self.data ** (n - 1) if n else 0.0),), f"^{n:g}")
+        if not isinstance(n, (int, float)):
+            raise TypeError(f"the exponent must be a number, got {n!r}; "
+                            "for two values write (y * x.log()).exp()")
+        if self.data < 0 and n != int(n):
+            raise ValueError(f"({self.data:g}) ** {n:g} is not a real number")
+        if self.data == 0 and n < 1 and n != 0:
+            raise ZeroDivisionError(f"0 ** {n:g} has no finite value or slope")
+        slope = n * self.data ** (n - 1) if n else 0.0
+        return Value(self.data**n, ((self, slope),), f"^{n:g}")
 
     def __neg__(self) -> "Value": return self * -1.0
-    def __sub__(self, other: "Value | float | int") -> "Value": return self + -_as_value(other)
-    def __truediv__(self, other: "Value | float | int") -> "Value": return self * _as_value(other) ** -1
+    def __sub__(self, other: "Value | float | int") -> "Value":
+        return self + -_as_value(other)
+
+    def __truediv__(self, other: "Value | float | int") -> "Value":
+        return self * _as_value(other) ** -1
     def __radd__(self, other: float | int) -> "Value": return self + other
     def __rmul__(self, other: float | int) -> "Value": return self * other
     def __rsub__(self, other: float | int) -> "Value": return -self + other
@@ -84,7 +92,7 @@ def _as_value(x: "Value | float | int") -> "Value":
 
 # %% ../nbs/01_tensors.ipynb #f4fb5145
 class Value(_Arithmetic):
-    "A number that remembers what it was made from and the slope there; `backward` turns that into gradients."
+    "A number that remembers how it was made; `backward` turns that into gradients."
 
     def __repr__(self) -> str: return f"Value({self.data:.6g}, grad={self.grad:.6g})"
 
@@ -95,7 +103,8 @@ class Value(_Arithmetic):
 
     def log(self) -> "Value":
         "Natural logarithm. Raises ValueError unless the number is positive."
-        if self.data <= 0: raise ValueError(f"the logarithm needs a positive number, got {self.data:g}")
+        if self.data <= 0:
+            raise ValueError(f"the logarithm needs a positive number, got {self.data:g}")
         return Value(math.log(self.data), ((self, 1 / self.data),), "log")
 
     def tanh(self) -> "Value":
@@ -113,15 +122,17 @@ class Value(_Arithmetic):
         return Value(max(self.data, 0.0), ((self, float(self.data > 0)),), "relu")
 
     def graph(self) -> str:
-        "The history as a drawing (SVG): name, number and gradient of each node. Needs the `plots` extra."
+        "The history as an SVG drawing: names, numbers, gradients. Needs the `plots` extra."
         from llm_from_scratch.figures import graph_svg
-        key = {node: str(i) for i, node in enumerate(self.history())}
-        labels = {key[node]: f"{node.name}\n{node.data:.4g}\ngrad {node.grad:.4g}" for node in key}
-        return graph_svg(labels, [(key[source], key[node]) for node in key for source, _ in node.edges])
+        key = {node: str(i) for i, node in enumerate(reversed(self.history()))}
+        labels = {i: f"{node.name}\n{node.data:.4g}\ngrad {node.grad:.4g}"
+                  for node, i in key.items()}
+        edges = [(key[source], key[node]) for node in key for source, _ in node.edges]
+        return graph_svg(labels, edges, width=92)
 
 # %% ../nbs/01_tensors.ipynb #750b0016
 def _shift(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    "The scores less their maximum, the sum of their exponentials (1 where nothing is possible), and the maximum."
+    "Scores less their maximum, the sum of their exponentials (1 if it is 0), the maximum."
     top = x.detach().amax(dim, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)              # ∞ − ∞ is not a number
     total = (x - top).exp().sum(dim, keepdim=True)
@@ -132,7 +143,7 @@ def softmax(
     x: Float[Tensor, "..."],        # scores; −∞ means impossible
     dim: int = -1,                  # the axis along which probabilities sum to 1
 ) -> Float[Tensor, "..."]:
-    "Probabilities from scores of any size, @eq-tensors-softmax. A row of −∞ gives zeros, with gradient 0."
+    "Probabilities from scores, @eq-tensors-softmax. A row of −∞ gives zeros, gradient 0."
     shifted, total, _ = _shift(x, dim)
     return shifted.exp() / total
 
@@ -141,7 +152,7 @@ def log_softmax(
     x: Float[Tensor, "..."],        # scores; −∞ means impossible
     dim: int = -1,                  # the axis along which probabilities sum to 1
 ) -> Float[Tensor, "..."]:
-    "Logarithms of probabilities in nats, @eq-tensors-logsumexp, exact where `softmax` has rounded to 0. A row of −∞ stays −∞."
+    "Logarithms of probabilities in nats, @eq-tensors-logsumexp. A row of −∞ stays −∞."
     shifted, total, _ = _shift(x, dim)
     return shifted - total.log()
 
@@ -160,9 +171,12 @@ def cross_entropy(
     logits: Float[Tensor, "*N V"],          # scores, the vocabulary on the last axis
     targets: Int[Tensor, "*N"],             # the token that came, for each row of scores
     ignore_index: int = -100,               # targets with this value do not count
-    reduction: str = "mean",                # over the targets that count: "mean" or "sum"; "none": each, 0 where ignored
+    reduction: str = "mean",                # "mean" or "sum" over those that count, or "none"
 ) -> Float[Tensor, "..."]:
-    "Surprise −log p(target) in nats, @eq-tensors-cross-entropy; the mean over no targets is nan. Raises ValueError or TypeError for targets that do not fit."
+    """Surprise −log p(target) in nats, @eq-tensors-cross-entropy; the mean of none is nan.
+
+    With `reduction="none"`: the surprise at each target, 0 where it is ignored.
+    Raises TypeError or ValueError for targets that do not fit."""
     _check_targets(logits, targets, ignore_index)
     ignored = targets == ignore_index
     picked = targets.masked_fill(ignored, 0).long()[..., None]
@@ -174,80 +188,101 @@ def cross_entropy(
 
 # %% ../nbs/01_tensors.ipynb #8ae5c3cb
 def _check_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
-    if targets.is_floating_point(): raise TypeError(f"targets must be token ids, whole numbers, got {targets.dtype}")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
-    _check_ids(targets[targets != ignore_index] if _may_look(targets) else targets, logits.shape[-1], "target")
+    if targets.is_floating_point():
+        raise TypeError(f"targets must be token ids, whole numbers, got {targets.dtype}")
+    expected, got = tuple(logits.shape[:-1]), tuple(targets.shape)
+    if expected != got:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} need targets "
+                         f"of shape {expected}, got {got}")
+    counted = targets[targets != ignore_index] if _may_look(targets) else targets
+    _check_ids(counted, logits.shape[-1], "target")
 
 
 def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
     if not _may_look(ids) or not ids.numel(): return
     for worst in (int(ids.min()), int(ids.max())):
-        if not 0 <= worst < vocab_size: raise ValueError(f"{what} {worst} is outside the vocabulary: expected 0 to {vocab_size - 1}")
+        if not 0 <= worst < vocab_size:
+            raise ValueError(f"{what} {worst} is outside the vocabulary: "
+                             f"expected 0 to {vocab_size - 1}")
 
 
 def _may_look(ids: Tensor) -> bool:
-    "Reading ids is free on the CPU; elsewhere it would make the device wait, and it checks its indices itself."
+    "Reading ids is free on the CPU; a device would have to wait, and checks them itself."
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()
 
 # %% ../nbs/01_tensors.ipynb #215e487e
 class Linear(nn.Module):
-    "Weighted sums along the last axis, @eq-tensors-linear. Starts uniform in ±1/√in_features, as `torch.nn.Linear`."
+    "Weighted sums, @eq-tensors-linear. Starts uniform in ±1/√in_features, as in `torch.nn`."
 
     def __init__(
         self,
-        in_features: int,                               # width of the input
-        out_features: int,                              # width of the output
-        bias: bool = True,                              # whether to add a constant to each output
+        in_features: int,                          # width of the input
+        out_features: int,                         # width of the output
+        bias: bool = True,                         # whether to add a constant to each output
         *,
-        generator: torch.Generator | None = None,       # where the first weights come from; None: torch's global one
+        generator: torch.Generator | None = None,  # draws the weights; None: torch's own
     ) -> None:
         super().__init__()
-        if in_features < 1 or out_features < 1: raise ValueError(f"a linear layer needs at least one input and one output, got {in_features} and {out_features}")
+        if in_features < 1 or out_features < 1:
+            raise ValueError("a linear layer needs at least one input and one output, "
+                             f"got {in_features} and {out_features}")
         self.in_features, self.out_features = in_features, out_features
         limit = in_features**-0.5
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-limit, limit, generator=generator))
-        self.bias = nn.Parameter(torch.empty(out_features).uniform_(-limit, limit, generator=generator)) if bias else None
+
+        def uniform(*shape: int) -> nn.Parameter:
+            numbers = torch.empty(shape).uniform_(-limit, limit, generator=generator)
+            return nn.Parameter(numbers)
+
+        self.weight = uniform(out_features, in_features)
+        self.bias = uniform(out_features) if bias else None
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
-        "Apply the layer to each vector along the last axis. Raises ValueError if it is not `in_features` wide."
-        if x.shape[-1:] != (self.in_features,): raise ValueError(f"expected a last axis of size {self.in_features}, got shape {tuple(x.shape)}")
+        "The sums for each vector along the last axis. Raises ValueError for another width."
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"expected a last axis of size {self.in_features}, "
+                             f"got shape {tuple(x.shape)}")
         return F.linear(x, self.weight, self.bias)
 
 # %% ../nbs/01_tensors.ipynb #1e9bfe3a
 class Embedding(nn.Module):
-    "A vector for each token id, looked up in a table. Starts normal with variance 1, as `torch.nn.Embedding`."
+    "A vector for each token id, looked up in a table that starts normal with variance 1."
 
     def __init__(
         self,
-        num_embeddings: int,                            # how many ids there are, V
-        embedding_dim: int,                             # width of each vector, D
+        num_embeddings: int,                       # how many ids there are, V
+        embedding_dim: int,                        # width of each vector, D
         *,
-        generator: torch.Generator | None = None,       # where the first weights come from; None: torch's global one
+        generator: torch.Generator | None = None,  # draws the weights; None: torch's own
     ) -> None:
         super().__init__()
-        if num_embeddings < 1 or embedding_dim < 1: raise ValueError(f"an embedding needs at least one id and one dimension, got {num_embeddings} and {embedding_dim}")
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError("an embedding needs at least one id and one dimension, "
+                             f"got {num_embeddings} and {embedding_dim}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim).normal_(generator=generator))
+        table = torch.empty(num_embeddings, embedding_dim)
+        self.weight = nn.Parameter(table.normal_(generator=generator))
 
     def forward(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
-        "The vector of each id. Raises TypeError unless ids are whole numbers, ValueError if one is outside the table."
-        if ids.is_floating_point(): raise TypeError(f"token ids must be whole numbers, got {ids.dtype}")
+        "The vector of each id. TypeError for fractions, ValueError outside the table."
+        if ids.is_floating_point():
+            raise TypeError(f"token ids must be whole numbers, got {ids.dtype}")
         _check_ids(ids, self.num_embeddings, "token")
         return F.embedding(ids, self.weight)
 
 # %% ../nbs/01_tensors.ipynb #57074515
 class Dropout(nn.Module):
-    "While training, zero each number with probability `p` and divide the rest by 1 − p; otherwise change nothing."
+    "While training, zero each number with probability `p` and divide the rest by 1 − p."
 
     def __init__(
         self,
-        p: float = 0.5,                                 # the share that is dropped
+        p: float = 0.5,                            # the share that is dropped
         *,
-        generator: torch.Generator | None = None,       # decides what is dropped; None: torch's global one
+        generator: torch.Generator | None = None,  # decides what is dropped; None: torch's own
     ) -> None:
         super().__init__()
-        if not 0 <= p <= 1: raise ValueError(f"the probability of dropping must lie between 0 and 1, got {p}")
+        if not 0 <= p <= 1:
+            raise ValueError("the probability of dropping must lie between 0 and 1, "
+                             f"got {p}")
         self.p, self.generator = p, generator
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -260,9 +295,13 @@ class Dropout(nn.Module):
 def seed_all(
     seed: int,                      # 0 to 2³² − 1
 ) -> torch.Generator:
-    "Seed Python, NumPy and torch on every device; returns a CPU generator with the same seed. Raises TypeError or ValueError for a seed that will not do."
-    if not isinstance(seed, int): raise TypeError(f"a seed is a whole number, got {seed!r}")
-    if not 0 <= seed < 2**32: raise ValueError(f"a seed lies between 0 and 2**32 - 1, got {seed}")
+    """Seed Python, NumPy and torch on every device; returns a CPU generator seeded alike.
+
+    Raises TypeError or ValueError for a seed that will not do."""
+    if not isinstance(seed, int):
+        raise TypeError(f"a seed is a whole number, got {seed!r}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed lies between 0 and 2**32 - 1, got {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -271,45 +310,56 @@ def seed_all(
 # %% ../nbs/01_tensors.ipynb #a0d6e1d7
 @dataclass(frozen=True)
 class DeviceReport:
-    "What `check_device` found: `ok`, the largest error of each computation relative to its largest result, and the verdict in words."
+    "What `check_device` found."
     device: str                     # the device that was checked
     ok: bool                        # whether to trust it
-    errors: dict[str, float]        # computation → error; empty if the device could not compute at all
+    errors: dict[str, float]        # computation → its relative error; empty if none ran
     verdict: str                    # one sentence
 
     def __str__(self) -> str: return self.verdict
 
 # %% ../nbs/01_tensors.ipynb #4cd49ebe
 def _probe(device: str | torch.device) -> dict[str, Tensor]:
-    "Three computations on fixed numbers, on `device`; the results are brought to the CPU."
+    "Three computations on fixed numbers, on `device`; results are brought to the CPU."
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(128, 96, generator=generator), torch.randn(96, 64, generator=generator)
+    a = torch.randn(128, 96, generator=generator)
+    b = torch.randn(96, 64, generator=generator)
     targets = torch.arange(128) % 64
     a = a.to(device).requires_grad_()
     logits = a @ b.to(device)
     gradient, = torch.autograd.grad(cross_entropy(logits, targets.to(device)), a)
-    return {"matmul": logits.detach().cpu(), "softmax": softmax(logits.detach()).cpu(), "gradient": gradient.cpu()}
+    return {"matmul": logits.detach().cpu(), "softmax": softmax(logits.detach()).cpu(),
+            "gradient": gradient.cpu()}
 
 # %% ../nbs/01_tensors.ipynb #c741c621
 def check_device(
     device: str | torch.device,     # such as "cuda" or "mps"
-    tolerance: float = 5e-3,        # largest relative error: above the rounding of TF32, below any real mistake
+    tolerance: float = 5e-3,        # relative error: above TF32's rounding, below any mistake
 ) -> DeviceReport:
-    "Compare a device with the CPU on a product, a softmax and a gradient. Never raises: a device that fails is reported."
+    "Compare a device with the CPU on three computations; one that fails is reported, too."
     name = str(device)
     try: results = _probe(device)
-    except Exception as error: return DeviceReport(name, False, {}, f"{name} cannot compute: {type(error).__name__}: {str(error).splitlines()[0]}")
-    errors = {key: float((results[key] - cpu).abs().max() / cpu.abs().max()) for key, cpu in _probe("cpu").items()}
-    wrong = [f"{key} is off by {error:.1e}" for key, error in errors.items() if not error <= tolerance]      # catches nan, too
-    if wrong: return DeviceReport(name, False, errors, f"{name} disagrees with the CPU: {', '.join(wrong)} (allowed: {tolerance:.0e})")
-    return DeviceReport(name, True, errors, f"{name} agrees with the CPU: the largest error is {max(errors.values()):.1e}")
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        verdict = f"{name} cannot compute: {type(error).__name__}: {reason}"
+        return DeviceReport(name, False, {}, verdict)
+    errors = {key: float((results[key] - cpu).abs().max() / cpu.abs().max())
+              for key, cpu in _probe("cpu").items()}
+    wrong = [f"{key} is off by {error:.1e}" for key, error in errors.items()
+             if not error <= tolerance]             # catches nan, too
+    verdict = f"{name} agrees with the CPU: the largest error is {max(errors.values()):.1e}"
+    if wrong:
+        verdict = (f"{name} disagrees with the CPU: {', '.join(wrong)} "
+                   f"(allowed: {tolerance:.0e})")
+    return DeviceReport(name, not wrong, errors, verdict)
 
 # %% ../nbs/01_tensors.ipynb #3bbe3fe1
 def best_device(
     tolerance: float = 5e-3,        # see `check_device`
 ) -> torch.device:
-    "The first accelerator (CUDA, Intel's XPU, Apple's MPS) that `check_device` trusts, otherwise the CPU; the reason is logged."
-    found = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(), "mps": torch.backends.mps.is_available()}
+    "The first accelerator that `check_device` trusts, otherwise the CPU; the reason is logged."
+    found = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(),
+             "mps": torch.backends.mps.is_available()}
     for name in (name for name, available in found.items() if available):
         report = check_device(name, tolerance)
         if report.ok: return torch.device(name)

@@ -23,7 +23,7 @@ __all__ = ['LINE_ENDS', 'INVISIBLE', 'TYPEWRITER', 'RULE', 'CLEANING_STEPS', 'UN
 
 # %% ../nbs/02_text.ipynb #66269104
 def pydoc_corpus() -> dict[str, str]:
-    "The help topics that every Python carries (`pydoc_data.topics`), as they are: topic → text."
+    "The help topics that come with Python (`pydoc_data.topics`), as they are: topic → text."
     from pydoc_data.topics import topics
     return dict(sorted(topics.items()))
 
@@ -38,7 +38,7 @@ def normalize_line_ends(text: str) -> str:
 INVISIBLE = regex.compile(r"(?![\n\t])[\p{Cc}\p{Cs}\u00ad\u200b\u2060\ufeff]")
 
 def drop_invisible(text: str) -> str:
-    "Remove control characters, lone surrogates, soft hyphens, zero-width spaces and byte-order marks."
+    "Remove control characters, lone surrogates, soft hyphens and marks of no width."
     return INVISIBLE.sub("", text)
 
 # %% ../nbs/02_text.ipynb #eb9d0e64
@@ -57,7 +57,7 @@ def straighten_quotes(text: str) -> str:
 
 # %% ../nbs/02_text.ipynb #b0d155ae
 def squeeze_spaces(text: str) -> str:
-    "Keep the indentation of a line, squeeze other runs of spaces to one, drop those at its end."
+    "Keep the indentation of a line, squeeze other spaces to one, drop those at its end."
     text = regex.sub(r"[^\S\n\t]", " ", text).expandtabs(4)
     text = regex.sub(r"(?<=\S) {2,}", " ", text)
     return regex.sub(r" +$", "", text, flags=regex.MULTILINE)
@@ -92,12 +92,13 @@ CLEANING_STEPS: dict[str, Callable[[str], str]] = {
 }
 
 def clean(
-    text: str,                                                        # as it was found
-    steps: Mapping[str, Callable[[str], str]] = CLEANING_STEPS,       # name → function, applied in this order
+    text: str,                                                     # as it was found
+    steps: Mapping[str, Callable[[str], str]] = CLEANING_STEPS,    # applied in this order
 ) -> str:
-    "Pass `text` through every step. With the steps of this chapter, cleaning what is clean changes nothing."
+    "Pass `text` through every step. With the steps above, a second pass changes nothing."
     if not isinstance(text, str):
-        raise TypeError(f"clean expects text (str), got {type(text).__name__}: decode bytes first")
+        kind = type(text).__name__
+        raise TypeError(f"clean expects text (str), got {kind}: decode bytes first")
     for step in steps.values(): text = step(text)
     return text
 
@@ -106,25 +107,30 @@ def shingles(
     text: str,
     n: int = 5,                    # words in a shingle
 ) -> frozenset[str]:
-    "Every run of `n` consecutive words, lower-cased; a shorter text is one shingle, a text without words has none."
+    """Every run of `n` consecutive words, lower-cased.
+
+    A shorter text is one shingle, a text without words has none."""
     if n < 1: raise ValueError(f"a shingle needs at least one word, got n={n}")
     words = regex.findall(r"\w+", text.lower())
-    return frozenset(" ".join(words[i:i + n]) for i in range(max(1, len(words) - n + 1)) if words)
+    starts = range(max(1, len(words) - n + 1)) if words else ()
+    return frozenset(" ".join(words[i:i + n]) for i in starts)
 
 # %% ../nbs/02_text.ipynb #884b7500
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    "What two sets share, as a fraction of what they hold together, @eq-text-jaccard; two empty sets are alike."
+    "The share of all items that both sets hold, @eq-text-jaccard; two empty sets are alike."
     return len(a & b) / len(a | b) if a or b else 1.0
 
 # %% ../nbs/02_text.ipynb #02b78809
 def stable_hash(item: str) -> int:
-    "A number below 2³² that depends on the characters alone: the same in every process and on every machine."
+    "A number below 2³² that depends on the characters alone, on every machine the same."
     digest = hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 # %% ../nbs/02_text.ipynb #3f270806
 class MinHash:
-    "`k` random hash functions. A set's signature is the least value of each; equal entries estimate `jaccard` (Broder 1997)."
+    """`k` random hash functions. A set's signature is the least value of each.
+
+    Equal entries of two signatures estimate `jaccard` (Broder 1997)."""
     def __init__(self, k: int = 128, seed: int = 0):
         if k < 1: raise ValueError(f"MinHash needs at least one hash function, got k={k}")
         rng = np.random.default_rng(seed)
@@ -132,17 +138,19 @@ class MinHash:
         self.a, self.b = rng.integers(2**64, size=(2, k), dtype=np.uint64)
 
     def signature(self, items: Iterable[str]) -> np.ndarray:
-        "The least value of each hash function over `items`, (k,) of uint32; of an empty set, the greatest number."
+        "The least value of each function over `items`, (k,) of uint32; of none, the greatest."
         x = np.fromiter((stable_hash(item) for item in items), dtype=np.uint64)
         least = np.full(self.k, 2**32 - 1, dtype=np.uint64)
-        for part in np.array_split(x, self.k * len(x) // 2**20 + 1):       # tables of 8 MB, however large the set
+        n_parts = self.k * len(x) // 2**20 + 1                  # tables of at most 8 MB
+        for part in np.array_split(x, n_parts):
             hashed = (self.a[:, None] * part + self.b[:, None]) >> np.uint64(32)
             least = np.minimum(least, hashed.min(axis=1, initial=2**32 - 1))
         return least.astype(np.uint32)
 
     def estimate(self, a: np.ndarray, b: np.ndarray) -> float:
-        "The share of equal entries of two signatures: `jaccard` up to an error of @eq-text-minhash-error."
-        if len(a) != len(b): raise ValueError(f"signatures of {len(a)} and {len(b)} entries cannot be compared")
+        "The share of equal entries: `jaccard` up to an error of @eq-text-minhash-error."
+        if len(a) != len(b):
+            raise ValueError(f"signatures of {len(a)} and {len(b)} entries cannot be compared")
         return float(np.mean(a == b))
 
 # %% ../nbs/02_text.ipynb #88ad8bb4
@@ -150,7 +158,7 @@ def lsh_pairs(
     signatures: Mapping[str, np.ndarray],      # name → signature
     bands: int,                                # divides the length of a signature
 ) -> set[tuple[str, str]]:
-    "Pairs of names whose signatures agree in at least one of `bands` equal bands, @eq-text-scurve."
+    "Pairs of names whose signatures agree in one of `bands` equal bands, @eq-text-scurve."
     buckets: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for name, signature in signatures.items():
         for band, entries in enumerate(np.split(signature, bands)):
@@ -163,11 +171,13 @@ def choose_bands(
     threshold: float,              # similarity from which a pair must be found
     recall: float = 0.99,          # and the probability that it is
 ) -> int:
-    "The least number of bands (it divides `k`) that finds a pair at `threshold` with probability `recall`, @eq-text-scurve."
-    if not 0 < threshold <= 1: raise ValueError(f"a threshold lies between 0 and 1, got {threshold}")
+    "The least number of bands that finds a pair at `threshold` with probability `recall`."
+    if not 0 < threshold <= 1:
+        raise ValueError(f"a threshold lies between 0 and 1, got {threshold}")
     for bands in (b for b in range(1, k + 1) if k % b == 0):
         if 1 - (1 - threshold ** (k // bands)) ** bands >= recall: return bands
-    raise ValueError(f"{k} hash functions cannot find pairs at {threshold} with probability {recall}: raise k")
+    raise ValueError(f"{k} hash functions cannot find pairs at {threshold} "
+                     f"with probability {recall}: raise k")
 
 # %% ../nbs/02_text.ipynb #7c3c47ba
 def near_duplicates(
@@ -175,10 +185,14 @@ def near_duplicates(
     threshold: float = 0.8,            # least Jaccard similarity
     k: int = 128, n: int = 5, seed: int = 0,
 ) -> list[tuple[str, str, float]]:
-    "Pairs of documents whose shingles are at least `threshold` alike, most alike first. MinHash proposes, `jaccard` decides."
-    sets, minhash = {name: shingles(text, n) for name, text in documents.items()}, MinHash(k, seed)
+    """Pairs of documents whose shingles are at least `threshold` alike, most alike first.
+
+    `MinHash` proposes, `jaccard` decides."""
+    sets = {name: shingles(text, n) for name, text in documents.items()}
+    minhash = MinHash(k, seed)
     signatures = {name: minhash.signature(items) for name, items in sets.items()}
-    pairs = [(a, b, jaccard(sets[a], sets[b])) for a, b in lsh_pairs(signatures, choose_bands(k, threshold))]
+    likely = lsh_pairs(signatures, choose_bands(k, threshold))
+    pairs = [(a, b, jaccard(sets[a], sets[b])) for a, b in likely]
     return sorted((p for p in pairs if p[2] >= threshold), key=lambda p: (-p[2], p[:2]))
 
 # %% ../nbs/02_text.ipynb #3781460d
@@ -187,28 +201,34 @@ def excerpts(
     threshold: float = 0.8,            # least share of the excerpt that its source repeats
     n: int = 5,
 ) -> list[tuple[str, str, float]]:
-    "Documents that stand inside others: (excerpt, source, share of the excerpt's shingles), greatest share first."
+    """Documents that stand inside others: (excerpt, source, share of the excerpt's shingles).
+
+    The greatest share comes first."""
     sets = {name: shingles(text, n) for name, text in documents.items()}
     holders: dict[str, list[str]] = defaultdict(list)
     for name, items in sets.items():
         for item in items: holders[item].append(name)
     shared = Counter(pair for names in holders.values() for pair in combinations(names, 2))
-    ordered = {tuple(sorted(pair, key=lambda name: len(sets[name]))): count for pair, count in shared.items()}
-    found = [(small, large, count / len(sets[small])) for (small, large), count in ordered.items()]
+    found = []
+    for pair, count in shared.items():
+        small, large = sorted(pair, key=lambda name: len(sets[name]))
+        found.append((small, large, count / len(sets[small])))
     return sorted((f for f in found if f[2] >= threshold), key=lambda f: (-f[2], f[:2]))
 
 # %% ../nbs/02_text.ipynb #9ece0c99
 def deduplicate(
     documents: Mapping[str, str],         # name → text
-    threshold: float = 0.8,               # from this Jaccard similarity, the shorter of a pair goes
-    contained: float | None = None,       # from this share inside a longer one, an excerpt goes; None: it stays
+    threshold: float = 0.8,               # from this similarity, the shorter of a pair goes
+    contained: float | None = None,       # from this share inside another, an excerpt goes
 ) -> dict[str, str]:
-    "The documents without copies, near copies and, if asked, excerpts; the longest of each family stays."
-    names: dict[str, str] = {}                                    # text → the first name that has it
+    "The documents without copies, near copies and, if asked, excerpts; the longest stays."
+    names: dict[str, str] = {}                # text → the first name that has it
     for name, text in documents.items(): names.setdefault(text, name)
     unique = {name: text for text, name in names.items()}
     relatives: dict[str, set[str]] = defaultdict(set)
-    for a, b, _ in near_duplicates(unique, threshold) + (excerpts(unique, contained) if contained else []):
+    related = near_duplicates(unique, threshold)
+    if contained: related += excerpts(unique, contained)
+    for a, b, _ in related:
         relatives[a].add(b); relatives[b].add(a)
     kept: set[str] = set()
     for name in sorted(unique, key=lambda name: -len(unique[name])):
@@ -236,15 +256,20 @@ class Tokenizer(Protocol):
 
 # %% ../nbs/02_text.ipynb #96c50684
 UNKNOWN = "<unk>"
+
+def _check_table(kind: str, names: Sequence[Any]) -> None:
+    for name, count in Counter(names).items():
+        if not isinstance(name, str): raise TypeError(f"a {kind} is a string, got {name!r}")
+        if count > 1: raise ValueError(f"{kind} {name!r} stands in the table {count} times")
+
+# %% ../nbs/02_text.ipynb #737e9797
 _T = TypeVar("_T", bound="TableTokenizer")
 
 class TableTokenizer:
-    "What tokenizers with a fixed table share: pieces by id, special tokens behind them, one JSON file."
+    "What tokenizers with a table share: pieces by id, then special tokens, one JSON file."
     def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
-        for kind, names in ("piece", pieces), ("special token", special_tokens):
-            for name, count in Counter(names).items():
-                if not isinstance(name, str): raise TypeError(f"a {kind} is a string, got {name!r}")
-                if count > 1: raise ValueError(f"{kind} {name!r} stands in the table {count} times")
+        _check_table("piece", pieces)
+        _check_table("special token", special_tokens)
         self.pieces = (*pieces, *special_tokens)
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._special = {name: i for i, name in enumerate(special_tokens, start=len(pieces))}
@@ -262,15 +287,17 @@ class TableTokenizer:
     def _lookup(self, ids: Iterable[int]) -> Iterator[str]:
         for at, i in enumerate(ids):
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} at position {at} is outside the vocabulary 0..{self.vocab_size - 1}")
+                raise ValueError(f"id {i} at position {at} is outside the vocabulary "
+                                 f"0..{self.vocab_size - 1}")
             yield self.pieces[int(i)]
 
     def state(self) -> dict[str, Any]:
-        "All that makes this tokenizer, as JSON can hold it: the arguments of its constructor."
+        "All that makes this tokenizer, for JSON: the arguments of its constructor."
         return {"pieces": list(self._ids), "special_tokens": list(self._special)}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TableTokenizer) and type(self) is type(other) and self.state() == other.state()
+        if not isinstance(other, TableTokenizer) or type(self) is not type(other): return False
+        return self.state() == other.state()
 
     def __hash__(self) -> int: return hash((type(self), self.pieces))
 
@@ -282,11 +309,12 @@ class TableTokenizer:
     def load(cls: type[_T], path: str | os.PathLike[str]) -> _T:
         "Read what `save` wrote. `ValueError` names the file and what is wrong with it."
         try: return cls(**_read_state(path, cls.__name__))
-        except (ValueError, TypeError) as e: raise ValueError(f"{path} is not a {cls.__name__} file: {e}") from e
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path} is not a {cls.__name__} file: {e}") from e
 
 # %% ../nbs/02_text.ipynb #3865efa2
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    "Write `text` beside `path`, then rename: whoever reads `path` finds the old file or the new one, never a part."
+    "Write beside `path`, then rename: a reader finds the old file or the new, never a part."
     path = Path(path)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -309,42 +337,55 @@ def _write_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, An
 
 def _read_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("format") != _FORMAT: raise ValueError(f"not of the format {_FORMAT!r}")
-    if found.get("version") != _VERSION: raise ValueError(f"this library reads version {_VERSION}, not {found.get('version')!r}")
-    if found.get("class") != kind: raise ValueError(f"it holds a {found.get('class')}")
-    if found.get("sha256") != _checksum(found.get("state", {})): raise ValueError("the checksum does not match, the file is damaged")
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(f"not of the format {_FORMAT!r}")
+    if found.get("version") != _VERSION:
+        raise ValueError(f"this library reads version {_VERSION}, "
+                         f"not {found.get('version')!r}")
+    if found.get("class") != kind:
+        raise ValueError(f"it holds a {found.get('class')}")
+    if found.get("sha256") != _checksum(found.get("state", {})):
+        raise ValueError("the checksum does not match, the file is damaged")
     return found["state"]
 
 # %% ../nbs/02_text.ipynb #4ba61897
 def _several(texts: Iterable[str]) -> Iterable[str]:
-    if isinstance(texts, str): raise TypeError("expected several texts, got one string: write [text]")
+    if isinstance(texts, str):
+        raise TypeError("expected several texts, got one string: write [text]")
     return texts
 
+def _first_missing(pieces: Iterable[str], table: Mapping[str, int]) -> tuple[int, str]:
+    return next((at, piece) for at, piece in enumerate(pieces) if piece not in table)
+
+# %% ../nbs/02_text.ipynb #ba701c72
 class CharTokenizer(TableTokenizer):
     "One token per character. Decoding gives back every text that could be encoded."
     def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
         super().__init__(pieces, special_tokens)
         for piece in pieces:
-            if len(piece) != 1: raise ValueError(f"an alphabet consists of single characters, got {piece!r}")
+            if len(piece) != 1:
+                raise ValueError(f"an alphabet consists of single characters, got {piece!r}")
 
     @classmethod
     def train(
         cls,
         texts: Iterable[str],
-        special_tokens: Sequence[str] = (),     # with `<unk>` among them, characters never seen become `<unk>`
+        special_tokens: Sequence[str] = (),     # if `<unk>` is one, it stands for the unseen
     ) -> CharTokenizer:
         "Collect the alphabet of `texts`, in the order of Unicode."
         alphabet = set().union(*map(set, _several(texts)))
-        if not alphabet: raise ValueError("cannot collect an alphabet: the texts hold no character")
+        if not alphabet:
+            raise ValueError("cannot collect an alphabet: the texts hold no character")
         return cls(sorted(alphabet), special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        "One id per character; `ValueError` at one that was never seen, unless `<unk>` is a special token."
+        "One id per character; one never seen is `<unk>` or, without that, a `ValueError`."
         unknown = self._special.get(UNKNOWN)
         if unknown is not None: return [self._ids.get(c, unknown) for c in text]
         try: return [self._ids[c] for c in text]
-        except KeyError: at, c = next((at, c) for at, c in enumerate(text) if c not in self._ids)
-        raise ValueError(f"character {c!r} (U+{ord(c):04X}) at position {at} is not in the alphabet of {len(self._ids)}")
+        except KeyError: at, c = _first_missing(text, self._ids)
+        raise ValueError(f"character {c!r} (U+{ord(c):04X}) at position {at} "
+                         f"is not in the alphabet of {len(self._ids)}")
 
     def decode(self, ids: Sequence[int]) -> str:
         "The characters of `ids`, one after the other; special tokens by their names."
@@ -361,55 +402,61 @@ def split_words(
     "Words, numbers and single marks of punctuation, in order; the space between them is lost."
     return regex.findall(pattern, text)
 
+def _check_pattern(pattern: str) -> None:
+    try: regex.compile(pattern)
+    except regex.error as e:
+        raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
+
 # %% ../nbs/02_text.ipynb #ff1c13ae
 def frequent_words(
     texts: Iterable[str],
     n: int | None = None,               # how many; None: all
     pattern: str = WORD_PATTERN, lowercase: bool = False,
 ) -> list[str]:
-    "The words of `texts` by falling frequency; of two equally frequent ones that which is earlier in Unicode's order first."
-    counts = Counter(word for text in _several(texts) for word in split_words(text.lower() if lowercase else text, pattern))
+    "The words of `texts`, the most frequent first; equally frequent ones in Unicode's order."
+    if lowercase: texts = map(str.lower, _several(texts))
+    counts = Counter(word for text in _several(texts) for word in split_words(text, pattern))
     if not counts: raise ValueError("cannot collect words: the texts hold none")
     return sorted(counts, key=lambda word: (-counts[word], word))[:n]
 
 # %% ../nbs/02_text.ipynb #f5647290
 class WordTokenizer(TableTokenizer):
-    "One token per word, the most frequent first. Other words become `<unk>`, and the space between words is forgotten."
+    "One token per word, the most frequent first; other words are `<unk>`, spaces are lost."
     def __init__(
         self, pieces: Sequence[str], special_tokens: Sequence[str] = (UNKNOWN,),
         pattern: str = WORD_PATTERN, lowercase: bool = False,
     ):
         super().__init__(pieces, special_tokens)
-        try: regex.compile(pattern)
-        except regex.error as e: raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
+        _check_pattern(pattern)
         self.pattern, self.lowercase = pattern, lowercase
 
     @classmethod
     def train(
-        cls,
-        texts: Iterable[str],
-        vocab_size: int | None = None,                   # with the special tokens; None: every word
-        special_tokens: Sequence[str] = (UNKNOWN,),      # without `<unk>`, a word never seen is an error
-        pattern: str = WORD_PATTERN,
-        lowercase: bool = False,
+        cls, texts: Iterable[str],
+        vocab_size: int | None = None,               # with special tokens; None: every word
+        special_tokens: Sequence[str] = (UNKNOWN,),  # without `<unk>`, a new word is an error
+        pattern: str = WORD_PATTERN, lowercase: bool = False,
     ) -> WordTokenizer:
         "Make a table of the `frequent_words` of `texts`."
         if vocab_size is not None and vocab_size <= len(special_tokens):
-            raise ValueError(f"vocab_size={vocab_size} leaves no room beside {len(special_tokens)} special tokens")
+            raise ValueError(f"vocab_size={vocab_size} leaves no room beside "
+                             f"{len(special_tokens)} special tokens")
         room = None if vocab_size is None else vocab_size - len(special_tokens)
-        return cls(frequent_words(texts, room, pattern, lowercase), special_tokens, pattern, lowercase)
+        words = frequent_words(texts, room, pattern, lowercase)
+        return cls(words, special_tokens, pattern, lowercase)
 
     def split(self, text: str) -> list[str]:
         "The words that `encode` looks up."
         return split_words(text.lower() if self.lowercase else text, self.pattern)
 
     def encode(self, text: str) -> list[int]:
-        "One id per word; `ValueError` at one that is not in the table, unless `<unk>` is a special token."
+        "One id per word; a new word is `<unk>` or, without that, a `ValueError`."
         words, unknown = self.split(text), self._special.get(UNKNOWN)
         if unknown is not None: return [self._ids.get(word, unknown) for word in words]
         try: return [self._ids[word] for word in words]
-        except KeyError: at, word = next((at, word) for at, word in enumerate(words) if word not in self._ids)
-        raise ValueError(f"word {word!r} at position {at} is not in the vocabulary of {len(self._ids)}")
+        except KeyError: at, word = _first_missing(words, self._ids)
+        raise ValueError(f"word {word!r} at position {at} "
+                         f"is not in the vocabulary of {len(self._ids)}")
 
     def decode(self, ids: Sequence[int]) -> str:
         "The words of `ids` with one space between them."
@@ -425,7 +472,9 @@ def fit_power_law(
 ) -> tuple[float, float]:
     "Factor and exponent of y ≈ factor · x ** exponent, by least squares on the logarithms."
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if x.shape != y.shape or x.size < 2: raise ValueError(f"expected two points or more, got shapes {x.shape} and {y.shape}")
-    if not ((x > 0).all() and (y > 0).all()): raise ValueError("a power law has positive coordinates only")
+    if x.shape != y.shape or x.size < 2:
+        raise ValueError(f"expected two points or more, got shapes {x.shape} and {y.shape}")
+    if not ((x > 0).all() and (y > 0).all()):
+        raise ValueError("a power law has positive coordinates only")
     exponent, intercept = np.polyfit(np.log(x), np.log(y), 1)
     return float(np.exp(intercept)), float(exponent)
