@@ -433,6 +433,23 @@ def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
     assert "Other words." in plain.text("nbs/01_one")
 
 
+def test_serving_rebuilds_a_page_when_it_is_saved(plain, capfd):
+    "The loop of `make serve`, on a book of its own; it leaves the site of `make book` alone."
+    import threading, time
+    import serve
+    plain.build()
+    before = plain.page("index")
+    serve.rebuild(plain.root, ["html"])
+    threading.Thread(target=serve.watch, args=(plain.root, ["html"], 0.1), daemon=True).start()
+    served = plain.root / serve.SERVED / "index.html"
+    time.sleep(0.3)
+    plain.write("index.qmd", "# A small book {.unnumbered}\n\nAnother greeting.\n")
+    end = time.monotonic() + 60
+    while "Another greeting" not in served.read_text(encoding="utf-8") and time.monotonic() < end: time.sleep(0.1)
+    assert "Another greeting" in served.read_text(encoding="utf-8") and plain.page("index") == before
+    assert "index.qmd changed." in capfd.readouterr().out
+
+
 def test_parts_and_unnumbered_pages(tmp_path):
     book = small_book(tmp_path)
     for name in ("a", "b", "c", "d"):

@@ -15,6 +15,7 @@ from build import ROOT, build
 from book import BookError
 from finish import read_settings
 
+SERVED = ".cache/served"                 # a site of its own: the one of `make book`, with EPUB and PDF, stays as it is
 WATCHED = ("_quarto.yml", "settings.ini", "*.qmd", "*.bib", "nbs/*.ipynb", "nbs/*.qmd", "nbs/images/*", "tools/*.py", "tools/*.lua", "tools/theme/*")
 
 
@@ -66,7 +67,7 @@ def rebuild(root: Path, formats: list[str]) -> None:
     "Build what changed. While the book is being written, a reference that leads nowhere is a warning."
     start = time.perf_counter()
     try:
-        if build(root, formats, quarto="no", draft=True):
+        if build(root, formats, quarto="no", draft=True, output=SERVED):
             print(f"Built in {time.perf_counter() - start:.1f} s.", flush=True)
     except (BookError, OSError) as error:
         print(f"Not built: {error}. The last good site is still shown.", file=sys.stderr, flush=True)
@@ -93,7 +94,7 @@ def main() -> int:
     formats = chosen.formats.split(",")
     rebuild(ROOT, formats)
     try:
-        server = open_server(ROOT / "_site", chosen.port)
+        server = open_server(ROOT / SERVED, chosen.port)
     except BookError as error:
         print(f"The book is not served: {error}.", file=sys.stderr)
         return 1
