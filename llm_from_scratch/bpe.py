@@ -26,23 +26,30 @@ if TYPE_CHECKING: import tiktoken
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'Source', 'compile_pattern', 'learn_merges', 'count_pretokens', 'merge_bytes',
            'BPETokenizer', 'byte_alphabet']
 
-# %% ../nbs/03_bpe.ipynb #bbb6dea7
+# %% ../nbs/03_bpe.ipynb #35dc78df
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]|\s+(?!\S)|\s+")
+GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
 
 # %% ../nbs/03_bpe.ipynb #8e194a7b
 _GAPS = r"|[\s\S]"
 
 def compile_pattern(
-    pattern: str,                       # a regular expression for pre-tokens, in the dialect of `regex`
+    pattern: str,                       # for pre-tokens, in the dialect of `regex`
 ) -> regex.Pattern[str]:
-    "Compile a pattern so that its matches cover every text: what it leaves out becomes single characters. Raises ValueError if it has groups or matches nothing."
+    """Compile a pattern so that its matches cover every text: gaps become single characters.
+
+    Raises ValueError if it has groups or matches the empty string."""
     known = pattern in (GPT2_PATTERN, GPT4_PATTERN) or pattern.endswith(_GAPS)
     try: compiled = regex.compile(pattern if known else f"(?:{pattern}){_GAPS}")
-    except regex.error as e: raise ValueError(f"the pattern {pattern!r} is not a regular expression: {e}") from None
-    if compiled.groups: raise ValueError(f"the pattern {pattern!r} has capturing groups: write (?:…) instead of (…)")
-    if compiled.match(""): raise ValueError(f"the pattern {pattern!r} matches the empty string: no piece may be empty")
+    except regex.error as e:
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {e}") from None
+    if compiled.groups:
+        raise ValueError(f"the pattern {pattern!r} has capturing groups: "
+                         "write (?:…) instead of (…)")
+    if compiled.match(""):
+        raise ValueError(f"the pattern {pattern!r} matches the empty string: "
+                         "no piece may be empty")
     return compiled
 
 # %% ../nbs/03_bpe.ipynb #7aeae79e
@@ -50,15 +57,17 @@ _FLIP = bytes(255 - b for b in range(256))
 
 def _descending(
     token: bytes,
-) -> str:                               # one character for each byte, and one that is greater than any of them
+) -> str:                               # a character for each byte, then one greater than all
     "A key for ties: the greater the byte string, the smaller its key."
     return token.translate(_FLIP).decode("latin-1") + "\u0100"
 
 # %% ../nbs/03_bpe.ipynb #d3776dbc
+_Pair = tuple[int, int]
+
 def _merge_in_place(
-    parts: list[int], a: int, b: int, new: int,          # write `new` for each a, b in parts
-    n: int, counts: dict[tuple[int, int], int],          # the piece occurs n times: keep these counts true
-) -> Iterator[tuple[int, int]]:                          # the pairs that are new here
+    parts: list[int], a: int, b: int, new: int,     # write `new` for each a, b in parts
+    n: int, counts: dict[_Pair, int],               # the piece occurs n times: keep counts true
+) -> Iterator[_Pair]:                               # the pairs that are new here
     "Merge one pair in one piece, from left to right."
     i, last = 0, len(parts) - 1
     while i < last:
@@ -81,7 +90,7 @@ def learn_merges(
     n_merges: int,                      # fewer are found when every piece has become one token
     progress: bool = False,             # show a bar
 ) -> list[tuple[bytes, bytes]]:
-    "The merges of byte-pair encoding, @eq-bpe-best, with a heap whose entries are checked when they come out."
+    "The merges of @eq-bpe-best, by a heap whose entries are checked when they come out."
     tokens = [bytes([b]) for b in range(256)]
     keys = [_descending(token) for token in tokens]
     parts, times = [list(_utf8(piece)) for piece in pieces], list(pieces.values())
@@ -93,7 +102,7 @@ def learn_merges(
         while heap and len(merges) < n_merges:
             negative, key_a, key_b, a, b = heapq.heappop(heap)
             n = counts[a, b]
-            if n != -negative:                            # out of date: back with the present count
+            if n != -negative:                      # out of date: back with the present count
                 if n > 0: heapq.heappush(heap, (-n, key_a, key_b, a, b))
                 continue
             merges.append((tokens[a], tokens[b]))
@@ -108,10 +117,14 @@ def learn_merges(
             bar.update()
     return merges
 
-def _count_pairs(parts: list[list[int]], times: list[int]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], list[int]]]:
+# %% ../nbs/03_bpe.ipynb #023c974f
+def _count_pairs(
+    parts: list[list[int]],             # the tokens of each piece
+    times: list[int],                   # how often each piece occurs
+) -> tuple[dict[_Pair, int], dict[_Pair, list[int]]]:
     "How often each pair occurs, and in which pieces."
-    counts: dict[tuple[int, int], int] = defaultdict(int)
-    where: dict[tuple[int, int], list[int]] = defaultdict(list)
+    counts: dict[_Pair, int] = defaultdict(int)
+    where: dict[_Pair, list[int]] = defaultdict(list)
     for i, (piece, n) in enumerate(zip(parts, times)):
         for pair in zip(piece, piece[1:]):
             counts[pair] += n
@@ -128,14 +141,18 @@ def _utf8(text: str, offset: int = 0) -> bytes:
     "The bytes of a text; raises ValueError that names a lone surrogate and where it stands."
     try: return text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError(f"lone surrogate U+{ord(text[e.start]):04X} at position {offset + e.start}: it is half of a character and has no "
-                         "UTF-8 bytes; text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') repairs such text") from None
+        raise ValueError(
+            f"lone surrogate U+{ord(text[e.start]):04X} at position {offset + e.start}: "
+            "it is half of a character and has no UTF-8 bytes; text.encode('utf-16', "
+            "'surrogatepass').decode('utf-16', 'replace') repairs such text"
+        ) from None
 
-# %% ../nbs/03_bpe.ipynb #bb418e2d
-_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")   # (?r): search from the end
-_BLOCK = 1 << 20                                                   # characters
+# %% ../nbs/03_bpe.ipynb #0d7be4f6
+_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")     # (?r): search from the end
+_BLOCK = 1 << 20                                                     # characters
 
-Source = Union[str, "os.PathLike[str]"]                            # a text, or the path of a UTF-8 file
+_Path = Union[str, "os.PathLike[str]"]          # the path of a file
+Source = Union[str, "os.PathLike[str]"]         # a str is a text, a Path is a UTF-8 file
 
 def _read(source: Source) -> Iterator[str]:
     "A text or a file in parts of at most a block. Raises ValueError where a file is not UTF-8."
@@ -143,10 +160,13 @@ def _read(source: Source) -> Iterator[str]:
         yield from (source[i:i + _BLOCK] for i in range(0, len(source), _BLOCK))
     elif isinstance(source, os.PathLike):
         try:
-            with open(source, encoding="utf-8", newline="") as file:       # line ends are part of the text
+            with open(source, encoding="utf-8", newline="") as file:     # keeps line ends
                 while part := file.read(_BLOCK): yield part
-        except UnicodeDecodeError as e: raise ValueError(f"{os.fspath(source)} is not UTF-8 text: {e}") from None
-    else: raise TypeError(f"expected a str (a text) or a Path (a file), got {type(source).__name__}")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{os.fspath(source)} is not UTF-8 text: {e}") from None
+    else:
+        raise TypeError("expected a str (a text) or a Path (a file), "
+                        f"got {type(source).__name__}")
 
 # %% ../nbs/03_bpe.ipynb #3dbce829
 def _any_of(special_tokens: Iterable[str]) -> regex.Pattern[str] | None:
@@ -154,50 +174,72 @@ def _any_of(special_tokens: Iterable[str]) -> regex.Pattern[str] | None:
     longest_first = sorted(special_tokens, key=lambda s: (-len(s), s))
     return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
 
-def _blocks(parts: Iterable[str], pattern: str, special_tokens: Sequence[str] = ()) -> Iterator[str]:
+def _safe_cut(text: str, end: int, special: regex.Pattern[str] | None) -> int:
+    "The last place up to `end` where both patterns cut, outside special tokens; 0 if none."
+    cut = _CUT.search(text, 0, end)
+    at = cut.start() if cut else 0
+    for match in special.finditer(text) if special else ():
+        if match.start() < at < match.end(): return match.start()    # before it is safe, too
+    return at
+
+# %% ../nbs/03_bpe.ipynb #7face78c
+def _blocks(
+    parts: Iterable[str], pattern: str, special_tokens: Sequence[str] = ()
+) -> Iterator[str]:
     "Join parts of one text into blocks that can be tokenized apart."
     special, hold = _any_of(special_tokens), max(map(len, special_tokens), default=0)
+    cuts_known = pattern in (GPT2_PATTERN, GPT4_PATTERN)
     buffer, limit = "", _BLOCK
     for part in parts:
         buffer += part
         if len(buffer) < limit: continue
-        at = _safe_cut(buffer, len(buffer) - hold, special) if pattern in (GPT2_PATTERN, GPT4_PATTERN) else 0
+        at = _safe_cut(buffer, len(buffer) - hold, special) if cuts_known else 0
         if at: yield buffer[:at]
         buffer = buffer[at:]
-        limit = max(_BLOCK, 2 * len(buffer))                        # found no cut: wait until it has doubled
+        limit = max(_BLOCK, 2 * len(buffer))
     if buffer: yield buffer
 
-def _safe_cut(text: str, end: int, special: regex.Pattern[str] | None) -> int:
-    "The last place up to `end` where both patterns cut whatever follows, outside special tokens; 0 if there is none."
-    cut = _CUT.search(text, 0, end)
-    at = cut.start() if cut else 0
-    for match in special.finditer(text) if special else ():
-        if match.start() < at < match.end(): return match.start()   # the start of a special token is safe too
-    return at
-
-# %% ../nbs/03_bpe.ipynb #7face78c
-def _count_block(texts: list[str], pattern: str, special_tokens: tuple[str, ...]) -> Counter[str]:
+# %% ../nbs/03_bpe.ipynb #480dabe8
+def _count_block(
+    texts: list[str], pattern: str, special_tokens: tuple[str, ...]
+) -> Counter[str]:
     "Count the pre-tokens of some blocks."
-    split, special, counts = compile_pattern(pattern).findall, _any_of(special_tokens), Counter()
+    split, special = compile_pattern(pattern).findall, _any_of(special_tokens)
+    counts: Counter[str] = Counter()
     for text in texts:
         for segment in special.split(text) if special else [text]: counts.update(split(segment))
     return counts
 
 def count_pretokens(
-    texts: Source | Iterable[Source],           # a str is a text, a Path is a UTF-8 file
+    texts: Source | Iterable[Source],       # a str is a text, a Path is a UTF-8 file
     pattern: str = GPT2_PATTERN,
-    special_tokens: Sequence[str] = (),         # boundaries, not counted
-    workers: int = 1,                           # processes; a script that asks for more needs `if __name__ == "__main__":`
-    progress: bool = False,
+    special_tokens: Sequence[str] = (),     # boundaries, not counted
+    workers: int = 1,                       # processes; for more, `if __name__ == "__main__":`
+    progress: bool = False,                 # show a bar
 ) -> Counter[str]:
     "How often each pre-token occurs, reading block by block."
-    compile_pattern(pattern)                    # a bad pattern fails here, not in a worker
+    compile_pattern(pattern)                # a bad pattern fails here, not in a worker
     count = partial(_count_block, pattern=pattern, special_tokens=tuple(special_tokens))
     total: Counter[str] = Counter()
     with _bar(None, "characters", progress) as bar:
         batches = _batches(texts, pattern, special_tokens, bar)
-        for counts in _map_processes(count, batches, workers) if workers > 1 else map(count, batches): total.update(counts)
+        run = partial(_map_processes, workers=workers) if workers > 1 else map
+        for counts in run(count, batches): total.update(counts)
     return total
+
+# %% ../nbs/03_bpe.ipynb #23d94528
+def _batches(
+    texts: Source | Iterable[Source], pattern: str, special_tokens: Sequence[str], bar: Any
+) -> Iterator[list[str]]:
+    "Blocks of all texts, short ones in one list, so that a list is about a block."
+    batch, size = [], 0
+    for source in [texts] if isinstance(texts, (str, os.PathLike)) else texts:
+        for block in _blocks(_read(source), pattern, special_tokens):
+            batch.append(block); size += len(block); bar.update(len(block))
+            if size >= _BLOCK:
+                yield batch
+                batch, size = [], 0
+    if batch: yield batch
 
 def _map_processes(function: Any, items: Iterable[Any], workers: int) -> Iterator[Any]:
     "`map` in other processes, with at most two items waiting for each."
@@ -212,38 +254,45 @@ def _map_processes(function: Any, items: Iterable[Any], workers: int) -> Iterato
                 if len(waiting) > 2 * workers: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
         except BrokenProcessPool as e:
-            raise RuntimeError('a worker process ended early: a script that asks for workers must do so under `if __name__ == "__main__":`') from e
+            raise RuntimeError(
+                "a worker process ended early: a script that asks for workers "
+                'must do so under `if __name__ == "__main__":`') from e
 
-def _batches(texts: Source | Iterable[Source], pattern: str, special_tokens: Sequence[str], bar: Any) -> Iterator[list[str]]:
-    "Blocks of all texts, short ones in one list, so that a list is about a block."
-    batch, size = [], 0
-    for source in [texts] if isinstance(texts, (str, os.PathLike)) else texts:
-        for block in _blocks(_read(source), pattern, special_tokens):
-            batch.append(block); size += len(block); bar.update(len(block))
-            if size >= _BLOCK:
-                yield batch
-                batch, size = [], 0
-    if batch: yield batch
+# %% ../nbs/03_bpe.ipynb #a7a3b3a5
+def _number(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, int]:
+    "Token → id: bytes first, then the result of each merge."
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    return {token: i for i, token in enumerate(tokens)}
 
-# %% ../nbs/03_bpe.ipynb #4358efec
+# %% ../nbs/03_bpe.ipynb #f703f903
+_Parts = tuple[dict[bytes, int], str, dict[str, int]]      # vocabulary, pattern, special tokens
+
+def _check_vocabulary(vocab: Mapping[bytes, int], special: Mapping[str, int]) -> None:
+    missing = [b for b in range(256) if bytes([b]) not in vocab]
+    if missing:
+        raise ValueError(f"{len(missing)} of the 256 bytes have no token, the first is "
+                         f"0x{missing[0]:02X}: some text could not be encoded")
+    if "" in special: raise ValueError("a special token cannot be the empty string")
+    if b"" in vocab: raise ValueError("a token cannot be the empty string")
+    ids = [*vocab.values(), *special.values()]
+    if len(set(ids)) < len(ids): raise ValueError("two tokens have the same id")
+    if min(ids) < 0: raise ValueError(f"ids count from 0, got {min(ids)}")
+
+# %% ../nbs/03_bpe.ipynb #d643907f
 class _Vocabulary:
     "Tokens and their ids; ids to text."
     def __init__(
         self,
-        vocab: Mapping[bytes, int],                        # token → id; a lower id was merged earlier
+        vocab: Mapping[bytes, int],                        # token → id, in the order of merges
         pattern: str = GPT2_PATTERN,                       # cuts text into pre-tokens
         special_tokens: Mapping[str, int] | None = None,   # name → id
     ):
         self.vocab, self.pattern = dict(vocab), pattern
         self._special = dict(special_tokens or {})
         self._split = compile_pattern(pattern).findall
-        self._bytes = {i: token for token, i in self.vocab.items()} | {i: _utf8(name) for name, i in self._special.items()}
-        missing = [b for b in range(256) if bytes([b]) not in self.vocab]
-        if missing: raise ValueError(f"{len(missing)} of the 256 bytes have no token, the first is 0x{missing[0]:02X}: some text could not be encoded")
-        if "" in self._special: raise ValueError("a special token cannot be the empty string")
-        if b"" in self.vocab: raise ValueError("a token cannot be the empty string")
-        if len(self._bytes) < len(self.vocab) + len(self._special): raise ValueError("two tokens have the same id")
-        if min(self._bytes) < 0: raise ValueError(f"ids count from 0, got {min(self._bytes)}")
+        _check_vocabulary(self.vocab, self._special)
+        self._bytes = {i: token for token, i in self.vocab.items()}
+        self._bytes |= {i: _utf8(name) for name, i in self._special.items()}
 
     @property
     def vocab_size(self) -> int:
@@ -255,33 +304,39 @@ class _Vocabulary:
         "Special tokens: name → id."
         return dict(self._special)
 
-    def _state(self) -> tuple[dict[bytes, int], str, dict[str, int]]: return self.vocab, self.pattern, self._special
+    def _state(self) -> _Parts: return self.vocab, self.pattern, self._special
     def __reduce__(self) -> tuple[Any, ...]: return type(self), self._state()
-    def __eq__(self, other: object) -> bool: return isinstance(other, _Vocabulary) and self._state() == other._state()
     def __hash__(self) -> int: return hash((self.vocab_size, self.pattern))
-    def __repr__(self) -> str: return f"{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={list(self._special)})"
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Vocabulary) and self._state() == other._state()
+    def __repr__(self) -> str:
+        name, special = type(self).__name__, list(self._special)
+        return f"{name}(vocab_size={self.vocab_size}, special_tokens={special})"
 
-# %% ../nbs/03_bpe.ipynb #f703f903
+# %% ../nbs/03_bpe.ipynb #884b0262
 class _Decoder(_Vocabulary):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "The bytes of some tokens. Raises ValueError at an id that is not in the vocabulary."
-        ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)     # type: ignore[attr-defined]
-        try: return b"".join([self._bytes[i] for i in ids])
+        if hasattr(ids, "tolist"): ids = ids.tolist()           # type: ignore[attr-defined]
+        ids, known = list(ids), self._bytes
+        try: return b"".join([known[i] for i in ids])
         except (KeyError, TypeError):
-            at, i = next((at, i) for at, i in enumerate(ids) if not isinstance(i, int) or i not in self._bytes)
-            raise ValueError(f"id {i!r} at position {at} is not in the vocabulary (0 to {self.vocab_size - 1})") from None
+            at = next(n for n, i in enumerate(ids) if not isinstance(i, int) or i not in known)
+            raise ValueError(f"id {ids[at]!r} at position {at} is not in the vocabulary "
+                             f"(0 to {self.vocab_size - 1})") from None
 
     def decode(
         self,
         ids: Sequence[int],
-        errors: str = "replace",        # or "strict": raise UnicodeDecodeError (a ValueError) where the bytes are not UTF-8
+        errors: str = "replace",        # "strict": raise UnicodeDecodeError (a ValueError)
     ) -> str:
         "The text of some tokens; special tokens by their names."
-        if errors not in ("replace", "strict", "ignore"): raise ValueError(f"errors must be 'replace', 'strict' or 'ignore', got {errors!r}")
+        if errors not in ("replace", "strict", "ignore"):
+            raise ValueError(f"errors must be 'replace', 'strict' or 'ignore', got {errors!r}")
         return self.decode_bytes(ids).decode("utf-8", errors)
 
     def decode_stream(self, ids: Iterable[int], errors: str = "replace") -> Iterator[str]:
-        "Text as soon as it is certain, for tokens that arrive one by one: never half a character. Joined, it is what `decode` gives."
+        "Text as soon as it is certain, never half a character; joined, what `decode` gives."
         reader = codecs.getincrementaldecoder("utf-8")(errors)
         for i in ids:
             if piece := reader.decode(self.decode_bytes([i])): yield piece
@@ -296,19 +351,20 @@ def merge_bytes(
     "Replay the merges in one piece, lowest id first, then leftmost: O(n log n)."
     if (rank := ranks.get(data, below)) < below: return [rank]
     n = len(data)
-    ends, starts = list(range(1, n + 1)), list(range(-1, n))      # part at i is data[i:ends[i]]; one that ends at j starts at starts[j]
-    wanted = [below] * n                                          # the id that the part at i and the next would become
+    ends = list(range(1, n + 1))                # the part at i is data[i:ends[i]]
+    starts = list(range(-1, n))                 # the part that ends at j begins at starts[j]
+    wanted = [below] * n                        # what the part at i and the next would become
     heap: list[int] = []
     changed: Sequence[int] = range(n)
     while True:
-        for i in changed:                                         # offer the part at i and the next
+        for i in changed:                       # offer the part at i and the next
             j = ends[i]
             wanted[i] = rank = ranks.get(data[i:ends[j]], below) if j < n else below
-            if rank < below: heapq.heappush(heap, rank * n + i)   # one number sorts by rank, then from left to right
+            if rank < below: heapq.heappush(heap, rank * n + i)     # sorts by rank, then place
         if not heap: break
         rank, i = divmod(heapq.heappop(heap), n)
         changed = ()
-        if wanted[i] != rank: continue                            # out of date
+        if wanted[i] != rank: continue          # out of date
         j = ends[i]
         ends[i], wanted[j] = ends[j], below
         starts[ends[i]] = i
@@ -337,18 +393,26 @@ class _Encoder(_Decoder):
     @cached_property
     def _cache(self) -> _Cache: return _Cache(self.vocab)
 
+    def _ordinary(self, text: str) -> list[int]:
+        cache = self._cache
+        return [i for piece in self._split(text) for i in cache[piece]]
+
     def _allowed(self, names: Iterable[str] | str) -> list[str]:
         "Check the names of allowed special tokens."
         if names == "all": return list(self._special)
-        if isinstance(names, str): raise TypeError(f"allowed_special is 'all' or a set of names, got the string {names!r}")
+        if isinstance(names, str):
+            raise TypeError("allowed_special is 'all' or a set of names, "
+                            f"got the string {names!r}")
         unknown = sorted(set(names) - set(self._special))
-        if unknown: raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; it has {list(self._special)}")
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; "
+                             f"it has {list(self._special)}")
         return list(names)
 
     def encode(
         self,
         text: str,
-        allowed_special: Iterable[str] | str = (),     # names that may become special tokens, or "all"; else their names are ordinary text
+        allowed_special: Iterable[str] | str = (),     # may become special tokens; or "all"
     ) -> list[int]:
         "The ids of a text. Raises ValueError at a lone surrogate."
         special = _any_of(self._allowed(allowed_special))
@@ -360,17 +424,72 @@ class _Encoder(_Decoder):
                 ids.append(self._special[match.group()])
                 start = match.end()
             return ids + self._ordinary(text[start:])
-        except UnicodeEncodeError: _utf8(text); raise            # the former says what is wrong, and where
-
-    def _ordinary(self, text: str) -> list[int]:
-        cache = self._cache
-        return [i for piece in self._split(text) for i in cache[piece]]
+        except UnicodeEncodeError: _utf8(text); raise          # _utf8 says what is wrong where
 
 # %% ../nbs/03_bpe.ipynb #dd14ea37
-class _StreamEncoder(_Encoder):
-    def encode_iterable(self, texts: Iterable[str], allowed_special: Iterable[str] | str = ()) -> Iterator[int]:
-        """The ids of one text that arrives in parts, equal to those of the whole, in bounded memory. 
-        What must be kept: a run of white space; and everything, if the pattern is neither `GPT2_PATTERN` nor `GPT4_PATTERN`."""
+class _Merging(_Encoder):
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair that each token was made from, in the order of ids.
+
+        Raises ValueError at a token that no merge makes."""
+        by_id = sorted(self.vocab, key=self.vocab.__getitem__)
+        return [self._parents(token) for token in by_id if len(token) > 1]
+
+    def _parents(self, token: bytes) -> tuple[bytes, bytes]:
+        parts = merge_bytes(token, self.vocab, below=self.vocab[token])
+        if len(parts) != 2:
+            raise ValueError(f"the token {token!r} is not made from two tokens with lower ids, "
+                             f"but from {len(parts)}")
+        return self._bytes[parts[0]], self._bytes[parts[1]]
+
+    @cached_property
+    def _by_merges(self) -> bool:
+        try: return bool(self.merges) or True
+        except ValueError: return False
+
+# %% ../nbs/03_bpe.ipynb #095ee8dd
+class _Settling(_Merging):
+    def _final_pieces(self, text: str, hold: int) -> tuple[list[str], str]:
+        "The pre-tokens that end before the last certain character that is not a space."
+        stop = len(text[:max(0, len(text) - 2 - hold)].rstrip()) - 1
+        pieces, end = self._split(text), len(text)
+        while pieces and end > stop: end -= len(pieces.pop())
+        return pieces, text[end:]
+
+    def _settled(self, text: str, hold: int) -> tuple[list[int], str]:
+        "The ids at the beginning of one long piece that hold however it goes on."
+        known = text[:len(text) - 2 - hold]
+        one_piece = self._split(known) == [known] and not regex.search(r"\s", known, pos=1)
+        if not (one_piece and self._by_merges): return [], text
+        data, m = known.encode("utf-8"), max(map(len, self.vocab))
+        ids, b = merge_bytes(data, self.vocab), len(data)
+        # b: a boundary well before the end, and not inside a character
+        while ids and (b > len(data) - 8 * m or data[b] & 0xC0 == 0x80):
+            b -= len(self._bytes[ids.pop()])
+        if not ids: return [], text
+        u, ends = ids[-1], range(len(data) - m + 1, len(data) + 1)
+        firsts = {merge_bytes(data[b:q], self.vocab)[0] for q in ends}
+        agree = all(self._are_neighbors(u, v) for v in firsts)
+        return (ids, text[len(data[:b].decode("utf-8")):]) if agree else ([], text)
+
+    def _are_neighbors(self, u: int, v: int) -> bool:
+        "Whether two tokens side by side are the encoding of their bytes."
+        return merge_bytes(self._bytes[u] + self._bytes[v], self.vocab) == [u, v]
+
+# %% ../nbs/03_bpe.ipynb #5249feb8
+_PART = 1 << 16                                                 # characters to gather at a time
+
+class _StreamEncoder(_Settling):
+    def encode_iterable(
+        self,
+        texts: Iterable[str],                           # one text in parts, cut anywhere
+        allowed_special: Iterable[str] | str = (),
+    ) -> Iterator[int]:
+        """The ids of one text that arrives in parts, equal to those of the whole.
+
+        Memory is bounded, but a run of white space is kept until it ends, and everything is
+        kept if the pattern is neither `GPT2_PATTERN` nor `GPT4_PATTERN`."""
         names = self._allowed(allowed_special)
         special, hold = _any_of(names), max(map(len, names), default=0)
         buffer, limit, seen = "", _PART, 0
@@ -385,12 +504,14 @@ class _StreamEncoder(_Encoder):
                 limit = max(_PART, 2 * len(buffer))
         yield from self.encode(buffer, names)
 
-    def _finished(self, text: str, special: regex.Pattern[str] | None, hold: int) -> tuple[list[int], str]:
+    def _finished(
+        self, text: str, special: regex.Pattern[str] | None, hold: int
+    ) -> tuple[list[int], str]:
         "The ids that no further text can change, and the text that is left."
         if self.pattern not in (GPT2_PATTERN, GPT4_PATTERN): return [], text
         ids, start = [], 0
         for match in special.finditer(text) if special else ():
-            if match.start() > len(text) - hold: break              # more text may make it a longer one
+            if match.start() > len(text) - hold: break          # it may become a longer one
             ids += self._ordinary(text[start:match.start()])
             ids.append(self._special[match.group()])
             start = match.end()
@@ -399,50 +520,13 @@ class _StreamEncoder(_Encoder):
         settled, text = self._settled(text, hold) if len(text) >= _PART // 2 else ([], text)
         return ids + settled, text
 
-    def _final_pieces(self, text: str, hold: int) -> tuple[list[str], str]:
-        "The pre-tokens that end before the last certain character that is not a space."
-        stop = len(text[:max(0, len(text) - 2 - hold)].rstrip()) - 1
-        pieces, end = self._split(text), len(text)
-        while pieces and end > stop: end -= len(pieces.pop())
-        return pieces, text[end:]
-
-    def _settled(self, text: str, hold: int) -> tuple[list[int], str]:
-        "The ids at the beginning of one long piece that hold however it goes on, @eq-bpe-settled."
-        known = text[:len(text) - 2 - hold]
-        if self._split(known) != [known] or regex.search(r"\s", known, pos=1) or not self._by_merges: return [], text
-        data, m = known.encode("utf-8"), max(map(len, self.vocab))
-        ids, b = merge_bytes(data, self.vocab), len(data)
-        while ids and (b > len(data) - 8 * m or data[b] & 0xC0 == 0x80):      # a boundary well before the end, between two characters
-            b -= len(self._bytes[ids.pop()])
-        if not ids: return [], text
-        left = self._bytes[ids[-1]]
-        firsts = {merge_bytes(data[b:q], self.vocab)[0] for q in range(len(data) - m + 1, len(data) + 1)}
-        agree = all(merge_bytes(left + self._bytes[i], self.vocab) == [ids[-1], i] for i in firsts)
-        return (ids, text[len(data[:b].decode("utf-8")):]) if agree else ([], text)
-
-    @cached_property
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        "The pair that each token was made from, in the order of ids. Raises ValueError at a token that no merge makes."
-        return [self._parents(token) for token in sorted(self.vocab, key=self.vocab.__getitem__) if len(token) > 1]
-
-    def _parents(self, token: bytes) -> tuple[bytes, bytes]:
-        parts = merge_bytes(token, self.vocab, below=self.vocab[token])
-        if len(parts) != 2: raise ValueError(f"the token {token!r} is not made from two tokens with lower ids, but from {len(parts)}")
-        return self._bytes[parts[0]], self._bytes[parts[1]]
-
-    @cached_property
-    def _by_merges(self) -> bool:
-        try: return bool(self.merges) or True
-        except ValueError: return False
-
-_PART = 1 << 16                                                     # characters to gather before encoding
-
 # %% ../nbs/03_bpe.ipynb #0815e654
 class _BatchEncoder(_StreamEncoder):
     def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
         "The same tokenizer as a `tiktoken.Encoding`."
         import tiktoken
-        return tiktoken.Encoding(name, pat_str=compile_pattern(self.pattern).pattern, mergeable_ranks=self.vocab, special_tokens=self._special)
+        return tiktoken.Encoding(name, pat_str=compile_pattern(self.pattern).pattern,
+                                 mergeable_ranks=self.vocab, special_tokens=self._special)
 
     @cached_property
     def _fast(self) -> tiktoken.Encoding: return self.to_tiktoken()
@@ -453,20 +537,26 @@ class _BatchEncoder(_StreamEncoder):
         allowed_special: Iterable[str] | str = (),
         threads: int | None = None,                      # None: as many as there are cores
     ) -> list[list[int]]:
-        "The ids of many texts, by `tiktoken` on several threads; the same as `encode` for each."
-        names = self._allowed(allowed_special)
-        special, n_threads = _any_of(names), threads or os.cpu_count() or 1
+        "The ids of many texts, by `tiktoken` on several threads; as `encode` gives for each."
+        special = _any_of(self._allowed(allowed_special))
+        n_threads = threads or os.cpu_count() or 1
+        encode = partial(self._fast.encode_ordinary_batch, num_threads=n_threads)
         for text in texts:
             if not text.isascii(): _utf8(text)
-        if special is None: return self._fast.encode_ordinary_batch(list(texts), num_threads=n_threads)
-        segments = [special.split(text) for text in texts]
-        found = [[self._special[name] for name in special.findall(text)] for text in texts]
-        encoded = iter(self._fast.encode_ordinary_batch([s for several in segments for s in several], num_threads=n_threads))
-        return [[i for k, _ in enumerate(several) for i in [*next(encoded), *marks[k:k + 1]]] for several, marks in zip(segments, found)]
+        if special is None: return encode(list(texts))
+        encoded = iter(encode([segment for text in texts for segment in special.split(text)]))
+        out = []
+        for text in texts:
+            ids = next(encoded)
+            for name in special.findall(text): ids += [self._special[name], *next(encoded)]
+            out.append(ids)
+        return out
 
+# %% ../nbs/03_bpe.ipynb #20f9fddc
+class _FileEncoder(_BatchEncoder):
     def encode_file(
         self,
-        path: str | os.PathLike[str],                    # UTF-8 text
+        path: _Path,                                     # UTF-8 text
         allowed_special: Iterable[str] | str = (),
         threads: int | None = None,
     ) -> Iterator[list[int]]:
@@ -479,57 +569,74 @@ class _BatchEncoder(_StreamEncoder):
             batch = []
         yield from self.encode_batch(batch, names, threads)
 
-# %% ../nbs/03_bpe.ipynb #20f9fddc
-class BPETokenizer(_BatchEncoder):
-    """Byte-pair encoding over the bytes of UTF-8: every text has an encoding, and `decode(encode(text)) == text`.
+# %% ../nbs/03_bpe.ipynb #ff65486f
+class BPETokenizer(_FileEncoder):
+    """Byte-pair encoding over bytes: `decode(encode(text)) == text` for every text.
 
-    Ids: as trained here, 0 to 255 are the bytes, then the merges in order, then special tokens. Made by `train`, `load`, `from_gpt2_files` or `from_hf`."""
+    Ids, as trained here: 0 to 255 are the bytes, then the merges in order, then special tokens.
+    Made by `train`, `load`, `from_gpt2_files` or `from_hf`."""
 
     @classmethod
     def train(
         cls,
-        texts: Source | Iterable[Source],           # a str is a text, a Path is a UTF-8 file
-        vocab_size: int,                            # bytes, merges and special tokens together
-        special_tokens: Sequence[str] = (),         # boundaries in the text; ids behind all others
+        texts: Source | Iterable[Source],       # a str is a text, a Path is a UTF-8 file
+        vocab_size: int,                        # bytes, merges and special tokens together
+        special_tokens: Sequence[str] = (),     # boundaries in the text; ids behind all others
         pattern: str = GPT2_PATTERN,
-        workers: int = 1,                           # processes that count; a script that asks for more needs `if __name__ == "__main__":`
-        progress: bool = False,                     # show bars
+        workers: int = 1,                       # processes that count, as in `count_pretokens`
+        progress: bool = False,                 # show bars
     ) -> BPETokenizer:
-        "Learn merges from text, in memory that does not grow with the length of the text but with its distinct words. Smaller than asked if the text has no more pairs."
-        _check_names(special_tokens)
-        n_merges = vocab_size - 256 - len(special_tokens)
-        if n_merges < 0: raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens need {256 + len(special_tokens)}")
-        merges = learn_merges(count_pretokens(texts, pattern, special_tokens, workers, progress), n_merges, progress)
-        if len(merges) < n_merges: logging.getLogger(__name__).warning("the text has only %d merges, asked for %d", len(merges), n_merges)
-        tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-        return cls({token: i for i, token in enumerate(tokens)}, pattern, {name: i for i, name in enumerate(special_tokens, len(tokens))})
+        """Learn merges, in memory that grows with the distinct words of the text only.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+        Smaller than asked, with a warning in the log, if the text has no more pairs."""
+        return cls(*_learn(texts, vocab_size, special_tokens, pattern, workers, progress))
+
+    def save(self, path: _Path) -> None:
         "Write one JSON file, whole or not at all."
         _save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BPETokenizer:
-        "Read what `save` wrote. Raises ValueError that names the file and what is wrong with it."
+    def load(cls, path: _Path) -> BPETokenizer:
+        "Read what `save` wrote. Raises ValueError that says what is wrong with which file."
         return cls(*_load(path))
 
     @classmethod
-    def from_gpt2_files(cls, encoder_json: str | os.PathLike[str], vocab_bpe: str | os.PathLike[str]) -> BPETokenizer:
+    def from_gpt2_files(cls, encoder_json: _Path, vocab_bpe: _Path) -> BPETokenizer:
         "OpenAI's tokenizer from the two files published with GPT-2."
         return cls(*_read_gpt2(Path(encoder_json), Path(vocab_bpe)))
 
-    def to_hf(self, path: str | os.PathLike[str]) -> None:
-        "Write a `tokenizer.json` that `tokenizers` and `transformers` load. Note that they turn special tokens in any text into ids."
-        write_atomically(_in_folder(path), json.dumps(_to_hf(self), ensure_ascii=False, indent=1))
+    def to_hf(self, path: _Path) -> None:
+        "Write a `tokenizer.json`. Its readers turn special tokens in *any* text into ids."
+        content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
+        write_atomically(_in_folder(path), content)
 
     @classmethod
-    def from_hf(cls, path: str | os.PathLike[str]) -> BPETokenizer:
-        "Read a byte-level BPE `tokenizer.json`, or a folder with one. Raises ValueError that names a part this class does not have."
+    def from_hf(cls, path: _Path) -> BPETokenizer:
+        "Read a byte-level BPE `tokenizer.json`, or its folder. Raises ValueError at any other."
         return cls(*_from_hf(_in_folder(path)))
+
+# %% ../nbs/03_bpe.ipynb #9060403b
+def _learn(
+    texts: Source | Iterable[Source], vocab_size: int, special_tokens: Sequence[str],
+    pattern: str, workers: int, progress: bool,
+) -> _Parts:
+    _check_names(special_tokens)
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and "
+                         f"{len(special_tokens)} special tokens need {least}")
+    pieces = count_pretokens(texts, pattern, special_tokens, workers, progress)
+    merges = learn_merges(pieces, vocab_size - least, progress)
+    if len(merges) < vocab_size - least:
+        logging.getLogger(__name__).warning(
+            "the text has only %d merges, asked for %d", len(merges), vocab_size - least)
+    vocab = _number(merges)
+    return vocab, pattern, {name: i for i, name in enumerate(special_tokens, len(vocab))}
 
 def _check_names(special_tokens: Sequence[str]) -> None:
     "Special tokens are a list of different strings."
-    if isinstance(special_tokens, str): raise TypeError(f"special_tokens is a list of names, got the string {special_tokens!r}")
+    if isinstance(special_tokens, str):
+        raise TypeError(f"special_tokens is a list of names, got the string {special_tokens!r}")
     twice = [name for name, n in Counter(special_tokens).items() if n > 1]
     if twice: raise ValueError(f"special token {twice[0]!r} is listed twice")
 
@@ -539,94 +646,141 @@ _FORMAT, _VERSION = "llm_from_scratch.bpe", 1
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-def _save(tokenizer: BPETokenizer, path: str | os.PathLike[str]) -> None:
-    ids = {token.decode("latin-1"): i for token, i in sorted(tokenizer.vocab.items(), key=lambda item: item[1])}
-    content = {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens, "vocab": ids}
+def _by_id(ids: Mapping[Any, int]) -> list[tuple[Any, int]]:
+    return sorted(ids.items(), key=lambda item: item[1])
+
+def _save(tokenizer: BPETokenizer, path: _Path) -> None:
+    vocab = {token.decode("latin-1"): i for token, i in _by_id(tokenizer.vocab)}
+    content = {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens,
+               "vocab": vocab}
     head = {"format": _FORMAT, "version": _VERSION, "sha256": _checksum(content)}
     write_atomically(path, json.dumps(head | content, indent=0) + "\n")
 
-def _load(path: str | os.PathLike[str]) -> tuple[dict[bytes, int], str, dict[str, int]]:
+# %% ../nbs/03_bpe.ipynb #a92577fd
+def _load(path: _Path) -> _Parts:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT: raise ValueError(f"its format is not {_FORMAT!r}")
-        if (version := content.pop("version", None)) != _VERSION: raise ValueError(f"it has version {version!r}, this library reads {_VERSION}")
-        if content.pop("sha256", None) != _checksum(content): raise ValueError("its checksum does not match: the file is damaged")
-        return {token.encode("latin-1"): i for token, i in content["vocab"].items()}, content["pattern"], content["special_tokens"]
-    except (ValueError, KeyError, RecursionError) as e: raise ValueError(f"{os.fspath(path)} is not a saved BPETokenizer: {e}") from e
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise ValueError(f"its format is not {_FORMAT!r}")
+        if (version := content.pop("version", None)) != _VERSION:
+            raise ValueError(f"it has version {version!r}, this library reads {_VERSION}")
+        if content.pop("sha256", None) != _checksum(content):
+            raise ValueError("its checksum does not match: the file is damaged")
+        vocab = {token.encode("latin-1"): i for token, i in content["vocab"].items()}
+        return vocab, content["pattern"], content["special_tokens"]
+    except (ValueError, KeyError, RecursionError) as e:
+        raise ValueError(f"{os.fspath(path)} is not a saved BPETokenizer: {e}") from e
 
 # %% ../nbs/03_bpe.ipynb #dd292fe7
 def byte_alphabet() -> dict[int, str]:
     "GPT-2's printable character for each byte."
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    ranges = [("!", "~"), ("¡", "¬"), ("®", "ÿ")]
+    printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
-def _spell(token: bytes, alphabet: Mapping[int, str]) -> str: return "".join(alphabet[b] for b in token)
+def _spell(token: bytes, alphabet: Mapping[int, str]) -> str:
+    return "".join(alphabet[b] for b in token)
 
 def _unspell(written: str, letters: Mapping[str, int]) -> bytes:
     try: return bytes(letters[c] for c in written)
-    except KeyError as e: raise ValueError(f"the token {written!r} is not written in GPT-2's byte alphabet: {e}") from None
+    except KeyError as e:
+        raise ValueError(
+            f"the token {written!r} is not written in GPT-2's byte alphabet: {e}") from None
 
 # %% ../nbs/03_bpe.ipynb #ff49b98c
-_Parts = tuple[dict[bytes, int], str, dict[str, int]]       # vocabulary, pattern, special tokens
-
 def _read_gpt2(encoder_json: Path, vocab_bpe: Path) -> _Parts:
     written = json.loads(encoder_json.read_text(encoding="utf-8"))
-    lines = [line for line in vocab_bpe.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
-    for line in lines:
-        if len(line.split(" ")) != 2: raise ValueError(f"{vocab_bpe}: expected two tokens in a line, got {line!r}")
-    vocab, special = _join_vocabulary(written, [line.split(" ") for line in lines], {"<|endoftext|>"} & written.keys())
+    lines = vocab_bpe.read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    for pair in merges:
+        if len(pair) != 2:
+            line = " ".join(pair)
+            raise ValueError(f"{vocab_bpe}: expected two tokens in a line, got {line!r}")
+    vocab, special = _join_vocabulary(written, merges, {"<|endoftext|>"} & written.keys())
     return vocab, GPT2_PATTERN, special
 
-def _join_vocabulary(written: Mapping[str, int], merges: Sequence[Sequence[str]], special: Iterable[str]) -> tuple[dict[bytes, int], dict[str, int]]:
+def _join_vocabulary(
+    written: Mapping[str, int], merges: Sequence[Sequence[str]], special: Iterable[str]
+) -> tuple[dict[bytes, int], dict[str, int]]:
     "Ids from one table, checked against the order of merges."
     letters = {c: b for b, c in byte_alphabet().items()}
-    vocab = {_unspell(token, letters): i for token, i in written.items() if token not in special}
+    vocab = {_unspell(token, letters): i
+             for token, i in written.items() if token not in special}
     made = list(dict.fromkeys(_unspell(a + b, letters) for a, b in merges))
-    expected = sorted((token for token in vocab if len(token) > 1), key=vocab.__getitem__)
-    if made != expected: raise ValueError(f"ids and merges disagree: {len(made)} merges, {len(expected)} tokens of several bytes, and ids must follow the order of merges")
+    expected = [token for token, _ in _by_id(vocab) if len(token) > 1]
+    if made != expected:
+        raise ValueError(
+            f"ids and merges disagree: {len(made)} merges, {len(expected)} tokens of several "
+            "bytes, and ids must follow the order of merges")
     return vocab, {name: written[name] for name in special if name in written}
 
 # %% ../nbs/03_bpe.ipynb #f7bb8348
-def _in_folder(path: str | os.PathLike[str]) -> Path:
+def _in_folder(path: _Path) -> Path:
     return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
 
 def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
-    alphabet, byte_level = byte_alphabet(), {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": compile_pattern(tokenizer.pattern).pattern}, "behavior": "Isolated", "invert": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    alphabet = byte_alphabet()
+    split = {"type": "Split", "behavior": "Isolated", "invert": False,
+             "pattern": {"Regex": compile_pattern(tokenizer.pattern).pattern}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False,
+                  "trim_offsets": False, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None,
+        "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": {_spell(token, alphabet): i for token, i in _by_id(tokenizer.vocab)},
+        "merges": [[_spell(a, alphabet), _spell(b, alphabet)] for a, b in tokenizer.merges],
+    }
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])],
-        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {_spell(token, alphabet): i for token, i in sorted(tokenizer.vocab.items(), key=lambda item: item[1])},
-                  "merges": [[_spell(a, alphabet), _spell(b, alphabet)] for a, b in tokenizer.merges]},
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": i, "content": name, **flags}
+                         for name, i in _by_id(tokenizer.special_tokens)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None, "decoder": byte_level, "model": model,
     }
 
+# %% ../nbs/03_bpe.ipynb #38809692
 def _from_hf(path: Path) -> _Parts:
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
-        model, added = file["model"], {token["content"]: token["id"] for token in file.get("added_tokens") or []}
-        if model["type"] != "BPE": raise ValueError(f"its model is {model['type']}, not BPE")
-        for part in "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback":
-            if model.get(part): raise ValueError(f"its model has {part}={model[part]!r}, which BPETokenizer does not do")
-        if file.get("normalizer"): raise ValueError(f"it changes the text before encoding (normalizer {file['normalizer'].get('type')}), which BPETokenizer does not do")
+        model = file["model"]
+        added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
+        _check_model(model)
+        if normalizer := file.get("normalizer"):
+            raise ValueError("it changes the text before encoding (normalizer "
+                             f"{normalizer.get('type')}), which BPETokenizer does not do")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         vocab, _ = _join_vocabulary(model["vocab"], merges, added)
         return vocab, _hf_pattern(file.get("pre_tokenizer") or {}), added
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not a tokenizer.json of byte-level BPE: {e!r}") from e
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is not a tokenizer.json of byte-level BPE: {e!r}") from e
     except ValueError as e: raise ValueError(f"cannot read {path}: {e}") from e
 
+def _check_model(model: Mapping[str, Any]) -> None:
+    if model["type"] != "BPE": raise ValueError(f"its model is {model['type']}, not BPE")
+    for part in "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback":
+        if model.get(part):
+            raise ValueError(f"its model has {part}={model[part]!r}, "
+                             "which BPETokenizer does not do")
+
+# %% ../nbs/03_bpe.ipynb #966632c5
 def _hf_pattern(pre: Mapping[str, Any]) -> str:
-    "The pattern in one of the two forms of a byte-level pre-tokenizer: built in, or a Split before it."
+    "The pattern of a byte-level pre-tokenizer."
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     kinds = [step.get("type") for step in steps]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]): raise ValueError(f"its pre-tokenizer is {kinds}, expected ByteLevel, perhaps after one Split")
-    if steps[-1].get("add_prefix_space"): raise ValueError("it puts a space before the text (add_prefix_space), which BPETokenizer does not do")
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise ValueError(f"its pre-tokenizer is {kinds}, expected ByteLevel, "
+                         "perhaps after one Split")
+    if steps[-1].get("add_prefix_space"):
+        raise ValueError("it puts a space before the text (add_prefix_space), "
+                         "which BPETokenizer does not do")
     if len(steps) == 1: return GPT2_PATTERN
-    split = steps[0]
-    if split["behavior"] != "Isolated" or split.get("invert") or "Regex" not in split["pattern"] or steps[1].get("use_regex"):
-        raise ValueError("its pre-tokenizer splits in a way other than 'Isolated' by one regular expression")
+    split, byte_level = steps
+    isolated = split["behavior"] == "Isolated" and not split.get("invert")
+    if not isolated or "Regex" not in split["pattern"] or byte_level.get("use_regex"):
+        raise ValueError("its pre-tokenizer splits in a way other than 'Isolated' "
+                         "by one regular expression")
     return split["pattern"]["Regex"]
