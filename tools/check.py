@@ -467,7 +467,7 @@ def links(book):
             if file and not file.exists(): yield f'{where}: the link to {target} leads to no file; mend the path'
             elif anchor:
                 name = file.relative_to(book.root).as_posix() if file else f"nbs/{where.partition(':')[0]}.ipynb" if folder.name == 'nbs' and ': cell' in where else where
-                if name in by_page and anchor not in anchors(by_page[name]) and not re.match(r'(def|cell)-', anchor) and anchor not in labels(book):
+                if name in by_page and anchor not in anchors(by_page[name]) and not re.match(r'(api|cell)-', anchor) and anchor not in labels(book):
                     yield f'{where}: {name} has no place called #{anchor}; mend the link'
 
 
