@@ -4,30 +4,33 @@
 from __future__ import annotations
 
 import math, random, re, zlib
+from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import accumulate, islice, permutations
+from itertools import accumulate, islice, pairwise, permutations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING: from llm_from_scratch.text import Tokenizer
 
 # %% auto #0
-__all__ = ['Facts', 'Scene', 'PEOPLE', 'PLACES', 'COLORS', 'HOURS', 'SKIES', 'NUMBERS', 'THINGS', 'KINDS', 'SIZES', 'FRIENDS',
-           'START', 'SCENES', 'QUESTIONS', 'Told', 'WALK', 'Doing', 'IDLE', 'HAPPY', 'SAD', 'CHEER', 'SPLITS',
-           'ORDINALS', 'entropy', 'cross_entropy_of', 'kl_divergence', 'Option', 'Glass', 'Menu', 'Narrator', 'Step',
-           'walk', 'recall', 'tell', 'follow', 'read', 'Size', 'narrator', 'log_probability', 'continuations',
-           'can_begin', 'EntropyFloor', 'entropy_floor', 'split_of', 'State', 'Event', 'Story', 'stories', 'World',
-           'Task', 'questions', 'labels', 'instructions', 'arithmetic', 'Preference', 'preferences']
+__all__ = ['Facts', 'Told', 'Scene', 'Question', 'PEOPLE', 'PLACES', 'COLORS', 'HOURS', 'SKIES', 'NUMBERS', 'THINGS', 'KINDS',
+           'SIZES', 'FRIENDS', 'START', 'SCENES', 'QUESTIONS', 'SPLITS', 'ORDINALS', 'entropy', 'cross_entropy_of',
+           'kl_divergence', 'Option', 'Glass', 'Menu', 'Narrator', 'Step', 'walk', 'recall', 'tell', 'follow', 'read',
+           'Size', 'narrator', 'log_probability', 'continuations', 'can_begin', 'EntropyFloor', 'entropy_floor',
+           'split_of', 'State', 'Event', 'Story', 'stories', 'World', 'Task', 'questions', 'labels', 'instructions',
+           'arithmetic', 'Preference', 'preferences']
 
 # %% ../nbs/04_storyland.ipynb #414caeb1
 def entropy(
     p: Sequence[float],   # probabilities that sum to 1
 ) -> float:
     "Expected surprise of a distribution in nats, @eq-storyland-entropy."
-    if any(x < 0 for x in p) or abs(math.fsum(p) - 1) > 1e-6: raise ValueError(f"probabilities must be at least 0 and sum to 1, got a sum of {math.fsum(p):.6g}")
+    if any(x < 0 for x in p) or abs(math.fsum(p) - 1) > 1e-6:
+        raise ValueError("probabilities must be at least 0 and sum to 1, "
+                         f"got {len(p)} from {min(p)} that sum to {math.fsum(p):.6g}")
     return -math.fsum(x * math.log(x) for x in p if x > 0)
 
 # %% ../nbs/04_storyland.ipynb #f53935a2
@@ -35,7 +38,7 @@ def cross_entropy_of(
     p: Sequence[float],   # what is true
     q: Sequence[float],   # what is believed
 ) -> float:
-    "Mean surprise in nats of one who believes `q` where `p` is true, @eq-storyland-cross; infinite when something possible was ruled out."
+    "Mean surprise in nats of one who believes `q` where `p` is true, @eq-storyland-cross."
     if len(p) != len(q): raise ValueError(f"p has {len(p)} outcomes, q has {len(q)}")
     return math.fsum(x * (-math.log(y) if y > 0 else math.inf) for x, y in zip(p, q) if x > 0)
 
@@ -49,17 +52,20 @@ Facts = dict[str, Any]     # what is true in the world: name → value
 class Option(NamedTuple):
     "One thing that may be told next."
     weight: float          # in proportion to its probability
-    text: str              # its words; {A} stands for the fact called A, which must be true already
+    text: str              # its words; {A} stands for the fact called A
     facts: Facts           # what becomes true
     event: str = ""        # what kind of thing happened
 
-Scene = Callable[["Glass"], Iterable[Option]]     # facts in, options out
+Told = Iterable[Option]
+Scene = Callable[["Glass"], Told]            # facts in, options out
+Question = Callable[[Facts], Any]            # something to ask about the facts
 
 # %% ../nbs/04_storyland.ipynb #9dff9058
 class Glass:
-    "Shows facts, answers questions about them, and notes in `seen` what was asked and answered."
+    "Shows facts, answers questions about them, and notes in `seen` what was asked."
 
-    def __init__(self, facts: Facts, questions: dict[str, Callable[[Facts], Any]] | None = None, size: Any = None):
+    def __init__(self, facts: Facts, questions: dict[str, Question] | None = None,
+                 size: Any = None):
         self.size, self.seen = size, {}
         self._facts, self._questions = facts, questions or {}
 
@@ -71,36 +77,55 @@ class Glass:
     __getattr__ = __getitem__     # w.weather is w["weather"]
 
 # %% ../nbs/04_storyland.ipynb #52328ca0
-@cache
-def _blank(text: str) -> str:
-    "{A} → %(A)s, which Python fills fastest."
-    return re.sub(r"\{(\w+)\}", r"%(\1)s", text)
-
 class Menu:
     "Options with their probabilities."
-    __slots__ = "options", "p", "bounds", "told", "entropy"
+    __slots__ = "options", "bounds"
 
     def __init__(self, options: Iterable[Option]):
-        self.options = [o for o in options if o.weight > 0]
+        self.options = [_shared(*o) for o in options if o.weight > 0]
         total = math.fsum(o.weight for o in self.options)
-        self.p = [o.weight / total for o in self.options]
-        self.bounds = [*accumulate(self.p[:-1]), 1.0]                       # option i owns the interval that ends at bounds[i]
-        self.told = [(_blank(o.text), o.facts) for o in self.options]     # words, and what they make true
-        self.entropy = entropy(self.p) if self.p else 0.0                 # expected surprise of the choice, in nats
+        # option i owns the interval of [0, 1) that ends at bounds[i]
+        self.bounds = array("d", accumulate(o.weight / total for o in self.options))
+        if self.bounds: self.bounds[-1] = 1.0
+
+    @property
+    def p(self) -> list[float]:
+        "The probability of each option."
+        total = math.fsum(o.weight for o in self.options)
+        return [o.weight / total for o in self.options]
+
+    @property
+    def entropy(self) -> float:
+        "The expected surprise of the choice, in nats."
+        return entropy(self.p)
+
+# %% ../nbs/04_storyland.ipynb #3c1779c0
+_SHARED: dict[Any, Option] = {}
+
+def _shared(weight: float, text: str, facts: Facts, event: str) -> Option:
+    "The one option with this content, its blanks written as %(A)s."
+    key = weight, text, event, *facts.items()
+    if key not in _SHARED:
+        _SHARED[key] = Option(weight, re.sub(r"\{(\w+)\}", r"%(\1)s", text), facts, event)
+    return _SHARED[key]
 
 # %% ../nbs/04_storyland.ipynb #0dc6354d
 class Narrator:
     "A world that tells stories: scenes by name, and the facts before the first word."
 
-    def __init__(self, scenes: dict[str, Scene], start: Facts, questions: dict[str, Callable[[Facts], Any]] | None = None, size: Any = None):
-        self.scenes, self.start, self.questions, self.size = scenes, start, questions or {}, size
-        self.tree: tuple[Callable[[Facts], Any], dict] = (itemgetter("scene"), {})     # every menu met so far
+    def __init__(self, scenes: dict[str, Scene], start: Facts,
+                 questions: dict[str, Question] | None = None, size: Any = None):
+        self.scenes, self.start, self.size = scenes, start, size
+        self.questions = questions or {}
+        # every menu met so far, see below
+        self.tree: tuple[Question, dict[Any, Any]] = (itemgetter("scene"), {})
 
     def look(self, facts: Facts) -> tuple[Menu, dict[str, Any]]:
         "The menu of a situation, made afresh, and what was looked at to make it."
         glass = Glass(facts, self.questions, self.size)
         menu = Menu(self.scenes[glass["scene"]](glass))
-        if not menu.options: raise RuntimeError(f"scene {facts['scene']!r} has nothing to tell when {glass.seen}")
+        if not menu.options:
+            raise RuntimeError(f"nothing to tell in scene {facts['scene']!r} when {glass.seen}")
         return menu, glass.seen
 
 # %% ../nbs/04_storyland.ipynb #330d4f87
@@ -119,16 +144,16 @@ class Step(NamedTuple):
 
 def walk(
     narrator: Narrator,
-    uniform: Callable[[], float],                                # random numbers from 0 to 1
-    find: Callable[[Narrator, Facts], Menu] | None = None,       # how to come by a menu; None: make it afresh
+    uniform: Callable[[], float],                             # random numbers from 0 to 1
+    find: Callable[[Narrator, Facts], Menu] | None = None,    # None: make each menu afresh
 ) -> Iterator[tuple[str, Step]]:
     "Tell a story step by step, hiding nothing."
     facts, at = dict(narrator.start), 0
     while facts["scene"] != "end":
         menu = find(narrator, facts) if find else narrator.look(facts)[0]
         i = bisect(menu.bounds, uniform())
-        words, true = menu.told[i]
-        words, facts = words % facts, {**facts, **true}
+        option = menu.options[i]
+        words, facts = option.text % facts, {**facts, **option.facts}
         yield words, Step(at, at + len(words), menu, i, facts)
         at += len(words)
 
@@ -160,7 +185,7 @@ def tell(narrator: Narrator, uniform: Callable[[], float]) -> str:
         node: Any = narrator.tree
         while node.__class__ is tuple: node = node[1].get(node[0](facts))     # as in recall
         menu = node or _grow(narrator, facts)
-        text, true = menu.told[bisect(menu.bounds, uniform())]
+        _, text, true, _ = menu.options[bisect(menu.bounds, uniform())]
         words.append(text)
         facts.update(true)
     return "".join(words) % facts
@@ -171,21 +196,24 @@ def follow(narrator: Narrator, text: str) -> Iterator[Step]:
     facts, at = narrator.start, 0
     while facts["scene"] != "end":
         menu = recall(narrator, facts)
-        words = [words % facts for words, _ in menu.told]
+        words = [option.text % facts for option in menu.options]
         fits = [i for i, option in enumerate(words) if text.startswith(option, at)]
         if not fits: return
-        if len(fits) > 1: raise RuntimeError(f"the menu of scene {facts['scene']!r} is no prefix code: {[words[i] for i in fits]}")
+        if len(fits) > 1:
+            clash = [words[i] for i in fits]
+            raise RuntimeError(f"scene {facts['scene']!r} offers no prefix code: {clash}")
         (i,) = fits
-        start, at, facts = at, at + len(words[i]), {**facts, **menu.told[i][1]}
+        start, at, facts = at, at + len(words[i]), {**facts, **menu.options[i].facts}
         yield Step(start, at, menu, i, facts)
 
 # %% ../nbs/04_storyland.ipynb #5fa24de4
 def read(narrator: Narrator, text: str) -> list[Step]:
-    "The choices behind a whole story; ValueError says where an impossible text leaves the world."
+    "The choices behind a whole story; a ValueError says where a text leaves the world."
     steps = list(follow(narrator, text))
     at = steps[-1].end if steps else 0
     if at < len(text) or not steps or steps[-1].facts["scene"] != "end":
-        raise ValueError(f"no story of this world: after {text[max(0, at - 30):at]!r} cannot come {text[at:at + 30]!r}")
+        before, after = text[max(0, at - 30):at], text[at:at + 30]
+        raise ValueError(f"no story of this world: after {before!r} cannot come {after!r}")
     return steps
 
 # %% ../nbs/04_storyland.ipynb #439efda6
@@ -193,16 +221,18 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     "One pair of words from each item between commas."
     return [(first, second) for first, second in map(str.split, text.split(","))]
 
-PEOPLE = _pairs("Mia she, Tom he, Anna she, Ben he, Lily she, Sam he, Rosa she, Leo he, Zoe she, Max he, "
-                "Emma she, Finn he, Nora she, Hugo he, Clara she, Oscar he, Ruth she, Paul he, Ivy she, Jack he")
-PLACES = _pairs("river by, market at, forest in, bridge on, garden in, mill by, beach on, school at, "
-                "castle in, meadow in, harbor at, tower in, lake by, village in, hill on, station at")
+PEOPLE = _pairs("Mia she, Tom he, Anna she, Ben he, Lily she, Sam he, Rosa she, Leo he, "
+                "Zoe she, Max he, Emma she, Finn he, Nora she, Hugo he, Clara she, Oscar he, "
+                "Ruth she, Paul he, Ivy she, Jack he")
+PLACES = _pairs("river by, market at, forest in, bridge on, garden in, mill by, beach on, "
+                "school at, castle in, meadow in, harbor at, tower in, lake by, village in, "
+                "hill on, station at")
 COLORS = "red blue green yellow white golden".split()
 HOURS = "morning noon afternoon evening night".split()
 SKIES = {"sunny": "the sun came out.", "rainy": "it began to rain.",
          "windy": "a strong wind rose.", "snowy": "it began to snow."}
-NUMBERS = ("no one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-           "fifteen sixteen seventeen eighteen nineteen twenty").split()
+NUMBERS = ("no one two three four five six seven eight nine ten eleven twelve thirteen "
+           "fourteen fifteen sixteen seventeen eighteen nineteen twenty").split()
 
 # %% ../nbs/04_storyland.ipynb #847586c3
 THINGS = {
@@ -223,10 +253,15 @@ THINGS = {
     "mirror": ("{A_he} wanted to catch the sun", "it had belonged to {A_his} mother"),
     "flute": ("{A_he} wanted to play a song", "there would be a dance"),
 }
-KINDS = [("apple", "apples", True, "to bake a pie"), ("shell", "shells", False, "to make a necklace"),
-         ("nut", "nuts", True, "to get through the winter"), ("flower", "flowers", False, "to make a garland"),
-         ("plum", "plums", True, "to make jam"), ("stone", "stones", False, "to build a wall"),
-         ("cookie", "cookies", True, "to have a party"), ("feather", "feathers", False, "to fill a pillow")]
+KINDS = [
+    ("apple", "apples", True, "to bake a pie"),
+    ("shell", "shells", False, "to make a necklace"),
+    ("nut", "nuts", True, "to fill the cellar"),
+    ("flower", "flowers", False, "to make a garland"),
+    ("plum", "plums", True, "to make jam"),
+    ("stone", "stones", False, "to build a wall"),
+    ("cookie", "cookies", True, "to have a party"),
+    ("feather", "feathers", False, "to fill a pillow")]
 
 # %% ../nbs/04_storyland.ipynb #7c94e8b2
 @dataclass(frozen=True)
@@ -242,7 +277,7 @@ class Size:
     friends: int       # whom the hero can meet in one story
     rooms: int         # places in one story
     most: int          # largest number that comes at once
-    pace: float        # share of the clock among those whose turn it may be; 1: always the clock
+    pace: float        # how often it is the clock's turn; 1: always
     depth: int         # 0: hero, place, thing; 1: friends, feelings; 2: company, loss, theft
 
 SIZES = {
@@ -261,21 +296,21 @@ FRIENDS = ("B", "C")
 _FORMS = ("he", "He", "him", "his", "His")
 
 START: Facts = {
-    "scene": "opening", "goal": "", "why": "", "need": 0, "done": False, "mood": "", "because": "",
-    "weather": "", "hour": "",
-    "she": "", "he": "",                     # the role these words mean now; "" when that is not clear
-    "at": "", "friend": "", "company": "",   # where the hero is, who is there too, who walks along
+    "scene": "opening", "goal": "", "why": "", "need": 0, "done": False, "mood": "",
+    "weather": "", "hour": "", "because": "",
+    "she": "", "he": "",                     # the role these words mean; "" when unclear
+    "at": "", "friend": "", "company": "",   # where the hero is, who is there, who walks along
     "news": "",                              # whose number has just changed
     "moved": False,                          # did the hero walk just now?
     "thanks": "",                            # whom the hero gave something
     "gift": 0,                               # how many are changing hands
-    "sex": "", "names": 0, "met": 0,         # of a newcomer; names in use, as bits; friends so far
+    "sex": "", "names": 0, "met": 0,         # of a newcomer; names in use, as bits; friends met
     "places": 0, "known": 0,                 # places in use, as bits, and how many
     "N": "", "N_one": "", "N_eat": False, "N_use": "",
     **{f"{role}{form}": "" for role in "ABC" for form in ("", "_at", "_feels")},
     **{f"{role}_{form}": "" for role in "ABC" for form in _FORMS},
     **{f"{role}_n": 0 for role in "ABC"},    # how many apples (or …) a person has
-    **{f"{x}{form}": "" for x in "TU" for form in ("", "_full", "_at")},   # _at: a role, "" unknown
+    **{f"{x}{form}": "" for x in "TU" for form in ("", "_full", "_at")},
     **{f"P{i}{form}": "" for i in range(5) for form in ("", "_at")},
 }
 
@@ -293,13 +328,16 @@ def _question(f: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
     return f
 
 # %% ../nbs/04_storyland.ipynb #9227a09d
-Told = Iterable[Option]
-
-def _ways(w: Glass, weight: float, texts: str, then: str, event: str = "", **facts: Any) -> Told:
+def _ways(w: Glass, weight: float, texts: str, then: str, event: str = "",
+          **facts: Any) -> Told:
     "Wordings of one event, parted by bars, that share its weight; `then` is the next scene."
-    wordings = texts.split("|")[:w.size.wordings]
-    facts["scene"] = then
-    for text in wordings: yield Option(weight / len(wordings), text, facts, event)
+    return _wordings(w.size.wordings, weight, texts, event, ("scene", then), *facts.items())
+
+@cache
+def _wordings(most: int, weight: float, texts: str, event: str, *facts: Any) -> list[Option]:
+    "The same for every menu in which the event stands, so made once."
+    wordings = texts.split("|")[:most]
+    return [Option(weight / len(wordings), text, dict(facts), event) for text in wordings]
 
 # %% ../nbs/04_storyland.ipynb #f1524bb0
 def _mention(w: Glass, *roles: str) -> Facts:
@@ -351,7 +389,8 @@ def _things(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any)
     for i, name in enumerate([*THINGS][:w.size.things]):
         if role == "T" and name == w.U: continue
         full = f"{w[role + '_full']} {name}".strip()
-        yield Option(1 / (i + 3), name + tail, {"scene": then, role: name, f"{role}_full": full, **facts}, event)
+        told = {"scene": then, role: name, f"{role}_full": full, **facts}
+        yield Option(1 / (i + 3), name + tail, told, event)
 
 def _colors(w: Glass, role: str, then: str) -> Told:
     "A color for the thing that comes."
@@ -363,19 +402,25 @@ def _amount(n: int, more: str = "") -> str:
     return f"{NUMBERS[n]} {more}{'{N_one}' if n == 1 else '{N}'}"
 
 # %% ../nbs/04_storyland.ipynb #9e32c3e5
+_OPENINGS = ["Once upon a time there was a <girl> called ",
+            "Long ago there lived a <girl> called ",
+            "Once there was a little <girl> whose name was ",
+            "In a land far away lived a <girl> named ",
+            "My grandmother used to tell of a <girl> called ",
+            "Here is a story about a <girl> called "]
+
 @_scene
 def _opening(w: Glass) -> Told:
     for i, (name, he) in enumerate(PEOPLE[:w.size.people]):
         girl = "girl" if he == "she" else "boy"
-        texts = (f"Once upon a time there was a {girl} called {name}|Long ago there lived a {girl} called {name}|"
-                 f"Once there was a little {girl} whose name was {name}|In a land far away lived a {girl} named {name}|"
-                 f"My grandmother used to tell of a {girl} called {name}|Here is a story about a {girl} called {name}")
+        texts = "|".join(line.replace("<girl>", girl) + name for line in _OPENINGS)
         facts = {"A": name, **_forms("A", he), he: "A", "names": 1 << i}
         yield from _ways(w, 1 / (i + 3), texts, "home", "open", **facts)
 
 @_scene
 def _home(w: Glass) -> Told:
-    phrases = (" who lived <at>.|, whose house stood <at>.|. {A_He} lived <at>.|. {A_His} family lived <at>.|"
+    phrases = (" who lived <at>.|, whose house stood <at>.|. {A_He} lived <at>.|"
+               ". {A_His} family lived <at>.|"
                ". {A_He} had grown up <at>.|, and the house of {A_his} family stood <at>.")
     for phrase in phrases.split("|")[:w.size.wordings]:
         yield from _places(w, "P0", phrase, "setting", "open", known=1)
@@ -388,7 +433,8 @@ def _setting(w: Glass) -> Told:
             weight = (3 if sky == "sunny" else 1) * (3 if hour == "morning" else 1)
             for went in ("went to", "walked to", "set out for", "ran to")[:w.size.wordings]:
                 texts = (f" One {sky} {hour} {{A_he}} {went} |"
-                         f" It was a {sky} {hour}, and {{A_he}} {went} | On a {sky} {hour} {{A_he}} {went} ")
+                         f" It was a {sky} {hour}, and {{A_he}} {went} |"
+                         f" On a {sky} {hour} {{A_he}} {went} ")
                 yield from _ways(w, weight, texts, "first_place", weather=sky, hour=hour)
 
 @_scene
@@ -400,7 +446,8 @@ def _first_place(w: Glass) -> Told:
 def _belongings(w: Glass) -> Told:
     yield from _ways(w, 3, " {A_He} had | {A} had | In {A_his} bag {A_he} had ", "count_first")
     if w.size.depth:
-        yield from _ways(w, 2, " {A_He} carried a | {A} carried a | With {A_him} {A_he} brought a ", "carry")
+        texts = " {A_He} carried a | {A} carried a | With {A_him} {A_he} brought a "
+        yield from _ways(w, 2, texts, "carry")
     for option in _goal(w): yield option._replace(weight=option.weight / 4)
 
 @_scene
@@ -422,18 +469,22 @@ def _carry_what(w: Glass) -> Told: return _things(w, "U", ".", "goal", "have", U
 @_scene
 def _goal(w: Glass) -> Told:
     want = " {A_He} wanted a | {A} wished for a | More than anything {A_he} wanted a "
-    lost = (" The day before, {A_he} had lost {A_his} | {A} was sad because {A_he} had lost {A_his} |"
+    lost = (" The day before, {A_he} had lost {A_his} |"
+            " {A} was sad because {A_he} had lost {A_his} |"
             " Last week {A_he} had lost {A_his} ")
-    visit = (" {A_He} was on the way to a friend called | {A} was going to see a friend called |"
+    visit = (" {A_He} was on the way to a friend called |"
+             " {A} was going to see a friend called |"
              " {A} wished to visit a friend called ")
     yield from _ways(w, 3, want, "want", goal="want")
     yield from _ways(w, 3, lost, "want", goal="lost")
     if w.size.friends: yield from _ways(w, 2, visit, "friend_name", goal="deliver", sex="")
     if w.N:
-        yield from _ways(w, 2, " {A_He} needed | {A} hoped for | {A_He} was out to collect ", "need", goal="collect")
+        need = " {A_He} needed | {A} hoped for | {A_He} was out to collect "
+        yield from _ways(w, 2, need, "need", goal="collect")
 
 @_scene
-def _want(w: Glass) -> Told: return _colors(w, "T", "want_what") if w.size.colors else _want_what(w)
+def _want(w: Glass) -> Told:
+    return _colors(w, "T", "want_what") if w.size.colors else _want_what(w)
 
 @_scene
 def _want_what(w: Glass) -> Told:
@@ -461,23 +512,27 @@ def _need(w: Glass) -> Told:
         yield Option(1 / more, f"{NUMBERS[n]} {{N}} ", {"scene": "need_why", "need": n}, "want")
 
 @_scene
-def _need_why(w: Glass) -> Told: yield _reason("{N_use}", "{A_he} wanted {N_use}", **_mention(w, "A"))
+def _need_why(w: Glass) -> Told:
+    yield _reason("{N_use}", "{A_he} wanted {N_use}", **_mention(w, "A"))
 
 @_scene
 def _friend_name(w: Glass) -> Told:
     return _people(w, "B", " who lived ", "friend_place", "want", met=1)
 
 @_scene
-def _friend_place(w: Glass) -> Told: return _places(w, "P2", "<at>", "present", "want", known=3, B_at="P2")
+def _friend_place(w: Glass) -> Told:
+    return _places(w, "P2", "<at>", "present", "want", known=3, B_at="P2")
 
 @_scene
 def _present(w: Glass) -> Told:
-    return _ways(w, 1, ", to bring {B_him} a |, and had packed a |, bringing {B_him} a ", "want", T_at="A")
+    return _ways(w, 1, ", to bring {B_him} a |, and had packed a |, bringing {B_him} a ",
+                 "want", T_at="A")
 
 @_scene
 def _why_give(w: Glass) -> Told:
     birthday = "it was {B}'s birthday" if _alike(w, "B") else "it was {B_his} birthday"
-    for why in (birthday, f"{_he(w, 'B')} had been ill", f"{_he(w, 'B')} had no toys")[:w.size.wordings]:
+    whys = (birthday, f"{_he(w, 'B')} had been ill", f"{_he(w, 'B')} had no toys")
+    for why in whys[:w.size.wordings]:
         yield _reason(why, why, **_mention(w, "A", "B"))
 
 # %% ../nbs/04_storyland.ipynb #dd7d1e67
@@ -529,15 +584,17 @@ def _object(f: Facts, role: str) -> str:
     "A person as the object of a sentence, by pronoun where that is clear."
     return f"{{{role}_him}}" if f[f[f"{role}_he"]] == role else f"{{{role}}}"
 
-QUESTIONS.update(
+QUESTIONS |= dict(
     any=lambda f: f["A_n"] > 0,
     full=lambda f: f["A_n"] >= 20,
+    stock=lambda f: min(8, f["A_n"]),
+    space=lambda f: min(8, 20 - f["A_n"]),
     room=lambda f: f["known"] < f["rooms"],
     wet=lambda f: f["weather"] if f["weather"] in ("rainy", "snowy") else "",
     me=lambda f: _object(f, "A"),
     him=_of_friend(_object),
     occasion=_of_friend(_occasion),
-    space=_of_friend(lambda f, friend: min(8, 20 - f[f"{friend}_n"])),
+    friend_space=_of_friend(lambda f, friend: min(8, 20 - f[f"{friend}_n"])),
     friend_feels=_of_friend(lambda f, friend: f[f"{friend}_feels"]),
     grateful=_of_friend(lambda f, friend: f["thanks"] == friend),
 )
@@ -547,17 +604,22 @@ QUESTIONS.update(
 def _turn(w: Glass) -> Told:
     "Whose turn is it?"
     if w.news:
-        yield from _ways(w, 12, f" Now {_name(w, w.news)} had | So {_name(w, w.news)} now had ", "total")
+        he = _name(w, w.news)
+        yield from _ways(w, 12, f" Now {he} had | So {he} now had ", "total")
     yield from _hero_turn(w)
     if w.friend: yield from _friend_turn(w, w.friend)
-    if w.size.skies > 1: yield from _ways(w, 0.6, " All at once | The sky changed, and ", "sky", news="")
+    if w.size.skies > 1:
+        yield from _ways(w, 0.6, " All at once | The sky changed, and ", "sky", news="")
 
 def _hero_turn(w: Glass) -> Told:
     "The hero acts, by pronoun or name, alone or with company; or the clock moves on first."
     he, facts = _name(w, "A"), {"news": "", "because": "", **_mention(w, "A")}
     slow, clear = 1 - w.size.pace, he == "{A_he}"
-    if clear: yield from _ways(w, 7 * slow, " {A_He} | Then {A_he} | A little later {A_he} ", "hero", **facts)
-    yield from _ways(w, (2 if clear else 9) * slow, " {A} | Then {A} | Soon {A} ", "hero", **facts)
+    if clear:
+        texts = " {A_He} | Then {A_he} | A little later {A_he} "
+        yield from _ways(w, 7 * slow, texts, "hero", **facts)
+    weight = (2 if clear else 9) * slow
+    yield from _ways(w, weight, " {A} | Then {A} | Soon {A} ", "hero", **facts)
     if w.company:
         he, facts = "they", {**facts, **_mention(w, "A", w.company)}
         yield from _ways(w, 4 * slow, " They | Together they ", "together", **facts)
@@ -569,23 +631,27 @@ def _clock(w: Glass, he: str, facts: Facts) -> Told:
     lead = {"noon": f" At noon {he} | When the clock struck twelve, {he} ",
             "afternoon": f" In the afternoon {he} | After lunch {he} ",
             "evening": f" In the evening {he} | When the sun went down, {he} ",
-            "night": "\nWhen night came, |\nThen the moon rose, and |\nAt the end of the day "}[hour]
-    end, weight = {"scene": "homecoming", "news": ""}, 9 * w.size.pace
-    for option in _ways(w, weight, lead, facts["scene"], "night" if hour == "night" else ""):
-        yield option._replace(facts={**(end if hour == "night" else facts), "hour": hour})
-    if w.done: yield from _ways(w, 5, "\nAt last |\nIn the end |\nFull of joy, ", "homecoming", "night", news="")
+            "night": "\nWhen night came, |\nThen the moon rose, and |\nAt the end of the day "}
+    if hour == "night": facts = {"scene": "homecoming", "news": ""}
+    for option in _ways(w, 9 * w.size.pace, lead[hour], "", "night" if hour == "night" else ""):
+        yield option._replace(facts={**facts, "hour": hour})
+    if w.done:
+        lead = "\nAt last |\nIn the end |\nFull of joy, "
+        yield from _ways(w, 5, lead, "homecoming", "night", news="")
 
 # %% ../nbs/04_storyland.ipynb #c15a7026
 def _friend_turn(w: Glass, f: str) -> Told:
     "The friend acts, by pronoun or name."
     facts, clear = {"news": "", "because": "", **_mention(w, f)}, w[w[f"{f}_he"]] == f
     if clear: yield from _ways(w, 3, f" {{{f}_He}} | Then {{{f}_he}} ", "friend", **facts)
-    yield from _ways(w, 1 if clear else 4, f" {{{f}}} | Then {{{f}}} | Suddenly {{{f}}} ", "friend", **facts)
+    texts = f" {{{f}}} | Then {{{f}}} | Suddenly {{{f}}} "
+    yield from _ways(w, 1 if clear else 4, texts, "friend", **facts)
 
 @_scene
 def _sky(w: Glass) -> Told:
     for sky in [*SKIES][:w.size.skies]:
-        if sky != w.weather: yield Option(1, SKIES[sky], {"scene": "turn", "weather": sky}, "weather")
+        if sky != w.weather:
+            yield Option(1, SKIES[sky], {"scene": "turn", "weather": sky}, "weather")
 
 @_scene
 def _total(w: Glass) -> Told:
@@ -593,18 +659,20 @@ def _total(w: Glass) -> Told:
     yield Option(1, _amount(w[f"{w.news}_n"]) + ".", facts, "count")
 
 # %% ../nbs/04_storyland.ipynb #df910d4d
-WALK = {"unknown": 2, "away": 8, "deliver": 8, "here": 1, "friend": 1, "give": 1, "collect": 1.5, "done": 2}
+_WALK = {"unknown": 2, "away": 8, "deliver": 8, "here": 1, "friend": 1, "give": 1,
+        "collect": 1.5, "done": 2}
 
 @_scene
 def _hero(w: Glass) -> Told:
     "What the hero does: look at the goal first, then at what is in hand, then at company."
     do, quest = partial(_ways, w, moved=False), w.quest
     if not w.company:
-        restless = quest not in ("away", "deliver") and w.moved     # no aim, and has just walked
-        yield from _walking(w, WALK[quest] / (4 if restless else 1))
+        # has no aim, and has just walked
+        restless = quest not in ("away", "deliver") and w.moved
+        yield from _walking(w, _WALK[quest] / (4 if restless else 1))
     if quest == "here":
-        texts = ("saw the {T} and picked it up.|discovered the {T} under a big stone.|"
-                 "spotted the {T} behind an old tree.|came upon the {T} in the grass.")
+        texts = ("saw the {T} and picked it up.|picked up the {T} with a smile.|"
+                 "took the {T} in both hands.|was so glad to find the {T} that {A_he} danced.")
         yield from do(30, texts, "turn", "find", T_at="A", done=True)
     if quest == "unknown" and w.size.depth:
         texts = "looked everywhere, but there was no {T}.|searched for a {T} and found nothing."
@@ -620,42 +688,52 @@ def _walking(w: Glass, weight: float) -> Told:
         found = "came to |reached |followed a path to "
         yield from _ways(w, 4 if w.quest == "unknown" else 1, found, "explore", moved=True)
 
-Doing = Callable[..., Told]
 
-def _hands(w: Glass, do: Doing) -> Told:
+# %% ../nbs/04_storyland.ipynb #d2f18a90
+_Doing = Callable[..., Told]
+
+def _hands(w: Glass, do: _Doing) -> Told:
     "What can be done with things and goods."
     if w.in_hand == "here":
-        yield from do(6, "took the {U} again.|was glad to see the {U} again and took it.", "turn", "take", U_at="A")
+        texts = "took the {U} again.|was glad to see the {U} again and took it."
+        yield from do(6, texts, "turn", "take", U_at="A")
     if w.in_hand == "mine" and w.size.depth > 1:
-        yield from do(0.5, "put down the {U} and forgot it.|dropped the {U}, but did not notice.", "turn", "drop", U_at=w.at)
+        texts = "put down the {U} and forgot it.|dropped the {U}, but did not notice."
+        yield from do(0.5, texts, "turn", "drop", U_at=w.at)
     if w.N and not w.full:
-        yield from do(5 if w.quest == "collect" else 1.5, "found |gathered |collected ", "gather")
+        weight = 5 if w.quest == "collect" else 1.5
+        yield from do(weight, "found |gathered |collected ", "gather")
 
-def _body(w: Glass, do: Doing) -> Told:
+def _body(w: Glass, do: _Doing) -> Told:
     "Hunger, sleep and idleness."
     if w.appetite == "eat": yield from do(8, "ate |happily ate ", "eat")
     if w.appetite == "tired":
-        yield from do(6, "sat down and slept for a while.|rested under a tree.", "turn", "rest", A_feels="")
+        texts = "sat down and slept for a while.|rested under a tree."
+        yield from do(6, texts, "turn", "rest", A_feels="")
     if w.appetite == "":
-        yield from do(0.6, "was hungry.|had not eaten all day.", "turn", "feel", A_feels="hungry")
-        yield from do(0.4, "grew tired.|could hardly walk any more.", "turn", "feel", A_feels="tired")
+        texts = "was hungry.|had not eaten all day."
+        yield from do(0.6, texts, "turn", "feel", A_feels="hungry")
+        texts = "grew tired.|could hardly walk any more."
+        yield from do(0.4, texts, "turn", "feel", A_feels="tired")
     yield from do(0.7, "stopped to ", "idle")
 
-def _company(w: Glass, do: Doing) -> Told:
+def _company(w: Glass, do: _Doing) -> Told:
     "What can be done with a friend."
     quest, him = w.quest, w.him
     if quest == "give" or w.occasion:
         weight = 30 if quest == "give" else 5 if w.occasion == "need" else 1.5
         yield from do(weight, f"gave {him} |handed {him} ", "give")
     if quest == "friend":
-        yield from do(4, f"asked {him} for the {{T}}.|said to {him}, \"Please give me the {{T}}.\"", "beg", "ask")
+        texts = f"asked {him} for the {{T}}.|said to {him}, \"Please give me the {{T}}.\""
+        yield from do(4, texts, "beg", "ask")
     if quest == "unknown":
-        yield from do(6, f"asked {him} about the {{T}}.|asked {him}, \"Where can I find a {{T}}?\"", "reply", "ask")
+        texts = f"asked {him} about the {{T}}.|asked {him}, \"Where can I find a {{T}}?\""
+        yield from do(6, texts, "reply", "ask")
 
 # %% ../nbs/04_storyland.ipynb #f37991ec
 @_scene
 def _go(w: Glass) -> Told:
-    "To one of the places the story knows; rather to where the goal is, and home when it is wet."
+    "To a place the story knows; rather to where the goal is, and home when it is wet."
     for i in range(w.known):
         p = f"P{i}"
         there = next((f for f in FRIENDS[:w.size.friends] if w[f"{f}_at"] == p), "")
@@ -683,7 +761,9 @@ def _go_why(w: Glass) -> Told:
 def _greet(w: Glass) -> Told:
     "Who was left at a place is still there, with what was left in those hands."
     f = f"{{{w.friend}}}"
-    has = " with the {T}" if w.quest == "friend" else " with the {U}" if w.belonging == "friend" else ""
+    has = ""
+    if w.belonging == "friend": has = " with the {U}"
+    if w.quest == "friend": has = " with the {T}"
     texts = f" {f} was there{has}.| There stood {f}{has}.| {f} was still there{has}."
     return _ways(w, 1, texts, "turn", "greet", **_mention(w, w.friend))
 
@@ -713,16 +793,18 @@ def _newcomer(w: Glass) -> Told: return _people(w, w.friend, ".", "turn", "meet"
 
 @_scene
 def _together(w: Glass) -> Told:
-    yield from _walking(w, 2 + WALK[w.quest])
+    yield from _walking(w, 2 + _WALK[w.quest])
     texts = "sang a song.|told each other stories.|laughed and danced."
     yield from _ways(w, 1.5, texts, "turn", "idle", moved=False)
 
 # %% ../nbs/04_storyland.ipynb #b7b59f6f
-IDLE = {"sunny": "lie in the warm sun.|watch the clouds go by.", "rainy": "listen to the rain.|jump into a puddle.",
-        "windy": "chase the leaves.|feel the wind.", "snowy": "build a snowman.|catch a snowflake."}
+_IDLE = {"sunny": "lie in the warm sun.|watch the clouds go by.",
+        "rainy": "listen to the rain.|jump into a puddle.",
+        "windy": "chase the leaves.|feel the wind.",
+        "snowy": "build a snowman.|catch a snowflake."}
 
 @_scene
-def _idle(w: Glass) -> Told: return _ways(w, 1, IDLE[w.weather], "turn", "idle")
+def _idle(w: Glass) -> Told: return _ways(w, 1, _IDLE[w.weather], "turn", "idle")
 
 def _has(w: Glass, n: int) -> Facts:
     "What becomes true when the hero's number has become `n`."
@@ -732,40 +814,45 @@ def _has(w: Glass, n: int) -> Facts:
 @_scene
 def _eat(w: Glass) -> Told:
     for n in range(1, min(w.A_n, 3) + 1):
-        facts = {"scene": "turn", "A_feels": "", "because": "{A_he} was hungry", **_has(w, w.A_n - n)}
+        facts = {"scene": "turn", "A_feels": "", "because": "{A_he} was hungry"}
+        facts |= _has(w, w.A_n - n)
         yield Option(1 / n, f"{_amount(n)} because {{A_he}} was hungry.", facts, "eat")
 
-def _more(w: Glass, event: str, **facts: Any) -> Told:
+def _more(w: Glass, weight: float, event: str, **facts: Any) -> Told:
     "The hero gets some more."
-    for n in range(1, min(w.size.most, 20 - w.A_n) + 1):
-        words = _amount(n, "more " if w.A_n else "") + "."
-        yield Option(1 / n, words, {"scene": "turn", **facts, **_has(w, w.A_n + n)}, event)
+    for n in range(1, min(w.size.most, w.space) + 1):
+        words = _amount(n, "more " if w.any else "")
+        yield Option(weight / n, words, {"scene": "got", "gift": n, **facts}, event)
 
 @_scene
-def _gather(w: Glass) -> Told: return _more(w, "gather")
+def _gather(w: Glass) -> Told: return _more(w, 1, "gather")
+
+@_scene
+def _got(w: Glass) -> Told: yield Option(1, ".", {"scene": "turn", **_has(w, w.A_n + w.gift)})
 
 # %% ../nbs/04_storyland.ipynb #9b642d23
 @_scene
 def _give(w: Glass) -> Told:
     "What the hero gives to the friend, and why."
     f, both = w.friend, {"scene": "turn", **_mention(w, "A", w.friend)}
-    if w.quest == "give": yield Option(30, "the {T_full}.", {**both, "T_at": f, "done": True}, "give")
+    if w.quest == "give":
+        yield Option(30, "the {T_full}.", {**both, "T_at": f, "done": True}, "give")
     if w.belonging == "mine":
         facts = {**both, "U_at": f, "thanks": f}
         yield Option(1, "the {U}.", facts, "give")
         if w.friend_feels == "sad":
             facts = {**facts, f"{f}_feels": "", "because": f"{{{f}_he}} was sad"}
             yield Option(5, f"the {{U}} because {_he(w, f)} was sad.", facts, "give")
-    for n in range(1, min(w.A_n, w.size.most, w.space) + 1):
-        facts = {**both, **_has(w, w.A_n - n), "scene": "give_number", "gift": n}
-        yield Option(1 / n, _amount(n), facts, "give")
+    for n in range(1, min(w.stock, w.size.most, w.friend_space) + 1):
+        yield Option(1 / n, _amount(n), {**both, "scene": "give_number", "gift": n}, "give")
 
 @_scene
 def _give_number(w: Glass) -> Told:
     "The number changes hands."
     f = w.friend
-    facts = {"scene": "turn", "thanks": f, f"{f}_n": w[f"{f}_n"] + w.gift}
-    yield Option(1, ".", facts if w.any else {**facts, "news": f}, "give")
+    facts = {"scene": "turn", **_has(w, w.A_n - w.gift), "thanks": f}
+    facts[f"{f}_n"] = w[f"{f}_n"] + w.gift
+    yield Option(1, ".", {**facts, "news": facts["news"] or f}, "give")
     if w.friend_feels == "hungry":
         facts = {**facts, "news": f, f"{f}_feels": "", "because": f"{{{f}_he}} was hungry"}
         yield Option(5, f" because {_he(w, f)} was hungry.", facts, "give")
@@ -782,10 +869,12 @@ def _friend(w: Glass) -> Told:
         yield from do(1, "had a {T_full}.|was playing with a {T_full}.", "turn", "have", T_at=f)
         yield from do(6 if w.grateful else 2, f"told {me} that there was a {{T}} ", "hint")
     if w.friend_feels == "":
-        yield from do(0.8, "was hungry.|had had no breakfast.", "turn", "feel", **{f"{f}_feels": "hungry"})
-        yield from do(0.8, "looked sad.|began to cry.", "turn", "feel", **{f"{f}_feels": "sad"})
+        hungry, sad = {f"{f}_feels": "hungry"}, {f"{f}_feels": "sad"}
+        yield from do(0.8, "was hungry.|had had no breakfast.", "turn", "feel", **hungry)
+        yield from do(0.8, "looked sad.|began to cry.", "turn", "feel", **sad)
     if w.size.depth > 1: yield from _comings_and_goings(w, f)
-    yield from do(1, "laughed out loud.|sang a little song.|told a funny story.|smiled.", "turn", "idle")
+    texts = "laughed out loud.|sang a little song.|told a funny story.|smiled."
+    yield from do(1, texts, "turn", "idle")
 
 def _comings_and_goings(w: Glass, f: str) -> Told:
     "A friend comes along, leaves, or runs away with something."
@@ -794,7 +883,8 @@ def _comings_and_goings(w: Glass, f: str) -> Told:
         yield from _ways(w, 1.5, texts, "turn", "join", company=f, **{f"{f}_at": "along"})
     yield from _ways(w, 1, "had to leave and went |said goodbye and ran ", "leave")
     if w.belonging == "mine":
-        yield from _ways(w, 0.7, "took the {U} and ran |grabbed the {U} and ran ", "leave", U_at=f)
+        texts = "took the {U} and ran |grabbed the {U} and ran "
+        yield from _ways(w, 0.7, texts, "leave", U_at=f)
 
 @_scene
 def _leave(w: Glass) -> Told:
@@ -815,14 +905,16 @@ def _friend_gives(w: Glass) -> Told:
         if w.grateful:
             kind = f"the {{T}} because {'{A}' if _alike(w, f) else '{A_he}'} had been kind."
             yield Option(12, kind, {**facts, "because": "{A_he} had been kind"}, "give")
-    if w.belonging == "friend": yield Option(1, "the {U} back.", {"scene": "turn", **both, "U_at": "A"}, "give")
-    if w.N: yield from (o._replace(weight=o.weight / 2) for o in _more(w, "give", **both))
+    if w.belonging == "friend":
+        yield Option(1, "the {U} back.", {"scene": "turn", **both, "U_at": "A"}, "give")
+    if w.N and not w.full: yield from _more(w, 0.5, "give", **both)
 
 @_scene
 def _beg(w: Glass) -> Told:
     f, facts = w.friend, _mention(w, w.friend, "A")
     yes = f" {{{f}}} gave it to {{A_him}}.| {{{f}}} smiled and gave it to {{A_him}}."
-    yield from _ways(w, 9 if w.grateful else 1, yes, "turn", "give", T_at="A", done=True, **facts)
+    facts |= {"T_at": "A", "done": True}
+    yield from _ways(w, 9 if w.grateful else 1, yes, "turn", "give", **facts)
     no = f" {{{f}}} said no.| {{{f}}} shook {{{f}_his}} head."
     yield from _ways(w, 3, no, "turn", "refuse", **_mention(w, f))
 
@@ -831,7 +923,8 @@ def _somewhere(w: Glass, phrase: str, facts: Facts) -> Told:
     "The friend tells where the thing is: one of the places that were spoken of."
     for p in (f"P{i}" for i in range(w.known)):
         if p != w.at:
-            yield Option(1, phrase.replace("<at>", f"{{{p}_at}}"), {"scene": "turn", "T_at": p, **facts}, "tell")
+            words = phrase.replace("<at>", f"{{{p}_at}}")
+            yield Option(1, words, {"scene": "turn", "T_at": p, **facts}, "tell")
 
 @_scene
 def _hint(w: Glass) -> Told: return _somewhere(w, "<at>.", _mention(w, w.friend, "A"))
@@ -842,7 +935,8 @@ def _reply(w: Glass) -> Told:
     no = f" {f} did not know.| \"I do not know,\" said {f}."
     yield from _ways(w, 1, no, "turn", "reply", **facts)
     yield from _somewhere(w, f" {f} had seen one <at>.", facts)
-    if w.size.wordings > 1: yield from _somewhere(w, f" \"There is one <at>,\" said {f}.", facts)
+    if w.size.wordings > 1:
+        yield from _somewhere(w, f" \"There is one <at>,\" said {f}.", facts)
 
 # %% ../nbs/04_storyland.ipynb #a40a2e97
 @_scene
@@ -850,7 +944,8 @@ def _homecoming(w: Glass) -> Told:
     he, facts = _name(w, "A"), {"friend": "", **_mention(w, "A")}
     there = f"{he} was at home {{P0_at}} |{he} sat at home {{P0_at}} "
     if w.at == "P0": return _ways(w, 1, there, "luggage", "move", **facts)
-    away = f"{he} went home to the {{P0}} |{he} walked back to the {{P0}} |{he} returned to the house {{P0_at}} "
+    away = (f"{he} went home to the {{P0}} |{he} walked back to the {{P0}} |"
+            f"{he} returned to the house {{P0_at}} ")
     return _ways(w, 1, away, "luggage", "move", at="P0", **facts)
 
 @_scene
@@ -861,34 +956,45 @@ def _luggage(w: Glass) -> Told:
     return _ways(w, 1, f"with {text or 'empty hands'}.", "verdict", "arrive")
 
 # %% ../nbs/04_storyland.ipynb #e9df5e83
-HAPPY = {
-    "want": " {A_He} had a {T} at last, and {A_he} was happy.| Now {A_he} had a {T} and was happy.",
-    "lost": " {A_He} had found the {T} again, and {A_he} was happy.| The {T} was found, and {A} was happy.",
+_HAPPY = {
+    "want": " {A_He} had a {T} at last, and {A_he} was happy.|"
+            " Now {A_he} had a {T} and was happy.",
+    "lost": " {A_He} had found the {T} again, and {A_he} was happy.|"
+            " The {T} was found, and {A} was happy.",
     "deliver": " {B} had the {T}, and {A} was happy.| {A} was happy because {B} had the {T}.",
-    "collect": " {A_He} had enough {N} {N_use} and was happy.| There were enough {N} {N_use}, and {A} was happy."}
-SAD = {
-    "want": " {A_He} still had no {T}, and {A_he} was sad.| {A_He} was sad because {A_he} had no {T}.",
-    "lost": " The {T} was still lost, and {A_he} was sad.| {A_He} was sad because the {T} was still lost.",
-    "deliver": " {B} did not get the {T}, and {A} was sad.| {A} was sad because {B} did not get the {T}.",
-    "collect": " There were too few {N} {N_use}, and {A} was sad.| {A_He} was sad because there were too few {N} {N_use}."}
-CHEER = {
+    "collect": " {A_He} had enough {N} {N_use} and was happy.|"
+               " There were enough {N} {N_use}, and {A} was happy."}
+_SAD = {
+    "want": " {A_He} still had no {T}, and {A_he} was sad.|"
+            " {A_He} was sad because {A_he} had no {T}.",
+    "lost": " The {T} was still lost, and {A_he} was sad.|"
+            " {A_He} was sad because the {T} was still lost.",
+    "deliver": " {B} did not get the {T}, and {A} was sad.|"
+               " {A} was sad because {B} did not get the {T}.",
+    "collect": " There were too few {N} {N_use}, and {A} was sad.|"
+               " {A_He} was sad because there were too few {N} {N_use}."}
+_CHEER = {
     "want": " {A_He} still had no {T}, but {A_he} was happy to have met {B}.",
     "lost": " The {T} was still lost, but {A_he} was happy to have met {B}.",
     "collect": " There were too few {N} {N_use}, but {A} was happy to have met {B}."}
 
+# %% ../nbs/04_storyland.ipynb #729ffe95
 @_scene
 def _verdict(w: Glass) -> Told:
-    texts, mood = (HAPPY, "happy") if w.done else (SAD, "sad")
+    texts, mood = (_HAPPY, "happy") if w.done else (_SAD, "sad")
     yield from _ways(w, 2, texts[w.goal], "closing", "mood", mood=mood)
-    if not w.done and w.met and w.goal in CHEER:
-        yield from _ways(w, 1, CHEER[w.goal], "closing", "mood", mood="happy")
+    if not w.done and w.met and w.goal in _CHEER:
+        yield from _ways(w, 1, _CHEER[w.goal], "closing", "mood", mood="happy")
 
 @_scene
 def _closing(w: Glass) -> Told:
     "What became of the other thing; then the last words."
     at = w.U_at
-    if at in FRIENDS: yield Option(3, f" {{{at}}} still had the {{U_full}}.", {"scene": "last"}, "recall")
-    elif at not in ("", "A"): yield Option(3, f" The {{U_full}} lay forgotten {{{at}_at}}.", {"scene": "last"}, "recall")
+    if at in FRIENDS:
+        yield Option(3, f" {{{at}}} still had the {{U_full}}.", {"scene": "last"}, "recall")
+    elif at not in ("", "A"):
+        words = f" The {{U_full}} lay forgotten {{{at}_at}}."
+        yield Option(3, words, {"scene": "last"}, "recall")
     yield from _last(w)
 
 @_scene
@@ -903,7 +1009,8 @@ def narrator(
     size: str = "small",   # one of SIZES
 ) -> Narrator:
     "The Storyland of a size."
-    if size not in SIZES: raise ValueError(f"no size is called {size!r}; there are {', '.join(SIZES)}")
+    if size not in SIZES:
+        raise ValueError(f"no size is called {size!r}; there are {', '.join(SIZES)}")
     return Narrator(SCENES, {**START, "rooms": SIZES[size].rooms}, QUESTIONS, SIZES[size])
 
 # %% ../nbs/04_storyland.ipynb #4464dace
@@ -911,7 +1018,7 @@ def log_probability(
     text: str,              # a whole story
     size: str = "small",    # the world it is read in
 ) -> float:
-    "Exact natural logarithm of the probability that Storyland tells this text; −inf if it cannot."
+    "Exact logarithm of the probability that Storyland tells this text; −inf if it cannot."
     try: return math.fsum(step.log_p for step in read(narrator(size), text))
     except ValueError:
         if size not in SIZES: raise
@@ -922,13 +1029,13 @@ def continuations(
     text: str,              # the beginning of a story
     size: str = "small",
 ) -> dict[str, float]:
-    "What may follow, up to the end of the choice that `text` has reached, with exact probabilities; empty if nothing can."
+    "What may follow up to the end of the next choice, with its exact probability."
     world = narrator(size)
     facts, at = world.start, 0
     for step in follow(world, text): facts, at = step.facts, step.end
     if facts["scene"] == "end": return {}
     menu = recall(world, facts)
-    told = [(words % facts, p) for (words, _), p in zip(menu.told, menu.p)]
+    told = [(option.text % facts, p) for option, p in zip(menu.options, menu.p)]
     left = {words[len(text) - at:]: p for words, p in told if words.startswith(text[at:])}
     return {words: p / math.fsum(left.values()) for words, p in left.items()}
 
@@ -959,7 +1066,7 @@ def entropy_floor(
     size: str = "small",
     n: int = 2000,                        # stories to sample
     seed: int = 0,
-    extra_tokens: int = 0,                # tokens that a loader adds to each story, such as an end-of-text token
+    extra_tokens: int = 0,                # that a loader adds to each story, as at its end
 ) -> EntropyFloor:
     "Entropy of Storyland, @eq-storyland-chain, per story, byte and token."
     if n < 2: raise ValueError(f"a standard error needs at least 2 stories, got n={n}")
@@ -968,13 +1075,16 @@ def entropy_floor(
     h = [math.fsum(step.menu.entropy for _, step in steps) for steps in told]
     texts = ["".join(words for words, _ in steps) for steps in told]
     numbers = [*_ratio(h, [1] * n), *_ratio(h, [len(text.encode()) for text in texts])]
-    if tokenizer is not None: numbers += _ratio(h, [len(tokenizer.encode(text)) + extra_tokens for text in texts])
+    if tokenizer is not None:
+        numbers += _ratio(h, [len(tokenizer.encode(text)) + extra_tokens for text in texts])
     return EntropyFloor(n, *numbers)
 
 # %% ../nbs/04_storyland.ipynb #70cec79e
-SPLITS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 100)}     # remainders of the checksum by 100
+SPLITS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 100)}
 
-def _part(text: str) -> int: return zlib.crc32(text.encode()) % 100
+def _part(text: str) -> int:
+    "The remainder of the checksum by 100."
+    return zlib.crc32(text.encode()) % 100
 
 def split_of(text: str) -> str:
     "The split that a story belongs to, now and under any seed."
@@ -987,7 +1097,7 @@ class State:
     "What is true in a story at one moment, by name."
     hero: str
     people: dict[str, str]      # person → place
-    things: dict[str, str]      # thing → who has it, or the place where it lies, or "" while that is unknown
+    things: dict[str, str]      # thing → who has it, or where it lies; "" while unknown
     counts: dict[str, int]      # person → how many …
     goods: str                  # … of these; "" when nothing is counted
     weather: str
@@ -999,18 +1109,21 @@ class State:
     reached: bool
     mood: str                   # of the hero at the end, happy or sad; "" until it is told
 
-def _fill(text: str, facts: Facts) -> str: return _blank(text) % facts
+def _fill(text: str, facts: Facts) -> str: return text.format_map(facts)
 
 def _state(f: Facts) -> State:
     "The facts of a moment, with this story's names for the roles."
     cast = [role for role in "ABC" if f[role]]
-    spot = {role: f["at"] if role == "A" or f[f"{role}_at"] == "along" else f[f"{role}_at"] for role in cast}
+    along = {role: role == "A" or f[f"{role}_at"] == "along" for role in cast}
+    spot = {role: f["at"] if along[role] else f[f"{role}_at"] for role in cast}
     return State(
-        hero=f["A"], people={f[role]: f[spot[role]] for role in cast if f.get(spot[role])},
+        hero=f["A"], people={f[role]: f[spot[role]] for role in cast if spot[role]},
         things={f[x]: f.get(f[f"{x}_at"], "") for x in "UT" if f[x]},
         counts={f[role]: f[f"{role}_n"] for role in cast} if f["N"] else {}, goods=f["N"],
-        weather=f["weather"], hour=f["hour"], feelings={f[role]: f[f"{role}_feels"] for role in cast if f[f"{role}_feels"]},
-        goal=f["goal"], thing=f["N"] if f["goal"] == "collect" else f["T"], why=_fill(f["why"], f), reached=f["done"], mood=f["mood"])
+        weather=f["weather"], hour=f["hour"],
+        feelings={f[role]: f[f"{role}_feels"] for role in cast if f[f"{role}_feels"]},
+        goal=f["goal"], thing=f["N"] if f["goal"] == "collect" else f["T"],
+        why=_fill(f["why"], f), reached=f["done"], mood=f["mood"])
 
 # %% ../nbs/04_storyland.ipynb #ee88060c
 class Event(NamedTuple):
@@ -1028,50 +1141,64 @@ class Story:
     size: str = "small"
 
     @cached_property
-    def steps(self) -> list[Step]: return read(narrator(self.size), self.text)
+    def steps(self) -> list[Step]:
+        "The choices behind the text."
+        return read(narrator(self.size), self.text)
 
     @cached_property
-    def sentences(self) -> list[str]: return _END_OF_SENTENCE.split(self.text)
-
-    @cached_property
-    def _moments(self) -> list[list[Step]]:
-        "The steps that begin within each sentence; none when the step before also told this one."
-        ends = [m.start() for m in _END_OF_SENTENCE.finditer(self.text)] + [len(self.text)]
-        starts = [step.start for step in self.steps]
-        bounds = [bisect(starts, end - 1) for end in ends]
-        return [self.steps[a:b] for a, b in zip([0, *bounds], bounds)]
+    def sentences(self) -> list[str]:
+        "The text, sentence by sentence."
+        return _END_OF_SENTENCE.split(self.text)
 
     @cached_property
     def states(self) -> list[State]:
         "The state of the world after each sentence."
-        last = list(accumulate(self._moments, lambda before, now: now or before[-1:]))
-        return [_state(steps[-1].facts) for steps in last]
+        return [_state(steps[-1].facts) for steps in self._moments]
 
     @cached_property
     def events(self) -> list[Event]:
         "The event behind each sentence."
-        return [_event(sentence, steps) for sentence, steps in zip(self.sentences, self._moments)]
+        return [*map(_event, self.sentences, self._moments)]
 
     @property
-    def log_probability(self) -> float: return math.fsum(step.log_p for step in self.steps)
+    def log_probability(self) -> float:
+        "Exact logarithm (nats) of the probability of the text."
+        return math.fsum(step.log_p for step in self.steps)
 
-def _event(sentence: str, steps: Sequence[Step]) -> Event:
-    options = [(step.menu.options[step.chosen], step.facts) for step in steps]
-    kind = next((o.event for o, _ in reversed(options) if o.event), "open")
-    because = next((_fill(o.facts["because"], facts) for o, facts in reversed(options) if o.facts.get("because")), "")
-    return Event(kind, sentence, because)
+    @cached_property
+    def _moments(self) -> list[list[Step]]:
+        "The steps whose words stand in each sentence."
+        starts, spans = [step.start for step in self.steps], _spans(self.text)
+        return [self.steps[bisect(starts, a) - 1:bisect(starts, b - 1)] for a, b in spans]
 
 # %% ../nbs/04_storyland.ipynb #f84fd4cb
+def _spans(text: str) -> list[tuple[int, int]]:
+    "Where each sentence starts and ends."
+    breaks = [m.span() for m in _END_OF_SENTENCE.finditer(text)]
+    starts, ends = [0, *(b for _, b in breaks)], [*(a for a, _ in breaks), len(text)]
+    return list(zip(starts, ends))
+
+def _event(sentence: str, steps: Sequence[Step]) -> Event:
+    "What the steps of a sentence told: the last that has a kind, the last that gives a reason."
+    options = [step.menu.options[step.chosen] for step in reversed(steps)]
+    kind = next((o.event for o in options if o.event), "open")
+    because = next((o.facts["because"] for o in options if o.facts.get("because")), "")
+    return Event(kind, sentence, _fill(because, steps[-1].facts))
+
+# %% ../nbs/04_storyland.ipynb #f29564c7
 def stories(
     n: int | None = None,            # how many; None: without end
     seed: int = 0,
     size: str = "small",
     split: str | None = "train",     # None: stories of all splits
 ) -> Iterator[Story]:
-    "Stories of Storyland: a pure function of seed, size and split on every platform; story i does not depend on n."
+    "Stories, a pure function of seed, size and split; story i does not depend on n."
     if n is not None and n < 0: raise ValueError(f"n must be at least 0, got {n}")
-    if split is not None and split not in SPLITS: raise ValueError(f"no split is called {split!r}; there are {', '.join(SPLITS)}, and None for all")
-    return islice(_stream(narrator(size), seed, size, SPLITS[split] if split else range(100)), n)
+    if split is not None and split not in SPLITS:
+        names = ", ".join(SPLITS)
+        raise ValueError(f"no split is called {split!r}; there are {names}, and None for all")
+    parts = SPLITS[split] if split else range(100)
+    return islice(_stream(narrator(size), seed, size, parts), n)
 
 def _stream(world: Narrator, seed: int, size: str, parts: range) -> Iterator[Story]:
     uniform = random.Random(f"storyland {size} {seed}").random
@@ -1082,9 +1209,12 @@ def _stream(world: Narrator, seed: int, size: str, parts: range) -> Iterator[Sto
 class World:
     "A Storyland that tells one story after another, of all splits."
 
-    def __init__(self, seed: int = 0, size: str = "small"): self._stories = stories(None, seed, size, None)
+    def __init__(self, seed: int = 0, size: str = "small"):
+        self._stories = stories(None, seed, size, None)
 
-    def story(self) -> Story: return next(self._stories)
+    def story(self) -> Story:
+        "The next story."
+        return next(self._stories)
 
 # %% ../nbs/04_storyland.ipynb #0bfc9b51
 class Task(NamedTuple):
@@ -1095,58 +1225,66 @@ class Task(NamedTuple):
     answer: str
 
     def check(self, reply: str) -> bool:
-        "Is a reply right? Case, white space and a final period do not matter unless the answer has several words."
-        mine, theirs = (" ".join(s.split()).rstrip(".") for s in (self.answer, reply))
+        "Is a reply right? Space and a final period do not count; nor does case in one word."
+        mine, theirs = (" ".join(s.split()).rstrip(" .") for s in (self.answer, reply))
         return mine == theirs if " " in mine else mine.lower() == theirs.lower()
-
-def _about(story: Story, sentences: int | None) -> tuple[str, State]:
-    "The first sentences of a story and the state after them."
-    n = len(story.sentences) if sentences is None else sentences
-    if not 1 <= n <= len(story.sentences): raise ValueError(f"the story has {len(story.sentences)} sentences, asked for {n}")
-    ends = [m.start() for m in _END_OF_SENTENCE.finditer(story.text)] + [len(story.text)]
-    return story.text[:ends[n - 1]], story.states[n - 1]
 
 def questions(
     story: Story,
-    sentences: int | None = None,     # ask about the state after so many sentences; None: after all
+    sentences: int | None = None,     # ask about the state after so many; None: after all
 ) -> list[Task]:
     "Where is X, who has Y, how many, why: everything that the text up to there tells."
-    text, state = _about(story, sentences)
-    tasks = [Task("where", text, f"Where is {person}?", place) for person, place in state.people.items()]
-    tasks += [Task("who", text, f"Who has the {thing}?", where if where in state.people or where == "" else "nobody") for thing, where in state.things.items() if where]
-    tasks += [Task("how many", text, f"How many {state.goods} does {person} have?", NUMBERS[n] if n else "none") for person, n in state.counts.items()]
-    verb = {"want": f"want a {state.thing}", "lost": "", "deliver": f"bring a {state.thing}", "collect": f"need {state.thing}"}.get(state.goal)
-    if verb and state.why: tasks.append(Task("why", text, f"Why did {state.hero} {verb}?", f"because {state.why}"))
-    return tasks
+    n = len(story.sentences) if sentences is None else sentences
+    if not 1 <= n <= len(story.sentences):
+        raise ValueError(f"the story has {len(story.sentences)} sentences, asked for {n}")
+    state, text = story.states[n - 1], story.text[:_spans(story.text)[n - 1][1]]
+    asked = [("where", f"Where is {person}?", place) for person, place in state.people.items()]
+    for thing, at in state.things.items():
+        holder = at if at in state.people else "nobody"
+        if at: asked.append(("who", f"Who has the {thing}?", holder))
+    for person, count in state.counts.items():
+        question = f"How many {state.goods} does {person} have?"
+        asked.append(("how many", question, _number(count)))
+    if state.why: asked.append(("why", _why(state), f"because {state.why}"))
+    return [Task(kind, text, question, answer) for kind, question, answer in asked]
+
+def _number(n: int) -> str: return NUMBERS[n] if n else "none"
+
+def _why(state: State) -> str:
+    "The question for the reason of the goal."
+    verb = {"want": "want a", "deliver": "want to bring a", "collect": "need"}[state.goal]
+    return f"Why did {state.hero} {verb} {state.thing}?"
 
 # %% ../nbs/04_storyland.ipynb #c2d03e7a
 def labels(story: Story) -> dict[str, str | bool]:
-    "The mood at the end, who the story is about, what it is about, and whether it ended well: the goal was reached."
+    "The mood at the end, the hero, the kind of goal, and whether the goal was reached."
     state = story.states[-1]
-    return {"mood": state.mood, "who": state.hero, "goal": state.goal, "ended well": state.reached}
+    return {"mood": state.mood, "who": state.hero, "goal": state.goal,
+            "ended well": state.reached}
 
 # %% ../nbs/04_storyland.ipynb #acf2b118
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
 def instructions(story: Story) -> list[Task]:
     "Things to do with a story, with the one right result."
-    text, said, last = story.text, story.sentences, story.states[-1]
-    tasks = [Task("copy", text, f"Copy the {ORDINALS[i]} sentence.", sentence) for i, sentence in enumerate(said[:10])]
-    tasks += [Task("capitals", text, "Write the last sentence in capital letters.", said[-1].upper()),
-              Task("count", text, "How many sentences does the story have?", str(len(said))),
-              Task("list", text, "List the people in the order in which they appear.", ", ".join(last.people))]
-    return tasks
+    said, people = story.sentences, ", ".join(story.states[-1].people)
+    asked = [("copy", f"Copy the {nth} sentence.", line) for nth, line in zip(ORDINALS, said)]
+    asked += [("capitals", "Write the last sentence in capital letters.", said[-1].upper()),
+              ("count", "How many sentences does the story have?", str(len(said))),
+              ("list", "List the people in the order in which they appear.", people)]
+    return [Task(kind, story.text, question, answer) for kind, question, answer in asked]
 
 # %% ../nbs/04_storyland.ipynb #e07d6100
 def arithmetic(story: Story) -> list[Task]:
     "Sums that happen in a story: how many were there, what happened, how many are there now?"
-    tasks = []
+    tasks, one = [], {many: one for one, many, *_ in KINDS}
     for before, after, sentence in zip(story.states, story.states[1:], story.sentences[1:]):
-        a, b = before.counts.get(before.hero, 0), after.counts.get(after.hero, 0)
-        if a != b and before.goods:
-            goods = before.goods if a != 1 else next(one for one, many, *_ in KINDS if many == before.goods)
-            text = f"{before.hero} had {NUMBERS[a]} {goods}. {sentence}"
-            tasks.append(Task("arithmetic", text, f"How many {before.goods} does {before.hero} have now?", NUMBERS[b] if b else "none"))
+        hero, goods = before.hero, before.goods
+        a, b = (state.counts.get(hero, 0) for state in (before, after))
+        if a != b and goods:
+            text = f"{hero} had {NUMBERS[a]} {one[goods] if a == 1 else goods}. {sentence}"
+            question = f"How many {goods} does {hero} have now?"
+            tasks.append(Task("arithmetic", text, question, _number(b)))
     return tasks
 
 # %% ../nbs/04_storyland.ipynb #c8dd68b1
@@ -1157,27 +1295,31 @@ class Preference(NamedTuple):
     rejected: str
     reason: str
 
-_FOLLOWS = {"count", "greet", "arrive", "mood", "recall"}     # events whose words are bound by the facts
+_FOLLOWS = {"count", "greet", "arrive", "mood", "recall"}     # bound by the facts
 
 def _rivals(story: Story) -> Iterator[tuple[str, str, str]]:
-    "Words of this story that could be mistaken for each other: what they are about, one, another."
+    "Words that could be mistaken for each other: what they are about, one, another."
     f = story.steps[-1].facts
-    groups = {"person": [f[role] for role in "ABC"], "place": [f[f"P{i}"] for i in range(5)],
-              "thing": [f["T"], f["U"]], "number": NUMBERS[1:], "mood": ["happy", "sad"]}
-    for kind, words in groups.items():
-        for one, other in permutations(filter(None, words), 2):
-            near = kind != "number" or abs(words.index(one) - words.index(other)) == 1
-            if near: yield kind, one, other
+    places = [p for p in ("P0", "P1", "P2", "P3", "P4") if f[p]]
+    groups = [("person", [f[role] for role in "ABC" if f[role]]),
+              ("thing", [f[x] for x in "TU" if f[x]]),
+              ("place", [f[f"{p}_at"] for p in places]),
+              ("place", [f"to the {f[p]}" for p in places]),
+              ("mood", ["happy", "sad"])]
+    for kind, words in groups:
+        for one, other in permutations(words, 2): yield kind, one, other
+    for low, high in pairwise(NUMBERS[2:]):
+        yield from [("number", low, high), ("number", high, low)]
 
 def preferences(story: Story) -> list[Preference]:
-    "For each sentence that follows from what was told: the true one, and false ones that differ in one word."
-    pairs, starts = [], [0, *(m.end() for m in _END_OF_SENTENCE.finditer(story.text))]
-    for start, event in zip(starts, story.events):
+    "For each sentence that follows from the facts: the true one and false ones, a word apart."
+    pairs = []
+    for (start, _), event in zip(_spans(story.text), story.events):
         if event.kind not in _FOLLOWS: continue
         before = story.text[:start]
         for kind, word, other in _rivals(story):
             false = re.sub(rf"\b{word}\b", other, event.sentence, count=1)
             if false == event.sentence or can_begin(before + false, story.size): continue
-            reason = f"the {kind} must be {word}, not {other}"
+            reason = f"the {kind} was told: {word}, not {other}"
             pairs.append(Preference(before, event.sentence, false, reason))
     return pairs
