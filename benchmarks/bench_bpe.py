@@ -101,9 +101,11 @@ def encode_rows(quick):
     assert ours.encode_batch(texts) == [ours.encode(t) for t in texts] == [e.ids for e in peer.encode_batch(texts)]
     theirs = lambda: peer.encode_batch(texts)
 
+    once = english(400_000)                          # no topic twice: the cache of pre-tokens may not profit from the copies
+
     def pure():
         tokenizer = fresh()
-        for t in texts: tokenizer.encode(t)
+        for t in once: tokenizer.encode(t)
 
     def file():
         for _ in ours.encode_file(path, threads=1): pass
@@ -112,7 +114,7 @@ def encode_rows(quick):
         path = Path(folder)/'text.txt'
         path.write_text(''.join(texts), encoding='utf-8', newline='\n')
         return [
-            encoding('encode-python', 'encode English in pure Python, starting with an empty cache', pure, theirs, texts, runs, 'at least 1 MB/s', limit=1),
+            encoding('encode-python', 'encode English in pure Python, starting with an empty cache', pure, lambda: peer.encode_batch(once), once, runs, 'at least 1 MB/s', limit=1),
             encoding('encode-batch-1-thread', 'encode a batch of English documents on one thread', lambda: ours.encode_batch(texts, threads=1), theirs, texts, runs,
                      'at least 10 MB/s a core, ahead of tokenizers', limit=10, ratio_limit=1),
             encoding('encode-batch', 'encode a batch of English documents on all cores', lambda: ours.encode_batch(texts), theirs, texts, runs, 'ahead of tokenizers', ratio_limit=1),

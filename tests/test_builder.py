@@ -312,6 +312,18 @@ def test_patched_methods_and_constants_are_symbols():
     assert list(nbfilter.definitions(cell)) == [("LIMIT", ""), ("Shape.shrink", "Smaller.")]
 
 
+def test_methods_of_private_layers_belong_to_the_public_class(tmp_path):
+    book = Folder(tmp_path)
+    book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"),
+                  code('#| export\nclass _Base:\n    def go(self): "From below."\n    def twice(self): "The lower."', id="low"),
+                  code('#| export\nclass _Middle(_Base):\n    def twice(self): "The upper."', id="mid"),
+                  code('#| export\nclass Walker(_Middle):\n    "Walks."\n    def stop(self): "Its own."', id="top"))
+    names = nbfilter.symbols(tmp_path / "nbs")
+    assert set(names) == {"Walker", "Walker.stop", "Walker.go", "Walker.twice"}
+    assert (names["Walker.go"].anchor, names["Walker.go"].doc) == ("cell-low1", "From below.")
+    assert names["Walker.twice"].doc == "The upper." and names["Walker.stop"].anchor == "api-Walker"
+
+
 def test_symbol_index_says_where_names_are_defined_and_used(rich):
     page = nbfilter.symbol_index(rich.root / "nbs")
     entry = page[page.index("[`area`]"):page.index("[`Shape`]")]

@@ -110,14 +110,30 @@ def symbols(folder: Path) -> dict[str, Symbol]:
     "Every public name that the notebooks of `folder` export; the first definition wins."
     found: dict[str, Symbol] = {}
     for path in notebooks(folder):
+        layers: dict[str, tuple[str, ast.ClassDef]] = {}
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] != "code":
+            marks, text = directives(source(cell)) if cell["cell_type"] == "code" else (set(), "")
+            if not marks & DEFINES:
                 continue
-            marks, text = directives(source(cell))
-            if marks & DEFINES:
-                for name, doc in definitions(text):
-                    found.setdefault(name, Symbol(name, path.stem, anchor(cell), doc))
+            for name, doc in definitions(text):
+                found.setdefault(name, Symbol(name, path.stem, anchor(cell), doc))
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.ClassDef):
+                    layers[node.name] = (anchor(cell), node)
+        for name in [n for n in layers if not n.startswith("_")]:
+            for place, method in inherited(name, layers):
+                full = f"{name}.{method.name}"
+                found.setdefault(full, Symbol(full, path.stem, place, _first_line(method)))
     return found
+
+
+def inherited(name: str, layers: dict[str, tuple[str, ast.ClassDef]]) -> Iterator[tuple[str, ast.FunctionDef]]:
+    "The public methods that a class has from private classes of its notebook, with the place of their cell, the nearest first."
+    for base in layers[name][1].bases:
+        if isinstance(base, ast.Name) and base.id.startswith("_") and base.id in layers:
+            place, node = layers[base.id]
+            yield from ((place, m) for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_"))
+            yield from inherited(base.id, layers)
 
 
 FENCE = re.compile(r"^\s*(`{3,}|~{3,}|\$\$)")
