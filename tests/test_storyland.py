@@ -170,7 +170,9 @@ def test_fast_and_slow_tell_the_same_and_reading_gives_the_choices_back(seed, si
 @given(seeds, sizes)
 def test_every_menu_is_a_prefix_code_that_sums_to_one(seed, size):
     for _, step in walk(narrator(size), random.Random(seed).random, recall):
-        assert math.isclose(sum(step.menu.p), 1) and min(step.menu.p) > 0
+        assert math.isclose(sum(step.menu.p), 1) and min(step.menu.p) > 0 and step.menu.bounds[-1] == 1
+        widths = [b - a for a, b in zip([0, *step.menu.bounds], step.menu.bounds)]
+        assert widths == pytest.approx(step.menu.p, rel=1e-9) and step.menu.entropy == entropy(step.menu.p)
     facts = dict(narrator(size).start)
     for _, step in walk(narrator(size), random.Random(seed).random, recall):
         words = sorted(option.text % facts for option in step.menu.options)
@@ -187,6 +189,22 @@ def test_remembered_menus_are_those_made_afresh(seed, size):
         fresh, _ = narrator(size).look(facts)
         assert fresh.options == step.menu.options and fresh.bounds == step.menu.bounds
         facts = step.facts
+
+
+@settings(max_examples=60)
+@given(seeds, sizes)
+def test_the_facts_of_every_moment_fit_together(seed, size):
+    for step in story(seed, size).steps:
+        f = step.facts
+        if f['company']: assert f[f"{f['company']}_at"] == 'along' and f['friend'] in (f['company'], '')
+        if f['company'] and f['scene'] in ('turn', 'hero', 'friend', 'together', 'go'): assert f['friend'] == f['company']
+        elif f['friend'] and f['scene'] in ('turn', 'hero', 'friend'): assert f[f"{f['friend']}_at"] == f['at']
+        for he in 'she', 'he': assert not f[he] or f[f'{f[he]}_he'] == he
+        for role in 'ABC': assert 0 <= f[f'{role}_n'] <= 20
+        assert f['known'] == sum(f[f'P{i}'] != '' for i in range(5)) == bin(f['places']).count('1')
+        assert bin(f['names']).count('1') == sum(f[role] != '' for role in 'ABC')
+        if f['goal'] == 'collect' and f['scene'] == 'turn': assert f['done'] == (f['A_n'] >= f['need'])
+        if f['done'] and f['goal'] in ('want', 'lost'): assert f['T_at'] == 'A'
 
 
 @settings(max_examples=60)
@@ -320,9 +338,10 @@ def test_story_i_does_not_depend_on_n(seed, size, n, m):
 
 
 def test_splits_share_nothing_and_lose_nothing():
-    own = {split: {s.text for s in stories(150, seed, 'micro', split) for seed in range(1)} for split in SPLITS for seed in range(3)}
+    own = {split: {s.text for seed in range(3) for s in stories(60, seed, 'micro', split)} for split in SPLITS}
     assert all(split_of(text) == split for split, texts in own.items() for text in texts)
     assert sum(map(len, own.values())) == len(set.union(*own.values()))
+    assert len({split_of(f'story {i:03}') for i in range(200)}) == 3      # every letter counts, not only the length
     parts = Counter(split_of(s.text) for s in stories(4000, seed=5, size='tiny', split=None))
     assert 3450 < parts['train'] < 3750 and 130 < parts['validation'] < 270 and 130 < parts['test'] < 270
     world = World(9, 'tiny')
