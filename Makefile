@@ -12,7 +12,7 @@ name ?=
 title ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help book test serve check chapter text update execute export bench slow types hooks clean book-env dev-env
+.PHONY: help book test serve check chapter text update execute export bench experiments slow types hooks clean book-env dev-env
 
 help:  ## list the targets
 	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ export: dev-env  ## write the library from all notebooks
 
 bench: dev-env  ## measure beside the peers; the results feed the Measurements page
 	@$(PY) benchmarks/run.py $(args)
+
+experiments: dev-env  ## run the long experiments of the chapters and store their results under nbs/results/
+	@$(PY) tools/experiments.py $(args)
 
 slow: dev-env  ## the tests that take minutes
 	@$(PY) -m pytest -m slow $(args)

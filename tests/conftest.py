@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = ROOT/'.cache'/'passed.json'
-EVERYTHING = ['llm_from_scratch/*.py', 'nbs/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
+EVERYTHING = ['llm_from_scratch/*.py', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
 SHARED = ['tests/conftest.py', 'constraints.txt', 'pyproject.toml']
 
 sys.path.insert(0, str(ROOT/'tools'))

@@ -10,7 +10,7 @@ NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
 
 def INPUTS(notebook=None, **_):
     "A notebook depends on itself, the library, and the data it draws from."
-    return ['tools/nb.py', *(['llm_from_scratch/*.py', 'benchmarks/results/*', f'nbs/{notebook.name}'] if notebook else [])]
+    return ['tools/nb.py', *(['llm_from_scratch/*.py', 'benchmarks/results/*', 'nbs/results/*', f'nbs/{notebook.name}'] if notebook else [])]
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)

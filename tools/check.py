@@ -32,7 +32,7 @@ def rule(check):
 
 OPTION = re.compile(r'#\|\s*([\w-]+):\s*(.*)$')            # #| label: fig-x
 BARE = re.compile(r'#\|\s*(\w+)(?:\s+[^:]*)?$')            # #| export
-BARE_KNOWN = {'default_exp', 'export', 'exporti', 'exports', 'hide', 'slow', 'timing'}
+BARE_KNOWN = {'default_exp', 'export', 'exporti', 'exports', 'hide', 'slow', 'timing', 'experiment'}
 OPTIONS_KNOWN = {'label', 'echo', 'eval', 'output', 'warning', 'include', 'classes', 'column', 'layout', 'layout-ncol', 'layout-nrow', 'code-fold', 'code-summary',
                  'code-overflow', 'fig-cap', 'fig-alt', 'fig-subcap', 'fig-align', 'fig-width', 'fig-height', 'fig-column', 'tbl-cap', 'tbl-subcap', 'tbl-colwidths',
                  'lst-cap', 'lst-label'}

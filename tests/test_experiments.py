@@ -1,0 +1,67 @@
+"Each long experiment, at reduced size: its story still holds; and what is stored was made by the code that the chapter shows."
+import json
+
+import experiments
+import pytest
+from conftest import ROOT
+
+EXPERIMENTS = experiments.found()
+
+
+def INPUTS(experiment=None, **_):
+    "An experiment depends on its chapter, the library, and what is stored of it."
+    return ['tools/experiments.py', 'benchmarks/run.py', *(['llm_from_scratch/*.py', f'nbs/{experiment.chapter}.ipynb', f'nbs/results/{experiment.name}.json'] if isinstance(experiment, experiments.Experiment) else [])]
+
+
+def each(test): return pytest.mark.parametrize('experiment', EXPERIMENTS, ids=lambda e: e.name)(test)
+
+
+@each
+def test_the_story_holds_at_reduced_size(experiment): experiment.check(experiment.runs([0], quick=True))
+
+
+@each
+def test_what_is_stored_tells_the_story_and_was_made_by_this_code(experiment):
+    assert experiment.stored.is_file(), f'run `make experiments args={experiment.name}`'
+    stored = json.loads(experiment.stored.read_text(encoding='utf-8'))
+    assert stored['code'] == experiment.code, f'the cell changed after its results were stored: `make experiments args={experiment.name}`'
+    assert (stored['chapter'], stored['seeds'], len(stored['runs'])) == (experiment.chapter, experiment.seeds, experiment.seeds)
+    experiment.check(stored['runs'])
+
+
+def test_nothing_is_stored_that_no_chapter_makes():
+    assert {p.stem for p in experiments.RESULTS.glob('*')} == {e.name for e in EXPERIMENTS}
+
+
+@pytest.mark.slow
+@each
+def test_the_whole_experiment_tells_the_story(experiment): experiment.check(experiment.runs(range(experiment.seeds), quick=False))
+
+
+def chapter(folder, *cells):
+    "A notebook with these code cells."
+    path = folder/'99_trial.ipynb'
+    path.write_text(json.dumps({'cells': [{'cell_type': 'code', 'source': c} for c in cells]}), encoding='utf-8')
+    return path
+
+
+TRIAL = '#| experiment\nimport math\ndef coin(seed, quick=False): return {"heads": seed % 2}\ncoin.seeds = 2\n'
+CHECK = '#| experiment\ndef check_coin(runs): assert math.isclose(sum(r["heads"] for r in runs), len(runs) // 2)\n'
+
+
+def test_an_experiment_is_found_run_checked_and_stored(tmp_path, monkeypatch):
+    found, = experiments.of_notebook(chapter(tmp_path, 'raise RuntimeError("not marked")', TRIAL, CHECK))
+    assert (found.name, found.seeds, found.chapter) == ('coin', 2, '99_trial')
+    runs = found.runs(range(2), quick=False)
+    found.check(runs)
+    with pytest.raises(AssertionError): found.check([{'heads': 1}, {'heads': 1}])
+    monkeypatch.setattr(experiments, 'RESULTS', tmp_path/'results')
+    experiments.store(found, runs, 1.2)
+    stored = json.loads(found.stored.read_text(encoding='utf-8'))
+    assert stored['runs'] == [{'heads': 0}, {'heads': 1}] and stored['code'] == found.code and stored['seconds'] == 1
+    assert experiments.of_notebook(chapter(tmp_path, TRIAL, CHECK + '# changed'))[0].code != found.code
+
+
+@pytest.mark.parametrize('cells', [[TRIAL], [CHECK]])
+def test_an_experiment_and_its_check_come_in_pairs(tmp_path, cells):
+    with pytest.raises(ValueError, match='alone: coin'): experiments.of_notebook(chapter(tmp_path, *cells))
