@@ -30,7 +30,7 @@ serve: book-env  ## build, serve on this machine, rebuild a page when its notebo
 check: dev-env  ## seconds: notebooks clean, library in step, house rules, links
 	@$(PY) tools/check.py $(args)
 
-chapter: dev-env  ## start a chapter: make chapter n=06 name=positions title="Positions"
+chapter: dev-env  ## start a chapter: make chapter n=31 name=smoothing title="Smoothing"
 	@$(PY) tools/scaffold.py "$(n)" "$(name)" "$(title)"
 
 text: dev-env  ## write chapter n as Markdown into .work/, ready to edit: make text n=03

@@ -97,7 +97,7 @@ def test_a_new_chapter_passes_the_tests(followed, shell):
 @pytest.mark.parametrize('arguments, words', [
     ('n=31 name=other title=Other', 'chapter 31 exists already'), ('n=32 name=smoothing title=Other', 'a notebook named smoothing exists already'),
     ('n=32 name=figures title=Other', 'a notebook named figures exists already'), ('n=32 name=Two-Words title=Other', 'cannot name a Python module'), ('n=32 name=class title=Other', 'cannot name a Python module'),
-    ('n=0 name=other title=Other', 'not a chapter number'), ('n=abc name=other title=Other', 'not a chapter number'), ('n=32 name=other', 'title='), ('', 'write: make chapter n=06')])
+    ('n=0 name=other title=Other', 'not a chapter number'), ('n=abc name=other title=Other', 'not a chapter number'), ('n=32 name=other', 'title='), ('', 'write: make chapter n=31')])
 def test_what_the_scaffold_refuses(followed, shell, arguments, words):
     "One clear sentence, another exit code, and nothing was written."
     before = sorted(Book(followed).files)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Start a chapter: `make chapter n=06 name=positions title="Positions"`.
+"""Start a chapter: `make chapter n=31 name=smoothing title="Smoothing"`.
 
-Writes `nbs/06_positions.ipynb` from tools/chapter.md, an example with every part a chapter has that runs and passes the
+Writes `nbs/31_smoothing.ipynb` from tools/chapter.md, an example with every part a chapter has that runs and passes the
 tests; executes it, exports its module, and adds its line to `_quarto.yml`. If a step fails, nothing is left behind.
 """
 import keyword, re, sys
@@ -15,7 +15,7 @@ LISTS = [CONTENTS, ROOT/'nbs'/'symbols.qmd', ROOT/'llm_from_scratch'/'_modidx.py
 ROMAN = ['I', 'II', 'III', 'IV', 'V', 'VI', 'VII']
 CHAPTER = re.compile(r'^(\s*)- nbs/(\d\d)_\w+\.ipynb\s*(?:#.*)?$')
 PART = re.compile(r'^(\s*)- part:\s*(["\']?)[IVX]+(\W+)')
-USAGE = 'write: make chapter n=06 name=positions title="Positions"'
+USAGE = 'write: make chapter n=31 name=smoothing title="Smoothing"'
 
 
 class Refused(Exception):
