@@ -521,11 +521,18 @@ class _StreamEncoder(_Settling):
         return ids + settled, text
 
 # %% ../nbs/03_bpe.ipynb #0815e654
+def _grouped(pattern: str) -> str:
+    "The same pattern, faster in Rust: what comes before the look ahead is one group."
+    if pattern not in (GPT2_PATTERN, GPT4_PATTERN): return compile_pattern(pattern).pattern
+    before, look_ahead, after = pattern.partition(r"|\s+(?!\S)")
+    return f"(?:{before}){look_ahead}{after}"
+
+# %% ../nbs/03_bpe.ipynb #a7a7ced2
 class _BatchEncoder(_StreamEncoder):
     def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
         "The same tokenizer as a `tiktoken.Encoding`."
         import tiktoken
-        return tiktoken.Encoding(name, pat_str=compile_pattern(self.pattern).pattern,
+        return tiktoken.Encoding(name, pat_str=_grouped(self.pattern),
                                  mergeable_ranks=self.vocab, special_tokens=self._special)
 
     @cached_property
