@@ -131,28 +131,25 @@ _COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "war
 _POSITIVE = "seconds", "lr", "muon_lr", "eps", "clip", "spike_sigmas"
 _MAY_BE_NONE = {field.name for field in fields(_Safety) if field.default is None} | {"clip"}
 
+def _is_number(x: Any, least: float = 0, kinds: Any = (int, float)) -> bool:
+    return isinstance(x, kinds) and not isinstance(x, bool) and least <= x < math.inf
+
 def _check_numbers(c: TrainConfig) -> None:
     "Whole numbers are whole, positive numbers positive, shares between 0 and 1."
-    def refuse(name: str, what: str) -> None:
+    def demand(name: str, holds: bool, what: str) -> None:
+        if holds or (getattr(c, name) is None and name in _MAY_BE_NONE): return
         raise ValueError(f"{name} must be {what}, got {getattr(c, name)!r}")
-    def is_number(x: Any, kinds: Any) -> Any:
-        return isinstance(x, kinds) and not isinstance(x, bool)
+
     for name, least in _COUNTS.items():
-        value: Any = getattr(c, name)
-        if value is None and name in _MAY_BE_NONE: continue
-        if not is_number(value, int) or value < least:
-            refuse(name, f"a whole number of at least {least}")
+        demand(name, _is_number(getattr(c, name), least, int),
+               f"a whole number of at least {least}")
     for name in _POSITIVE:
-        value: Any = getattr(c, name)
-        if value is None and name in _MAY_BE_NONE: continue
-        if not is_number(value, (int, float)) or not 0 < value < math.inf:
-            refuse(name, "a positive number")
-    if not is_number(c.weight_decay, (int, float)) or not 0 <= c.weight_decay < math.inf:
-        refuse("weight_decay", "a number of at least 0")
-    if not is_number(c.floor, (int, float)) or not 0 <= c.floor <= 1:
-        refuse("floor", "a share between 0 and 1")
-    if len(c.betas) != 2 or not all(is_number(b, (int, float)) and 0 <= b < 1 for b in c.betas):
-        refuse("betas", "two numbers in [0, 1)")
+        x = getattr(c, name)
+        demand(name, _is_number(x) and x > 0, "a positive number")
+    demand("weight_decay", _is_number(c.weight_decay), "a number of at least 0")
+    demand("floor", _is_number(c.floor) and c.floor <= 1, "a share between 0 and 1")
+    demand("betas", len(c.betas) == 2 and all(_is_number(b) and b < 1 for b in c.betas),
+           "two numbers in [0, 1)")
 
 # %% ../nbs/11_training.ipynb #479374a0
 def _check_choices(c: TrainConfig) -> None:
