@@ -180,10 +180,12 @@ def recall(narrator: Narrator, facts: Facts) -> Menu:
 # %% ../nbs/04_storyland.ipynb #c9ac586b
 def tell(narrator: Narrator, uniform: Callable[[], float]) -> str:
     "Tell a story: the same as `walk` for the same random numbers, and fast."
-    facts, words = narrator.start.copy(), []
-    while facts["scene"] != "end":
-        node: Any = narrator.tree
-        while node.__class__ is tuple: node = node[1].get(node[0](facts))     # as in recall
+    facts, words, scenes = narrator.start.copy(), [], narrator.tree[1]
+    while (scene := facts["scene"]) != "end":
+        node: Any = scenes.get(scene)              # the first question is always for the scene
+        while node.__class__ is tuple:             # the others as in recall
+            ask, branches = node
+            node = branches.get(ask(facts))
         menu = node or _grow(narrator, facts)
         _, text, true, _ = menu.options[bisect(menu.bounds, uniform())]
         words.append(text)
@@ -361,6 +363,7 @@ def _he(w: Glass, role: str) -> str:
     return f"{{{role}}}" if _alike(w, role) else f"{{{role}_he}}"
 
 # %% ../nbs/04_storyland.ipynb #66f1bcc4
+@cache
 def _forms(role: str, he: str) -> Facts:
     "The facts `A_he`, `A_him`, … of a person who is called she or he."
     words = "she She her her Her" if he == "she" else "he He him his His"
@@ -368,18 +371,20 @@ def _forms(role: str, he: str) -> Facts:
 
 def _people(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any) -> Told:
     "Friends whose names are not yet taken, of the sex that was told."
+    used, sex, hero = w.names, w.sex, w.A_he
     for i, (name, he) in enumerate(PEOPLE[:w.size.people]):
-        if w.names >> i & 1 or w.sex not in ("", he): continue
-        now = "" if w.A_he == he else role           # the hero stands in the same sentence
-        told = {role: name, **_forms(role, he), he: now, "names": w.names | 1 << i}
+        if used >> i & 1 or sex not in ("", he): continue
+        now = "" if hero == he else role             # the hero stands in the same sentence
+        told = {role: name, **_forms(role, he), he: now, "names": used | 1 << i}
         yield Option(1 / (i + 3), name + tail, {"scene": then, **told, **facts}, event)
 
 def _places(w: Glass, role: str, phrase: str, then: str, event: str, **facts: Any) -> Told:
     "Places not yet taken; in the phrase, <the> becomes `the mill` and <at> `by the mill`."
+    used = w.places
     for i, (name, at) in enumerate(PLACES[:w.size.places]):
-        if w.places >> i & 1: continue
+        if used >> i & 1: continue
         the, at = f"the {name}", f"{at} the {name}"
-        told = {role: name, f"{role}_at": at, "places": w.places | 1 << i}
+        told = {role: name, f"{role}_at": at, "places": used | 1 << i}
         words = phrase.replace("<the>", the).replace("<at>", at)
         yield Option(1 / (i + 3), words, {"scene": then, **told, **facts}, event)
 
@@ -563,12 +568,14 @@ def _belonging(f: Facts) -> str:
 @_question
 def _in_hand(f: Facts) -> str:
     "The same, for one who sees only what lies here or is in the hero's hands."
-    return {"mine": "mine", "here": "here"}.get(_belonging(f), "")
+    at = f["U_at"]
+    return "mine" if at == "A" else "here" if at and at == f["at"] else ""
 
 @_question
 def _appetite(f: Facts) -> str:
     "What the hero's body asks for."
-    return "eat" if f["A_feels"] == "hungry" and f["N_eat"] and f["A_n"] else f["A_feels"]
+    feels = f["A_feels"]
+    return "eat" if feels == "hungry" and f["N_eat"] and f["A_n"] else feels
 
 # %% ../nbs/04_storyland.ipynb #9e8b07fe
 def _of_friend(ask: Callable[[Facts, str], Any]) -> Callable[[Facts], Any]:
@@ -586,7 +593,7 @@ def _object(f: Facts, role: str) -> str:
 
 QUESTIONS |= dict(
     any=lambda f: f["A_n"] > 0,
-    full=lambda f: f["A_n"] >= 20,
+    wants_more=lambda f: f["N"] != "" and f["A_n"] < 20,
     stock=lambda f: min(8, f["A_n"]),
     space=lambda f: min(8, 20 - f["A_n"]),
     room=lambda f: f["known"] < f["rooms"],
@@ -700,7 +707,7 @@ def _hands(w: Glass, do: _Doing) -> Told:
     if w.in_hand == "mine" and w.size.depth > 1:
         texts = "put down the {U} and forgot it.|dropped the {U}, but did not notice."
         yield from do(0.5, texts, "turn", "drop", U_at=w.at)
-    if w.N and not w.full:
+    if w.wants_more:
         weight = 5 if w.quest == "collect" else 1.5
         yield from do(weight, "found |gathered |collected ", "gather")
 
@@ -863,7 +870,7 @@ def _friend(w: Glass) -> Told:
     "What the friend who is here does."
     do, f, me, quest = partial(_ways, w), w.friend, w.me, w.quest
     thing = (15 if w.grateful else 4) if quest == "friend" else 0
-    gifts = thing + 1.5 * (w.N != "" and not w.full) + (w.belonging == "friend")
+    gifts = thing + 1.5 * w.wants_more + (w.belonging == "friend")
     if gifts: yield from do(gifts, f"gave {me} |handed {me} ", "friend_gives")
     if quest == "unknown":
         yield from do(1, "had a {T_full}.|was playing with a {T_full}.", "turn", "have", T_at=f)
@@ -907,7 +914,7 @@ def _friend_gives(w: Glass) -> Told:
             yield Option(12, kind, {**facts, "because": "{A_he} had been kind"}, "give")
     if w.belonging == "friend":
         yield Option(1, "the {U} back.", {"scene": "turn", **both, "U_at": "A"}, "give")
-    if w.N and not w.full: yield from _more(w, 0.5, "give", **both)
+    if w.wants_more: yield from _more(w, 0.5, "give", **both)
 
 @_scene
 def _beg(w: Glass) -> Told:
