@@ -65,9 +65,9 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (length.square() / x.shape[-1] + eps).rsqrt()
 
-# %% ../nbs/08_blocks.ipynb #aa7d9fdb
+# %% ../nbs/08_blocks.ipynb #49213723
 class LayerNorm(nn.Module):
-    "@eq-blocks-layernorm with a learned weight and bias for each feature [ba2016]."
+    "@eq-blocks-layernorm with a learned weight and bias for each feature."
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    "@eq-blocks-rmsnorm with a learned weight for each feature [zhang2019]."
+    "@eq-blocks-rmsnorm with a learned weight for each feature."
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class GatedFeedForward(nn.Module):
 
 # %% ../nbs/08_blocks.ipynb #48fa27ff
 class SwiGLU(GatedFeedForward):
-    "A gated feed-forward layer whose gate is SiLU, as in Llama [shazeer2020]."
+    "A gated feed-forward layer whose gate is SiLU, as in Llama."
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class SwiGLU(GatedFeedForward):
 
 
 class GeGLU(GatedFeedForward):
-    "A gated feed-forward layer whose gate is GELU [shazeer2020]."
+    "A gated feed-forward layer whose gate is GELU."
 
     def __init__(
         self,
