@@ -46,8 +46,8 @@ def _for_every_head(x: Tensor, n_heads: int) -> Tensor:
 def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
     "`mask` and `causal` as one mask with four axes, or None where every query sees every key."
     T, S = q.shape[2], k.shape[2]
-    if mask is not None:
-        mask = mask[:, None] if mask.ndim == 3 else mask.expand(1, 1, T, S) if mask.ndim == 2 else mask
+    if mask is not None and mask.ndim == 2: mask = mask[None]
+    if mask is not None and mask.ndim == 3: mask = mask[:, None]
     if not causal or T == 1: return mask                # the last position may look anywhere
     past = causal_mask(T, S, q.device)
     return past[None, None] if mask is None else mask & past
@@ -383,7 +383,7 @@ def _map_svg(weights: Tensor, name: str) -> str:
 
 # %% ../nbs/07_attention.ipynb #38c1086f
 _STYLE = """<style>
-.head-view { --hv: 42 134 201; margin: 1.5rem 0; color: inherit }
+.head-view { --hv: 42 134 201; margin: 1.5rem 0; padding: 1px; color: inherit }
 .head-view .hv-maps { display: flex; flex-wrap: wrap; gap: .8rem }
 .head-view figure { flex: 1 1 7rem; max-width: 14rem; margin: 0; text-align: center }
 .head-view svg { display: block; width: 100%; height: auto }
@@ -391,7 +391,7 @@ _STYLE = """<style>
 .head-view .hv-frame { fill: none; stroke: currentColor; stroke-width: .15; opacity: .5 }
 .head-view .hv-row { fill: none; stroke: #d55e00; stroke-width: .35; display: none }
 .head-view.hv-on .hv-row { display: inline }
-.head-view figcaption { font-size: .85em; margin: .2rem 0 0 }
+.head-view figcaption { font-size: .85em; margin: .2rem 0 0; text-align: center }
 .head-view .hv-live { margin-top: 1rem }
 .head-view label { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
 .head-view input { flex: 1 1 12rem; min-height: 1.5rem }
@@ -430,7 +430,8 @@ _SCRIPT = """<script>
     root.querySelectorAll('.hv-row').forEach((row) => row.setAttribute('y', t));
     strips.forEach(({ most, spans }, h) => {
       const row = data.weights[h][t], best = row.indexOf(Math.max(...row));
-      most.textContent = row[best] ? `reads ${name(best)} (${row[best] / 10} %)` : 'reads nothing';
+      const share = `reads ${name(best)} (${row[best] / 10} %)`;
+      most.textContent = row[best] ? share : 'reads nothing';
       spans.forEach((span, s) => {
         span.style.background = `rgb(var(--hv) / ${(row[s] || 0) / 1000 * 0.5})`;
         span.className = (s === t ? 'hv-here ' : '') + (s === best && row[s] ? 'hv-most' : '');
@@ -438,7 +439,7 @@ _SCRIPT = """<script>
     });
   }
   slider.addEventListener('input', () => show(+slider.value));
-  live.hidden = false; root.classList.add('hv-on'); show(data.tokens.length - 1);
+  live.hidden = false; root.classList.add('hv-on'); show(+slider.value);
 })(document.getElementById("VIEW"));
 </script>"""
 
@@ -448,27 +449,35 @@ class HeadView(str):
     def _repr_html_(self) -> str: return str(self)
 
 
+def _data(tokens: Sequence[str], names: Sequence[str], weights: Tensor) -> str:
+    "What the script reads, as JSON that cannot end a script too early."
+    shown = [token.replace("\n", "⏎").replace(" ", "␣") or "∅" for token in tokens]
+    thousandths = (weights * 1000).round().int().tolist()
+    data = {"tokens": shown, "names": list(names), "weights": thousandths}
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
+
+# %% ../nbs/07_attention.ipynb #66910183
 def head_view(
     tokens: Sequence[str],                      # what stands at each position
     weights: Float[Tensor, "H T T"],            # of each head, from `attention_weights`
     names: Sequence[str] | None = None,         # of the heads; by default "head 1", "head 2", …
+    position: int = -1,                         # who reads, until somebody else is chosen
 ) -> HeadView:
     "A page of attention weights: a heat map for each head and, with JavaScript, what it reads."
     H, T, S = weights.shape
-    names = [f"head {h + 1}" for h in range(H)] if names is None else list(names)
+    names = [f"head {h + 1}" for h in range(H)] if names is None else names
     if (len(tokens), len(names)) != (T, H) or T != S:
-        raise ValueError(f"weights of shape {(H, T, S)} need as many tokens as rows and columns "
-                         f"and a name for each head, got {len(tokens)} and {len(names)}")
-    w = weights.detach().float().cpu()
-    shown = [token.replace("\n", "⏎").replace(" ", "␣") or "∅" for token in tokens]
-    data = json.dumps({"tokens": shown, "names": names,
-                       "weights": (w * 1000).round().int().tolist()}, separators=(",", ":"))
-    data = data.replace("<", "\\u003c").replace("&", "\\u0026")     # ends no script too early
+        raise ValueError(f"weights of shape {(H, T, S)} need as many tokens as rows and "
+                         "columns, and a name for each head, "
+                         f"got {len(tokens)} tokens and {len(names)} names")
+    weights, start = weights.detach().float().cpu(), range(T)[position]
+    data = _data(tokens, names, weights)
     view = "hv-" + sha256(data.encode()).hexdigest()[:10]
-    maps = "".join(f"<figure>{_map_svg(m, name)}<figcaption>{escape(name)}</figcaption></figure>"
-                   for m, name in zip(w, names))
+    maps = "".join(f"<figure>{_map_svg(w, name)}<figcaption>{escape(name)}</figcaption>"
+                   "</figure>" for w, name in zip(weights, names))
     return HeadView(
         f'<div class="head-view" id="{view}">{_STYLE}<div class="hv-maps">{maps}</div>'
-        f'<div class="hv-live" hidden><label>Who reads: <input type="range" min="0" max="{T - 1}" '
-        f'value="{T - 1}"> <output></output></label></div>'
+        f'<div class="hv-live" hidden><label>Who reads: <input type="range" min="0" '
+        f'max="{T - 1}" value="{start}"> <output></output></label></div>'
         f'<script type="application/json">{data}</script>{_SCRIPT.replace("VIEW", view)}</div>')
