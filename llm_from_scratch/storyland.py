@@ -287,7 +287,7 @@ SIZES = {
                   friends=0, rooms=3, most=2, pace=1.0, depth=0),
     "tiny": Size(people=4, places=4, things=4, kinds=2, colors=0, skies=2, wordings=1,
                  friends=1, rooms=4, most=3, pace=0.45, depth=1),
-    "small": Size(people=10, places=8, things=8, kinds=4, colors=4, skies=3, wordings=3,
+    "small": Size(people=20, places=10, things=12, kinds=4, colors=4, skies=3, wordings=3,
                   friends=2, rooms=4, most=5, pace=0.33, depth=2),
     "large": Size(people=20, places=16, things=16, kinds=8, colors=6, skies=4, wordings=6,
                   friends=2, rooms=5, most=8, pace=0.22, depth=2),

@@ -15,7 +15,7 @@ INPUTS = ['llm_from_scratch/storyland.py']
 
 sizes = st.sampled_from(sorted(SIZES))
 seeds = st.integers(0, 10**9)
-PINNED = {'large': '153c4c18b098ac8d', 'micro': '4877957e0ad3cc40', 'small': '28a659d6bce386ff', 'tiny': '294eea3030b4ee1c'}
+PINNED = {'large': '153c4c18b098ac8d', 'micro': '4877957e0ad3cc40', 'small': '332b3b9e7863459f', 'tiny': '294eea3030b4ee1c'}
 
 
 def story(seed, size): return World(seed, size).story()
