@@ -271,12 +271,11 @@ class Block(nn.Module):
             raise ValueError(f"unknown order {order!r}; known are {', '.join(ORDERS)}")
         first = nn.Identity if order == "none" else norm
         second = norm if order == "sandwich" else nn.Identity
-        self.d_model, self.order = d_model, order
+        self.d_model, self.order, self.dropout = d_model, order, Dropout(dropout)
         self.attention_norm, self.attention = first(), attention
         self.attention_output_norm = second()
         self.feed_forward_norm, self.feed_forward = first(), feed_forward
         self.feed_forward_output_norm = second()
-        self.dropout = Dropout(dropout)
 
     def forward(
         self,
