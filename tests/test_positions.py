@@ -244,11 +244,11 @@ def test_all_compile_without_a_break():
         def __init__(self):
             super().__init__()
             self.waves, self.learned = SinusoidalPositions(8, context_length=64), LearnedPositions(64, 8)
-            self.half, self.paired, self.alibi = Rope(8, fraction=0.5, context_length=64), Rope(8, layout='interleaved', context_length=64), Alibi(2)
+            self.turn, self.paired, self.alibi = Rope(8, fraction=0.5, context_length=64), Rope(8, layout='interleaved', context_length=64), Alibi(2)
 
         def forward(self, x, positions):
             x = x + self.waves(positions) + self.learned(positions)
-            scores = self.half(x, positions) @ self.paired(x, positions).mT + self.alibi(x.shape[2])
+            scores = self.turn(x, positions) @ self.paired(x, positions).mT + self.alibi(x.shape[2])
             return scores.softmax(-1) @ x
 
     model = Model()
