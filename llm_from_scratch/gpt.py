@@ -95,7 +95,7 @@ class _Saved:
 class GPTConfig(_Sizes, _Saved):
     """Every choice that makes a model; checked when made, never changed afterwards.
 
-    Raises ValueError for an unknown field, naming the nearest, and for values that cannot be."""
+    Raises ValueError for an unknown field, naming the nearest, and for impossible values."""
 
     vocab_size: int                         # V
     context_length: int                     # the longest sequence it reads, in tokens
@@ -206,6 +206,7 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)
 
     def extra_repr(self) -> str:
+        "Whose table it is."
         return "tied to token_embedding"
 
 # %% ../nbs/09_gpt.ipynb #dc3b2fd0
@@ -245,7 +246,8 @@ def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
                  cache: Cache | None) -> Tensor:
     "The positions to use; ValueError for what cannot be run."
     if ids.ndim != 2 or not ids.numel():
-        raise ValueError(f"expected ids of shape (B, T), both at least 1, got {tuple(ids.shape)}")
+        raise ValueError("expected ids of shape (B, T), both at least 1, "
+                         f"got {tuple(ids.shape)}")
     longest = config.context_length
     if ids.shape[1] > longest:
         raise ValueError(f"a sequence of {ids.shape[1]} tokens does not fit: this model's "
@@ -301,7 +303,7 @@ def _branches(block: nn.Module) -> list[tuple[bool, list[tuple[str, nn.Module]]]
     found = []
     for kind in ("attention", "feed_forward"):
         parts = [part for part in _parts(block) if part[0].startswith(kind)]
-        if getattr(block, "order", "pre") == "post":             # the norm follows on the stream
+        if getattr(block, "order", "pre") == "post":       # the norm follows on the stream
             found += [(True, parts[1:]), (False, parts[:1])]
         else: found.append((True, parts))
     return found
@@ -323,6 +325,7 @@ def _box(x: int, y: int, name: str, module: nn.Module, color: str) -> str:
 
 
 def _arrow(*points: tuple[int, int]) -> str:
+    "A line through the points, with a tip."
     way = " L".join(f"{x},{y}" for x, y in points)
     return f'<path d="M{way}" fill="none" stroke="#8a8a8a" marker-end="url(#into)"/>'
 
@@ -342,10 +345,10 @@ def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]]) -> tuple[
         if i: drawn.append(_arrow((215, y + 46 * i - 10), (215, y + 46 * i)))
     return "".join(drawn), end
 
-
+# %% ../nbs/09_gpt.ipynb #ed54af57
 def _picture(model: GPT) -> str:
     "SVG: the residual stream runs down on the left, through everything the model holds."
-    outer, block = _parts(model), _branches(model.blocks[0])
+    outer, block = _parts(model), _branches(next(iter(model.blocks)))
     first = [name for name, _ in outer].index("norm")
     y, drawn = 10, []
     for beside, parts in [(False, [part]) for part in outer[:first]]:
@@ -355,9 +358,9 @@ def _picture(model: GPT) -> str:
     for beside, parts in block:
         svg, y = _station(y, beside, parts)
         drawn.append(svg)
-    drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" fill="none" '
-                 f'stroke="#8a8a8a" stroke-dasharray="5 4"/><text x="350" y="{(top + y) // 2}" '
-                 f'font-size="15">× {len(model.blocks)}</text>' + _arrow((50, y), (50, y + 20)))
+    drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
+                 f'fill="none" stroke="#8a8a8a" stroke-dasharray="5 4"/>'
+                 f'<text x="350" y="{(top + y) // 2}" font-size="15">× {len(model.blocks)}</text>' + _arrow((50, y), (50, y + 20)))
     y += 20
     for part in outer[first:]:
         svg, y = _station(y, False, [part])
@@ -370,27 +373,31 @@ def _picture(model: GPT) -> str:
 
 # %% ../nbs/09_gpt.ipynb #67a81dc3
 def _line(name: str, module: nn.Module, times: int = 1) -> str:
-    shapes = ", ".join("×".join(map(str, p.shape)) for _, p in module.named_parameters(recurse=False))
+    "Name, kind, shapes, number of parameters of all copies."
+    own = [p.shape for _, p in module.named_parameters(recurse=False)]
+    shapes = ", ".join("×".join(map(str, shape)) for shape in own)
     return f"{name:28}{type(module).__name__:20}{shapes:16}{times * _size(module):>16,}"
 
 
 def _summary(model: GPT) -> str:
     "What `GPT.summary` returns."
-    blocks = len(model.blocks)
+    times, block = len(model.blocks), next(iter(model.blocks))
     lines = [f"GPT with {_size(model):,} parameters"]
     for name, part in model.named_children():
         if isinstance(part, (Dropout, nn.Identity)): continue
         if name != "blocks":
             lines.append(_line(name, part))
             continue
-        lines.append(_line(f"blocks, {blocks} of", part[0], blocks))
-        for inner, module in _parts(part[0]):
-            lines.append(_line(f"  {inner}", module, blocks))
-            lines += [_line(f"    {leaf}", m, blocks) for leaf, m in _parts(module) if _size(m)]
+        lines.append(_line(f"blocks, {times} of", block, times))
+        for inner, module in _parts(block):
+            lines.append(_line(f"  {inner}", module, times))
+            lines += [_line(f"    {leaf}", m, times) for leaf, m in _parts(module) if _size(m)]
     return "\n".join(lines)
 
 # %% ../nbs/09_gpt.ipynb #de4239f1
-def _surprise(logits: Tensor, targets: Tensor, counts: Tensor, learn: bool) -> tuple[Tensor, Tensor]:
+def _surprise(
+    logits: Tensor, targets: Tensor, counts: Tensor, learn: bool,
+) -> tuple[Tensor, Tensor]:
     "Total surprise of some rows; and p − e of each, @eq-gpt-chunk, in the memory of log p."
     log_p = logits.to(counts.dtype).log_softmax(-1)
     column = targets[:, None]
@@ -399,6 +406,12 @@ def _surprise(logits: Tensor, targets: Tensor, counts: Tensor, learn: bool) -> t
     return total, log_p
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    "total += a @ b, without a matrix in between where the kinds of number allow."
+    if total.dtype == a.dtype: torch.addmm(total, a, b, out=total)
+    else: total += a @ b
+
+# %% ../nbs/09_gpt.ipynb #b0d166be
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "Surprise and its slopes in one go, some rows at a time; backward only multiplies."
 
@@ -431,12 +444,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if not (_may_look(slope) and slope == 1): grads = [slope * grad for grad in grads]
         return *grads, None, None, None
 
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    "total += a @ b, without a matrix in between where the kinds of number allow."
-    if total.dtype == a.dtype: torch.addmm(total, a, b, out=total)
-    else: total += a @ b
-
 # %% ../nbs/09_gpt.ipynb #78e537ba
 def chunked_cross_entropy(
     hidden: Float[Tensor, "*N D"],          # what the head reads
@@ -454,7 +461,7 @@ def chunked_cross_entropy(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    shape = hidden[..., :1].expand(*hidden.shape[:-1], len(weight))       # of the logits: a view
+    shape = hidden[..., :1].expand(*hidden.shape[:-1], len(weight))      # of the logits: a view
     _check_targets(shape, targets, ignore_index)
     return _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, rows)
@@ -528,7 +535,7 @@ def flops_per_token(
     length: int | None = None,              # of the sequences, T; None: the whole context
     training: bool = True,                  # forward and backward, or forward alone
 ) -> int:
-    """Floating-point operations for each token, @eq-gpt-flops; norms and activations are left out.
+    """Floating-point operations for each token, @eq-gpt-flops, of the matrix products alone.
 
     Attention is counted over all pairs of positions, as is usual, though half are masked."""
     c, T = config, config.context_length if length is None else length
@@ -579,10 +586,10 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Memory of training and generating, @eq-gpt-activations, before anything is made.
 
-    For the fused attention (the default backend), without dropout, AdamW, gradients set to None."""
+    For fused attention (the default), no dropout, AdamW, and gradients that are set to None."""
     c, T = config, config.context_length if length is None else length
     if batch_size < 1 or T < 1:
-        raise ValueError(f"expected at least one sequence of one token, got {batch_size} of {T}")
+        raise ValueError(f"expected at least one sequence of one token, got {batch_size} × {T}")
     P, D, hidden = sum(count_parameters(c).values()), c.d_model, c.ff_width
     heads, keys = c.head_width * c.n_heads, c.head_width * c.kv_heads
     per_block = 4 * D + 2 * (heads + keys) + (4 if c.is_gated else 2) * hidden
@@ -606,7 +613,8 @@ def model_card(
     "What a model is, costs and needs, as a Markdown table."
     c, T = config, config.context_length if length is None else length
     memory, count = estimate_memory(c, batch_size, T), count_parameters(c)
-    P, grouped = sum(count.values()), "" if c.kv_heads == c.n_heads else f" ({c.kv_heads} key/value)"
+    P, tables = sum(count.values()), ("token embedding", "position embedding", "head")
+    grouped = "" if c.kv_heads == c.n_heads else f" ({c.kv_heads} key/value)"
     rows = {
         "shape": f"{c.n_layers} layers of {c.d_model}, {c.n_heads} heads{grouped} of "
                  f"{c.head_width}, feed-forward {c.ff_width:,}",
@@ -614,7 +622,7 @@ def model_card(
                  f"{', tied' if c.tie_embeddings else ''}",
         "reads": f"{c.context_length:,} tokens of {c.vocab_size:,}",
         "parameters": f"{P:,}",
-        "of them in tables": f"{(P - count['attention'] - count['feed-forward']) / P:.0%}",
+        "of them in tables": f"{sum(count[table] for table in tables) / P:.0%}",
         "training, per token": f"{flops_per_token(c, T) / 1e9:,.2f} GFLOP",
         "generating, per token": f"{flops_per_token(c, T, training=False) / 1e9:,.2f} GFLOP",
         f"memory to train on {batch_size} × {T:,}": f"{memory.training / 1e9:,.2f} GB",
@@ -629,12 +637,14 @@ class Weight:
     "A line of a weight map: one tensor of a checkpoint, and what it fills here."
 
     source: str                             # its name there; {i} stands for every layer
-    targets: str                            # names here; of several, each takes its rows in turn
+    targets: str                            # names here; several take its rows in turn
     transpose: bool = False                 # stored as (in, out) there
 
 
 
-def _layer(source: str, targets: str, bias: bool = False, transpose: bool = False) -> list[Weight]:
+def _layer(
+    source: str, targets: str, bias: bool = False, transpose: bool = False,
+) -> list[Weight]:
     "The lines of one layer: its weight, and perhaps its bias."
     kinds = ["weight", "bias"] if bias else ["weight"]
     return [Weight(f"{source}.{kind}", " ".join(f"{t}.{kind}" for t in targets.split()),
@@ -650,7 +660,9 @@ def _blocks(source: str, layers: Mapping[str, str], **how: Any) -> list[Weight]:
 GPT2_WEIGHTS: tuple[Weight, ...] = (
     *_layer("transformer.wte", "token_embedding"),
     *_layer("transformer.wpe", "position_embedding"),
-    *_blocks("transformer.h", {"ln_1": "attention_norm", "ln_2": "feed_forward_norm"}, bias=True),
+    *_blocks("transformer.h", {
+        "ln_1": "attention_norm",
+        "ln_2": "feed_forward_norm"}, bias=True),
     *_blocks("transformer.h", {
         "attn.c_attn": "attention.query attention.key attention.value",
         "attn.c_proj": "attention.output",
@@ -695,19 +707,33 @@ def _per_layer(lines: Sequence[Weight], n_layers: int) -> dict[str, Weight]:
     return found
 
 # %% ../nbs/09_gpt.ipynb #627e26b6
-def _shared_out(tensor: Tensor, line: Weight, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _shared_out(
+    tensor: Tensor, line: Weight, shapes: Mapping[str, torch.Size],
+) -> dict[str, Tensor]:
     "The rows of one tensor, for each of its targets; ValueError where the shapes differ."
     targets = line.targets.split()
-    _complain("the map fills what this model does not have", [t for t in targets if t not in shapes])
+    _complain("this model has no", [t for t in targets if t not in shapes])
     tensor = tensor.mT if line.transpose else tensor
     wanted = [shapes[t] for t in targets]
     expected = (sum(shape[0] for shape in wanted), *wanted[0][1:])
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"{line.source} has shape {tuple(tensor.shape)}, but "
-                         f"{' + '.join(targets)} need {expected}")
+        raise ValueError(f"{line.source} has shape {tuple(tensor.shape)}, but what it fills, "
+                         f"{' + '.join(targets)}, has {expected}")
     return dict(zip(targets, tensor.split([shape[0] for shape in wanted])))
 
 
+def _converted(
+    tensors: Mapping[str, Tensor], plan: Mapping[str, Weight], shapes: Mapping[str, torch.Size],
+) -> dict[str, Tensor]:
+    "Every tensor under our names, by the line of the map that belongs to it."
+    parts: dict[str, Tensor] = {}
+    for source, tensor in tensors.items():
+        new = _shared_out(tensor, plan[source], shapes)
+        _complain(f"{source} fills again", [name for name in new if name in parts])
+        parts.update(new)
+    return parts
+
+# %% ../nbs/09_gpt.ipynb #cfe92b18
 @torch.no_grad()
 def load_weights(
     model: GPT,
@@ -718,22 +744,19 @@ def load_weights(
 
     Raises ValueError, before anything is copied, for tensors that are missing, left over, of
     another shape, or filled twice."""
-    plan = _per_layer(lines, model.config.n_layers)
-    tied = model.config.tie_embeddings
+    plan, tied = _per_layer(lines, model.config.n_layers), model.config.tie_embeddings
     shapes = {name: p.shape for name, p in model.state_dict().items()}
-    if tied: shapes["head.weight"] = shapes["token_embedding.weight"]
-    may_lack = {source for source, line in plan.items() if tied and line.targets == "head.weight"}
-    _complain("the checkpoint lacks", sorted(plan.keys() - tensors.keys() - may_lack))
+    heads = {source for source, line in plan.items() if line.targets == "head.weight"}
+    _complain("the checkpoint lacks",
+              sorted(plan.keys() - tensors.keys() - (heads if tied else set())))
     _complain("the map has no line for", sorted(tensors.keys() - plan.keys()))
-    parts: dict[str, Tensor] = {}
-    for source, tensor in tensors.items():
-        new = _shared_out(tensor, plan[source], shapes)
-        _complain(f"{source} fills again what is filled", [name for name in new if name in parts])
-        parts.update(new)
-    if tied and not torch.equal(parts.pop("head.weight", table := parts["token_embedding.weight"]),
-                                table):
-        raise ValueError("the checkpoint's head is not its embedding: tie_embeddings must be False")
-    _complain("nothing fills", sorted(model.state_dict().keys() - parts.keys()))
+    head = {"head.weight": shapes["token_embedding.weight"]} if tied else {}
+    parts = _converted(tensors, plan, shapes | head)
+    _complain("nothing fills", sorted(shapes.keys() - parts.keys()))
+    table = parts["token_embedding.weight"]
+    if tied and not torch.equal(parts.pop("head.weight", table), table):
+        raise ValueError("the checkpoint's head is not its embedding: "
+                         "this model needs tie_embeddings=False")
     model.load_state_dict(parts)
 
 # %% ../nbs/09_gpt.ipynb #fcbca21d
