@@ -319,10 +319,9 @@ class Cache(Protocol):
 
 # %% ../nbs/07_attention.ipynb #e77532b1
 def _reach(
-    window: int | None, n_queries: int, n_keys: int, device: torch.device,
+    window: int, n_queries: int, n_keys: int, device: torch.device,
 ) -> tuple[int, Tensor | None]:
     "How many of the last keys any query can see, and a mask where the past alone is too much."
-    if window is None: return n_keys, None
     seen = min(n_keys, n_queries + window - 1)
     if seen <= window: return seen, None
     return seen, sliding_window_mask(n_queries, window, seen, device)
@@ -382,6 +381,8 @@ def _map_svg(weights: Tensor, name: str) -> str:
             f'<rect class="hv-row" width="{n}" height="1"/></svg>')
 
 # %% ../nbs/07_attention.ipynb #38c1086f
+#| code-fold: true
+#| code-summary: "The style"
 _STYLE = """<style>
 .head-view { --hv: 42 134 201; margin: 1.5rem 0; padding: 1px; color: inherit }
 .head-view .hv-maps { display: flex; flex-wrap: wrap; gap: .8rem }
@@ -403,6 +404,8 @@ _STYLE = """<style>
 </style>"""
 
 # %% ../nbs/07_attention.ipynb #c9a9974a
+#| code-fold: true
+#| code-summary: "The script"
 _SCRIPT = """<script>
 (function (root) {
   if (!root) return;
