@@ -236,10 +236,10 @@ class Rope(_Tabulated):
     ) -> None:
         if layout not in _TURNS:
             raise ValueError(f"unknown layout {layout!r}: expected 'half' or 'interleaved'")
-        self_width, factor = _rotary_width(d_head, fraction), _attention_factor(scaling)
-        frequencies = rope_frequencies(self_width, base, scaling)
+        width, factor = _rotary_width(d_head, fraction), _attention_factor(scaling)
+        frequencies = rope_frequencies(width, base, scaling)
         super().__init__(context_length, tuple(frequencies.tolist()), factor, layout)
-        self.d_head, self.width, self.layout = d_head, self_width, layout
+        self.d_head, self.width, self.layout = d_head, width, layout
         self.inverse_frequencies, self.attention_factor = frequencies, factor
 
     def forward(
