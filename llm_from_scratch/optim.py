@@ -24,84 +24,6 @@ __all__ = ['QUINTIC', 'LR_ADJUSTMENTS', 'SCHEDULES', 'AdamW', 'newton_schulz', '
            'linear_schedule', 'cosine_schedule', 'wsd_schedule', 'clip_grad_norm', 'LearningRateSearch',
            'find_learning_rate']
 
-# %% ../nbs/10_optim.ipynb #9767fc30
-def _check_settings(**settings: float) -> None:
-    "Every setting must be a number of at least 0; a `momentum` or `beta` also less than 1."
-    for name, value in settings.items():
-        below_one = name.startswith(("beta", "momentum"))
-        if not 0 <= value < (1 if below_one else math.inf):
-            limit = "at least 0 and less than 1" if below_one else "at least 0 and finite"
-            raise ValueError(f"{name} must be {limit}, got {value}")
-
-
-def _with_gradient(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    "The parameters of a group that have a gradient, with it; sparse and complex are refused."
-    pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
-    for p, grad in pairs:
-        if grad.is_sparse or p.is_complex():
-            raise ValueError("expected dense gradients of real parameters, got a "
-                             f"{p.dtype} parameter with a {grad.layout} gradient")
-    return pairs
-
-
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    "What a closure returns, as torch's optimizers call it: with gradients switched on."
-    if closure is None: return None
-    with torch.enable_grad(): return closure()
-
-# %% ../nbs/10_optim.ipynb #24edef4b
-class AdamW(Optimizer):
-    "Adam with decoupled weight decay, @eq-optim-adamw; state dicts fit torch.optim.AdamW's."
-
-    def __init__(
-        self,
-        params: Iterable[Any],                      # parameters, or groups as of `param_groups`
-        lr: float = 1e-3,                           # learning rate: about how far a weight moves
-        betas: tuple[float, float] = (0.9, 0.999),  # memory of the mean and of the mean square
-        eps: float = 1e-8,                          # added to the root of the mean square
-        weight_decay: float = 0.01,                 # share of a weight lost per step, times lr
-        *,
-        fused: bool | None = None,                  # True: torch's single kernel
-    ) -> None:
-        _check_settings(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
-                        weight_decay=weight_decay)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      fused=fused))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        "Update every parameter that has a gradient. Returns what `closure` does."
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            pairs = _with_gradient(group)
-            if not pairs: continue
-            params, grads = map(list, zip(*pairs))
-            states = [self._state(p, group) for p in params]
-            means, squares, steps = ([state[key] for state in states]
-                                     for key in ("exp_avg", "exp_avg_sq", "step"))
-            update = _fused_update if group.get("fused") else _update
-            update(params, grads, means, squares, steps, lr=group["lr"], betas=group["betas"],
-                   eps=group["eps"], weight_decay=group["weight_decay"])
-        return loss
-
-    def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        "Zero averages and a count of steps, made at the first step of a parameter."
-        state = self.state[p]
-        if not state:
-            device = p.device if group.get("fused") else None
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        "Take over a state, torch's included. ValueError if it is of another algorithm."
-        for group in state_dict["param_groups"]:
-            other = [key for key in ("amsgrad", "maximize") if group.get(key)]
-            if not group.get("decoupled_weight_decay", True): other += ["coupled weight decay"]
-            if "betas" not in group: other += [f"the settings {', '.join(group)}"]
-            if other: raise ValueError(f"not a state of AdamW: it has {', '.join(other)}")
-        super().load_state_dict(state_dict)
-
 # %% ../nbs/10_optim.ipynb #40282c2c
 def _update(
     params: list[Tensor], grads: list[Tensor],
@@ -137,6 +59,95 @@ def _fused_update(
                         maximize=False)
 
 # %% ../nbs/10_optim.ipynb #2676096a
+def _check_settings(**settings: float) -> None:
+    "Every setting must be a number of at least 0; a `momentum` or `beta` also less than 1."
+    for name, value in settings.items():
+        below_one = name.startswith(("beta", "momentum"))
+        if not 0 <= value < (1 if below_one else math.inf):
+            limit = "at least 0 and less than 1" if below_one else "at least 0 and finite"
+            raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+def _with_gradient(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    "The parameters of a group that have a gradient, with it; sparse and complex are refused."
+    pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+    for p, grad in pairs:
+        if grad.is_sparse or p.is_complex():
+            raise ValueError("expected dense gradients of real parameters, got a "
+                             f"{p.dtype} parameter with a {grad.layout} gradient")
+    return pairs
+
+
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    "What a closure returns, as torch's optimizers call it: with gradients switched on."
+    if closure is None: return None
+    with torch.enable_grad(): return closure()
+
+
+def _adamw_state(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    "Zero averages and a count of steps, made at the first step of a parameter."
+    if not state:
+        device = p.device if group.get("fused") else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+    return state
+
+
+def _check_adamw_group(group: dict[str, Any]) -> None:
+    "Refuse saved settings that ask for another algorithm."
+    other = [key for key in ("amsgrad", "maximize") if group.get(key)]
+    if not group.get("decoupled_weight_decay", True): other.append("coupled weight decay")
+    if "betas" not in group: other.append(f"the settings {', '.join(group)}")
+    if other: raise ValueError(f"not a state of AdamW: it has {', '.join(other)}")
+
+# %% ../nbs/10_optim.ipynb #5899e598
+class AdamW(Optimizer):
+    "Adam with decoupled weight decay, @eq-optim-adamw; state dicts fit torch.optim.AdamW's."
+
+    def __init__(
+        self,
+        params: Iterable[Any],                      # parameters, or `param_groups` of a model
+        lr: float = 1e-3,                           # learning rate: how far a weight moves
+        betas: tuple[float, float] = (0.9, 0.999),  # memory of the mean and of the mean square
+        eps: float = 1e-8,                          # added to the root of the mean square
+        weight_decay: float = 0.01,                 # share of a weight lost per step, times lr
+        *,
+        fused: bool | None = None,                  # True: torch's single kernel
+    ) -> None:
+        _check_settings(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
+                        weight_decay=weight_decay)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      fused=fused))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        "Update every parameter that has a gradient. Returns what `closure` does."
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            pairs = _with_gradient(group)
+            if not pairs: continue
+            params, grads = map(list, zip(*pairs))
+            states = [_adamw_state(self.state[p], p, group) for p in params]
+            means, squares, steps = ([state[key] for state in states]
+                                     for key in ("exp_avg", "exp_avg_sq", "step"))
+            update = _fused_update if group.get("fused") else _update
+            update(params, grads, means, squares, steps, lr=group["lr"], betas=group["betas"],
+                   eps=group["eps"], weight_decay=group["weight_decay"])
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        "Take over a state, torch's included. ValueError if it is of another algorithm."
+        for group in state_dict["param_groups"]: _check_adamw_group(group)
+        super().load_state_dict(state_dict)
+
+# %% ../nbs/10_optim.ipynb #c477dadc
+def _add_product(x: Tensor, y: Tensor, z: Tensor, beta: float, alpha: float) -> Tensor:
+    "beta · x + alpha · y z, rounded once."
+    if x.ndim == 2: return torch.addmm(x, y, z, beta=beta, alpha=alpha)
+    flat = [t.flatten(0, -3) for t in (x, y, z)]
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).view(x.shape)
+
+# %% ../nbs/10_optim.ipynb #7e5cc6b7
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -161,14 +172,7 @@ def newton_schulz(
         x = _add_product(x, _add_product(gram, gram, gram, b, c), x, a, 1.0)
     return (x.mT if tall else x).to(matrix.dtype)
 
-
-def _add_product(x: Tensor, y: Tensor, z: Tensor, beta: float, alpha: float) -> Tensor:
-    "beta · x + alpha · y z, rounded once."
-    if x.ndim == 2: return torch.addmm(x, y, z, beta=beta, alpha=alpha)
-    flat = [t.flatten(0, -3) for t in (x, y, z)]
-    return torch.baddbmm(*flat, beta=beta, alpha=alpha).view(x.shape)
-
-# %% ../nbs/10_optim.ipynb #3f2c1694
+# %% ../nbs/10_optim.ipynb #40d03042
 def _keep_change(rows: int, columns: int) -> float: return max(1, rows / columns) ** 0.5
 def _match_adamw(rows: int, columns: int) -> float: return 0.2 * max(rows, columns) ** 0.5
 
@@ -177,6 +181,26 @@ LR_ADJUSTMENTS: dict[str | None, Callable[[int, int], float]] = {
     None: _keep_change, "original": _keep_change, "match_rms_adamw": _match_adamw}
 
 
+def _check_adjustment(name: str | None) -> None:
+    if name in LR_ADJUSTMENTS: return
+    known = ", ".join(map(repr, LR_ADJUSTMENTS))
+    raise ValueError(f"unknown adjustment {name!r}; known are {known}")
+
+
+def _muon_update(p: Tensor, grad: Tensor, mean: Tensor, group: dict[str, Any]) -> None:
+    "@eq-optim-muon for one matrix."
+    # Average the gradients, and look ahead.
+    mean.lerp_(grad, 1 - group["momentum"])
+    direction = grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+    # Make all singular values about 1.
+    direction = newton_schulz(direction, group["ns_steps"], group["ns_coefficients"],
+                              group["eps"], getattr(torch, group.get("ns_dtype", "bfloat16")))
+    # Decay the weights, and step.
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    adjust = LR_ADJUSTMENTS[group["adjust_lr_fn"]]
+    p.add_(direction, alpha=-group["lr"] * adjust(*p.shape))
+
+# %% ../nbs/10_optim.ipynb #25dd1685
 class Muon(Optimizer):
     "Momentum, orthogonalized, for matrices, @eq-optim-muon; equal to torch.optim.Muon."
 
@@ -195,9 +219,7 @@ class Muon(Optimizer):
         ns_dtype: str = "bfloat16",         # `newton_schulz` computes in this; torch: bfloat16
     ) -> None:
         _check_settings(lr=lr, momentum=momentum, eps=eps, weight_decay=weight_decay)
-        if adjust_lr_fn not in LR_ADJUSTMENTS:
-            known = ", ".join(map(repr, LR_ADJUSTMENTS))
-            raise ValueError(f"unknown adjustment {adjust_lr_fn!r}; known are {known}")
+        _check_adjustment(adjust_lr_fn)
         super().__init__(params, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
             ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps,
@@ -217,28 +239,18 @@ class Muon(Optimizer):
         "Update every matrix that has a gradient. Returns what `closure` does."
         loss = _evaluate(closure)
         for group in self.param_groups:
-            for p, grad in _with_gradient(group): self._step(p, grad, group)
+            for p, grad in _with_gradient(group):
+                state = self.state[p]
+                if not state: state["momentum_buffer"] = torch.zeros_like(p)
+                _muon_update(p, grad, state["momentum_buffer"], group)
         return loss
-
-    def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, momentum = self.state[p], group["momentum"]
-        if not state: state["momentum_buffer"] = torch.zeros_like(p)
-        # Average the gradients, and look ahead.
-        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        if group["nesterov"]: mean = grad.lerp(mean, momentum)
-        # Make all singular values about 1.
-        update = newton_schulz(mean, group["ns_steps"], group["ns_coefficients"], group["eps"],
-                               getattr(torch, group.get("ns_dtype", "bfloat16")))
-        # Decay the weights, and step.
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * LR_ADJUSTMENTS[group["adjust_lr_fn"]](*p.shape))
 
 # %% ../nbs/10_optim.ipynb #22e2e50c
 def param_groups(
     model: nn.Module,
     weight_decay: float = 0.1,              # of the matrices; nothing else decays
 ) -> list[dict[str, Any]]:
-    "Groups for an optimizer: `matrices`, which decay, `embeddings` and `vectors`, which do not."
+    "Groups for an optimizer: `matrices`, which decay, `embeddings` and `vectors`, which don't."
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "vectors": []}
     tables = {id(p) for name, module in model.named_modules() if _is_table(name, module)
               for p in module.parameters(recurse=False)}
@@ -257,7 +269,7 @@ def _is_table(name: str, module: nn.Module) -> bool:
     kinds = (Embedding, nn.Embedding, LearnedPositions)
     return isinstance(module, kinds) or name.rpartition(".")[2] == "head"
 
-# %% ../nbs/10_optim.ipynb #f765b7df
+# %% ../nbs/10_optim.ipynb #22180e55
 def _warm_up(step: int, total: int, peak: float, warmup: int, floor: float) -> float:
     "Check the arguments of a schedule; the share of the peak that the warm-up allows."
     if not 0 <= step: raise ValueError(f"steps count from 0, got {step}")
@@ -267,7 +279,7 @@ def _warm_up(step: int, total: int, peak: float, warmup: int, floor: float) -> f
         raise ValueError(f"expected 0 ≤ floor ≤ peak, got floor {floor} and peak {peak}")
     return min(1.0, (step + 1) / (warmup + 1))
 
-
+# %% ../nbs/10_optim.ipynb #1951179b
 def constant_schedule(
     step: int,                      # from 0
     total: int,                     # steps of the whole run
@@ -279,7 +291,7 @@ def constant_schedule(
     "The learning rate of a step: up in a straight line, then constant."
     return peak * _warm_up(step, total, peak, warmup, floor)
 
-
+# %% ../nbs/10_optim.ipynb #b8f06c63
 def linear_schedule(
     step: int,                      # from 0
     total: int,                     # steps of the whole run
@@ -293,7 +305,7 @@ def linear_schedule(
     if up < 1: return peak * up
     return floor + (peak - floor) * max(0.0, (total - step) / max(1, total - warmup))
 
-
+# %% ../nbs/10_optim.ipynb #84edece8
 def cosine_schedule(
     step: int,                      # from 0
     total: int,                     # steps of the whole run
@@ -308,7 +320,7 @@ def cosine_schedule(
     way = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * (1 + math.cos(math.pi * way)) / 2
 
-
+# %% ../nbs/10_optim.ipynb #9544f0fb
 def wsd_schedule(
     step: int,                      # from 0
     total: int,                     # steps of the whole run
@@ -326,7 +338,7 @@ def wsd_schedule(
     if up < 1: return peak * up
     return floor + (peak - floor) * min(1.0, max(0, total - step) / max(1, decay))
 
-
+# %% ../nbs/10_optim.ipynb #2bccde7b
 SCHEDULES: dict[str, Callable[..., float]] = {
     "cosine": cosine_schedule, "wsd": wsd_schedule,
     "linear": linear_schedule, "constant": constant_schedule}
@@ -365,15 +377,41 @@ def _blame(named: list[tuple[str, Tensor]]) -> str:
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return f"the gradient is not finite in {', '.join(bad[:3])}{more}"
 
-# %% ../nbs/10_optim.ipynb #9e6ddb79
+# %% ../nbs/10_optim.ipynb #2ab72062
 @dataclass(frozen=True)
 class LearningRateSearch:
     "What `find_learning_rate` tried."
     rates: list[float]              # learning rates, rising
     losses: list[float]             # the smoothed loss at each
-    suggestion: float               # where the loss fell fastest
+    suggestion: float               # half of the rate with the lowest loss
+
+# %% ../nbs/10_optim.ipynb #a136db75
+def _rising(optimizer: Optimizer, loss: Callable[[int], Tensor], rates: Sequence[float],
+            smoothing: float) -> list[float]:
+    "Smoothed losses, one step for each rate, until the loss is a third above its lowest."
+    losses: list[float] = []
+    mean = 0.0
+    for i, rate in enumerate(rates):
+        for group in optimizer.param_groups: group["lr"] = rate
+        optimizer.zero_grad()
+        value = loss(i)
+        mean = smoothing * mean + (1 - smoothing) * float(value.detach())
+        corrected = mean / (1 - smoothing ** (i + 1))
+        if not corrected <= 4 / 3 * min(losses, default=math.inf): break    # nan, too
+        losses.append(corrected)
+        value.backward()
+        optimizer.step()
+    return losses
 
 
+def _suggest(rates: Sequence[float], losses: Sequence[float]) -> float:
+    "Half of the rate at which the loss was lowest."
+    lowest = min(range(len(losses)), key=losses.__getitem__, default=0)
+    if lowest < 2: raise ValueError("the loss does not fall anywhere between the rates "
+                                    f"{rates[0]:g} and {rates[-1]:g}")
+    return rates[lowest] / 2
+
+# %% ../nbs/10_optim.ipynb #2bca2672
 def find_learning_rate(
     model: nn.Module,
     optimizer: Optimizer,
@@ -395,30 +433,3 @@ def find_learning_rate(
         optimizer.load_state_dict(before[1])
         optimizer.zero_grad()
     return LearningRateSearch(rates[:len(losses)], losses, _suggest(rates, losses))
-
-
-def _rising(optimizer: Optimizer, loss: Callable[[int], Tensor], rates: Sequence[float],
-            smoothing: float) -> list[float]:
-    "Smoothed losses, one step for each rate, until the loss is twice its lowest."
-    losses: list[float] = []
-    mean = 0.0
-    for i, rate in enumerate(rates):
-        for group in optimizer.param_groups: group["lr"] = rate
-        optimizer.zero_grad()
-        value = loss(i)
-        mean = smoothing * mean + (1 - smoothing) * float(value.detach())
-        corrected = mean / (1 - smoothing ** (i + 1))
-        if not corrected <= 2 * min(losses, default=math.inf): break    # nan, too
-        losses.append(corrected)
-        value.backward()
-        optimizer.step()
-    return losses
-
-
-def _suggest(rates: Sequence[float], losses: Sequence[float]) -> float:
-    "The rate halfway, by loss, between the first loss and the lowest."
-    lowest = min(range(len(losses)), key=losses.__getitem__, default=0)
-    if lowest < 2: raise ValueError("the loss does not fall anywhere between the rates "
-                                    f"{rates[0]:g} and {rates[-1]:g}")
-    half = (losses[0] + losses[lowest]) / 2
-    return next(rate for rate, value in zip(rates, losses) if value <= half)
