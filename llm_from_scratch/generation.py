@@ -210,7 +210,8 @@ class _Steps:
     @cached_property
     def steps(self) -> tuple[tuple[str, Any], ...]:
         "The processors that do something, in order, each with its value."
-        default = {field.name: field.default for field in fields(self)}    # type: ignore[arg-type]
+        mine: Any = self
+        default = {field.name: field.default for field in fields(mine)}
         values = ((name, getattr(self, name)) for name in self.order)
         return tuple((name, value) for name, value in values if value != default[name])
 
@@ -367,7 +368,8 @@ class _Reader:
     def reorder(self, rows: Sequence[int]) -> None:
         "Row i goes on from where row `rows[i]` is."
         self.cache.reorder(rows)
-        self.starts, self.pads = ([old[row] for row in rows] for old in (self.starts, self.pads))
+        self.starts = [self.starts[row] for row in rows]
+        self.pads = [self.pads[row] for row in rows]
 
 # %% ../nbs/13_generation.ipynb #0f383532
 class _Row:
@@ -411,7 +413,7 @@ def generate_steps(
     _check_room(prompts, max_new_tokens, limit, overflow)
     if constraint is not None: constraint = constraint.prepare(sampler, max_new_tokens)
 
-    def text(prompt: Sequence[int]) -> TextStream | None:
+    def text(prompt: Sequence[int]) -> "TextStream | None":
         return TextStream(tokenizer, stop, prompt) if tokenizer and stop else None
 
     seeds = row_seeds(seed, len(prompts))
@@ -787,13 +789,13 @@ def _atom(parser: _Parser) -> int:
 
 
 def _refuse(what: str, pattern: str) -> NoReturn:
-    raise ValueError(f"{what!r} in {pattern!r}: a constraint knows characters, classes, groups, "
-                     "| and * + ? {m,n}; the whole text must match")
+    raise ValueError(f"{what!r} in {pattern!r}: a constraint knows characters, classes, "
+                     "groups, | and * + ? {m,n}; the whole text must match")
 
 # %% ../nbs/13_generation.ipynb #ffd84312
 def token_texts(
     tokenizer: Tokenizer,
-) -> dict[int, str]:               # token → what it adds; no special tokens, no half characters
+) -> dict[int, str]:               # without special tokens and half characters
     "The text that each token adds to a text that has begun."
     texts: dict[int, str] = {}
     anchor: list[int] = []
@@ -834,7 +836,7 @@ def _automaton(
     "Where each token leads in each state, −1: nowhere; and the states where a text may end."
     made, trie = _Expressions(), _Trie()
     for token, text in token_texts(tokenizer).items():
-        if text: trie.add(text, token)                             # or a text could go on for ever
+        if text: trie.add(text, token)                 # an empty one could come for ever
     states = {_Parser(pattern, made).alternatives(): 0}
     queue, table = deque(states), []
     while queue:
@@ -925,8 +927,8 @@ class Constraint(_Automaton):
         table[:, [token for token in sampler.banned if token < table.shape[1]]] = -1
         _Automaton.__init__(prepared, table, self.ends, self.pattern)
         if prepared.distance[0] > max_new_tokens:
-            raise ValueError(f"{self.pattern!r} takes at least {prepared.distance[0]:.0f} tokens, "
-                             f"max_new_tokens is {max_new_tokens}")
+            raise ValueError(f"{self.pattern!r} takes at least {prepared.distance[0]:.0f} "
+                             f"tokens, max_new_tokens is {max_new_tokens}")
         return prepared
 
     def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int,

@@ -1,0 +1,444 @@
+"""Chapter 13 beyond its own cells: every processor against `transformers` and against its exact distribution, rows that do not know each other, text in any cut, automata against `re`."""
+import itertools, math, random, re
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from llm_from_scratch.attention import Cache
+from llm_from_scratch.bpe import BPETokenizer
+from llm_from_scratch.generation import (PROCESSORS, Constraint, Context, Sampler, SimpleCache, TextStream, beam_search, draw, generate, generate_steps, row_seeds, stream,
+                                         token_texts)
+from llm_from_scratch.gpt import GPT, GPTConfig
+from llm_from_scratch.text import CharTokenizer, WordTokenizer
+
+INPUTS = ['llm_from_scratch/generation.py', 'llm_from_scratch/gpt.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/blocks.py',
+          'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py']
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def opinionated(positions='rope', vocab_size=40, context_length=32, **options):
+    "A small GPT that looks at everything and has strong opinions."
+    model = GPT(GPTConfig(vocab_size=vocab_size, context_length=context_length, d_model=16, n_layers=2, n_heads=4, positions=positions, **options),
+                generator=torch.Generator().manual_seed(2)).double()
+    for p in model.parameters(): p.data *= 5
+    return model
+
+
+RAGGED = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+WARM = Sampler(temperature=1.5, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
+
+
+# Processors -------------------------------------------------------------------------------------------------------
+
+def hf():
+    transformers = pytest.importorskip('transformers')
+    transformers.logging.set_verbosity_error()
+    from transformers.generation import logits_process
+    return logits_process
+
+
+PEERS = {
+    'logit_bias': ({2: 1.5, 9: -2.0}, lambda h, v: h.SequenceBiasLogitsProcessor({(i,): b for i, b in v.items()})),
+    'repetition_penalty': (1.7, lambda h, v: h.RepetitionPenaltyLogitsProcessor(v)),
+    'banned': ((0, 5), lambda h, v: h.SuppressTokensLogitsProcessor(list(v))),
+    'temperature': (1.8, lambda h, v: h.TemperatureLogitsWarper(v)),
+    'top_k': (7, lambda h, v: h.TopKLogitsWarper(v)),
+    'top_p': (0.6, lambda h, v: h.TopPLogitsWarper(v)),
+    'min_p': (0.1, lambda h, v: h.MinPLogitsWarper(v)),
+    'typical_p': (0.5, lambda h, v: h.TypicalLogitsWarper(v)),
+}
+
+
+def random_rows(seed, V=30, B=64):
+    g = torch.Generator().manual_seed(seed)
+    read = torch.randint(V, (B, 14), generator=g)
+    return 3 * torch.randn(B, V, generator=g, dtype=torch.float64), read, Context(read[:, :6].tolist(), read[:, 6:].tolist(), 5, 1)
+
+
+@pytest.mark.parametrize('name', PEERS)
+@pytest.mark.parametrize('seed', [0, 1])
+def test_processor_against_transformers(name, seed):
+    value, peer = PEERS[name]
+    logits, read, context = random_rows(seed)
+    ours = Sampler(**{name: value})(logits.clone(), context)
+    torch.testing.assert_close(ours, peer(hf(), value)(read, logits.clone()), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(ours, logits)
+
+
+@pytest.mark.parametrize('edge', [{'top_p': 1e-9}, {'top_p': 1.0}, {'min_p': 1.0}, {'min_p': 0.0}, {'top_k': 1}, {'top_k': 10**6}, {'typical_p': 1e-9}])
+def test_edges_against_transformers(edge):
+    (name, value), = edge.items()
+    logits, read, context = random_rows(3)
+    peer = PEERS[name][1](hf(), value) if not (name == 'top_p' and value == 1.0) else lambda _, z: z
+    torch.testing.assert_close(Sampler(**edge)(logits, context), peer(read, logits.clone()), rtol=1e-12, atol=1e-12)
+
+
+def test_transformers_builds_the_same_list_in_the_same_order():
+    "A generation config of theirs, and a sampler of ours, with everything on."
+    pytest.importorskip('transformers')
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+    peer = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    theirs = dict(temperature=0.8, top_k=9, top_p=0.8, min_p=0.05, typical_p=0.7, repetition_penalty=1.4)
+    config = GenerationConfig(do_sample=True, num_beams=1, sequence_bias=[[[2], 1.5]], **theirs)
+    logits, read, context = random_rows(4)
+    processors = peer._get_logits_processor(config, read.shape[1], read, None, [], device='cpu')
+    torch.testing.assert_close(Sampler(logit_bias={2: 1.5}, **theirs)(logits, context), processors(read, logits.clone()), rtol=1e-9, atol=1e-9)
+
+
+def exact(name, value, z, context):
+    "The distribution that a processor leaves, in plain Python: no code shared with the library."
+    V, seen, new = len(z), set(context.prompts[0]) | set(context.written[0]), context.written[0]
+    if name == 'logit_bias': z = [x + value.get(i, 0) for i, x in enumerate(z)]
+    if name == 'repetition_penalty': z = [(x / value if x > 0 else x * value) if i in seen else x for i, x in enumerate(z)]
+    if name == 'presence_penalty': z = [x - value * (i in new) for i, x in enumerate(z)]
+    if name == 'frequency_penalty': z = [x - value * new.count(i) for i, x in enumerate(z)]
+    if name == 'temperature': z = [x / value if value else (0 if x == max(z) else -math.inf) for x in z]
+    p = [math.exp(x) for x in z]
+    p = [x / sum(p) for x in p]
+    H = -sum(x * math.log(x) for x in p if x)
+    kept = set(range(V))
+    if name == 'banned': kept -= set(value)
+    if name == 'required': kept = set(value) - set(new) if context.remaining <= len(set(value) - set(new)) else kept - {context.end_token}
+    if name == 'top_k': kept = set(sorted(kept, key=lambda i: -p[i])[:value])
+    if name == 'min_p': kept = {i for i in kept if p[i] >= value * max(p)}
+    if name in ('top_p', 'typical_p'):
+        order = sorted(kept, key=lambda i: -p[i] if name == 'top_p' else abs(-math.log(p[i]) - H))
+        kept = set(next(order[:n] for n in range(1, V + 1) if sum(p[i] for i in order[:n]) >= value))
+    total = sum(p[i] for i in kept)
+    return [p[i] / total if i in kept else 0.0 for i in range(V)]
+
+
+VALUES = [('logit_bias', {0: 1.0, 3: -1.0}), ('repetition_penalty', 1.5), ('presence_penalty', 0.7), ('frequency_penalty', 0.4), ('banned', (1, 4)), ('required', (2, 5)),
+          ('temperature', 0.6), ('temperature', 2.0), ('temperature', 0), ('top_k', 3), ('top_p', 0.55), ('top_p', 0.9), ('min_p', 0.25), ('typical_p', 0.5)]
+
+
+@pytest.mark.parametrize(('name', 'value'), VALUES)
+def test_draws_follow_the_exact_distribution(name, value, n=20_000):
+    "Pearson's test; the statistic as a number of standard deviations (Wilson and Hilferty)."
+    z = [1.2, 0.9, 0.1, -0.4, -1.0, 0.4, -2.0]
+    context = Context([[1, 6]], [[0, 0, 3]], remaining=2, end_token=0)
+    p = exact(name, value, z, context)
+    rows = Sampler(**{name: value}).probabilities(torch.tensor([z], dtype=torch.float64), context)
+    torch.testing.assert_close(rows[0], torch.tensor(p, dtype=torch.float64))
+    coin = random.Random(f'{name} {value}')
+    drawn = draw(rows.expand(n, -1), [coin.random() for _ in range(n)])
+    counts = [drawn.count(i) for i in range(len(z))]
+    assert all(not count for count, x in zip(counts, p) if x == 0)
+    k = sum(x > 0 for x in p) - 1
+    if k:
+        x = sum((count - n * q) ** 2 / (n * q) for count, q in zip(counts, p) if q)
+        assert ((x / k) ** (1 / 3) - 1 + 2 / (9 * k)) / (2 / (9 * k)) ** 0.5 < 4
+
+
+def test_every_processor_is_tested_and_has_a_field():
+    assert {name for name, _ in VALUES} == set(PROCESSORS) == {name for name, _ in vars(Sampler()).items()} - {'order'}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda p: sum(p) > 1e-6), st.floats(0, 1, exclude_max=True))
+@settings(max_examples=300)
+def test_draw_never_takes_what_has_no_weight(p, u):
+    token, = draw(torch.tensor([p], dtype=torch.float64), [u])
+    assert p[token] > 0
+
+
+def test_steps_are_in_order_and_only_those_that_act():
+    sampler = Sampler(top_p=0.9, temperature=0.5, banned=[3])
+    assert [name for name, _ in sampler.steps] == ['banned', 'temperature', 'top_p']
+    turned = Sampler(top_p=0.9, temperature=0.5, order=tuple(reversed(tuple(PROCESSORS))))
+    assert [name for name, _ in turned.steps] == ['top_p', 'temperature'] and sampler != turned and hash(sampler) != hash(turned)
+
+
+@pytest.mark.parametrize('wrong', [dict(temperature=-1), dict(temperature=1e-9), dict(temperature=math.inf), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1),
+                                   dict(min_p=-0.1), dict(typical_p=0.0), dict(repetition_penalty=0.0), dict(presence_penalty=math.inf), dict(frequency_penalty=math.nan),
+                                   dict(logit_bias={1: math.inf}), dict(logit_bias={-1: 1.0}), dict(banned=[-1]), dict(banned=[1], required=[1]), dict(order=('top_k',))])
+def test_settings_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match='must be'): Sampler(**wrong)
+
+
+# Rows that do not know each other ---------------------------------------------------------------------------------
+
+MODELS = {**{name: {'positions': name} for name in ('learned', 'rope', 'alibi', 'sinusoidal', 'none')}, 'window': {'positions': 'rope', 'window': 3},
+          'grouped': {'positions': 'rope', 'n_kv_heads': 2}, 'sinks': {'positions': 'rope', 'sinks': True}}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_row_does_not_depend_on_the_others_nor_on_a_cache(name):
+    model = opinionated(**MODELS[name])
+    rows = generate(model, RAGGED, 20, WARM, seed=3)
+    assert generate(model, RAGGED, 20, WARM, seed=3, cache=None) == rows
+    assert generate(model, RAGGED[::-1], 20, WARM, seed=row_seeds(3, 4)[::-1]) == rows[::-1]
+    for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows):
+        assert generate(model, [prompt], 20, WARM, seed=[seed])[0] == row
+    assert len({tuple(row) for row in generate(model, [[1, 2, 3]] * 4, 20, WARM)}) == 4      # rows draw by themselves
+
+
+@pytest.mark.parametrize('name', ['learned', 'rope', 'alibi'])
+@pytest.mark.parametrize('limit', [1, 5, 8])
+def test_sliding_is_the_same_alone_in_a_batch_and_with_a_cache(name, limit):
+    model, options = opinionated(name), dict(overflow='slide', context_length=limit)
+    rows = generate(model, RAGGED, 30, WARM, seed=3, **options)
+    assert generate(model, RAGGED, 30, WARM, seed=3, cache=None, **options) == rows
+    for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows):
+        assert generate(model, [prompt], 30, WARM, seed=[seed], **options)[0] == row
+
+
+def test_sliding_reads_what_it_says():
+    "The model sees the last part of the text only, and never more than the context."
+    seen = []
+    def model(ids, positions=None, mask=None, cache=None):
+        seen.append(ids.tolist())
+        return torch.eye(50, dtype=torch.float64)[(ids + 1) % 50].log()
+    assert generate(model, [[0]], 12, overflow='slide', context_length=4, cache=None) == [list(range(1, 13))]
+    assert [row for row, in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [2, 3, 4], [2, 3, 4, 5], [4, 5, 6], [4, 5, 6, 7], [6, 7, 8], [6, 7, 8, 9], [8, 9, 10], [8, 9, 10, 11]]
+
+
+def test_the_whole_context_can_be_used_and_not_a_token_more():
+    model = opinionated('learned', context_length=10)
+    assert len(generate(model, [[1, 2, 3]], 8)[0]) == 8                      # reads 3 + 7
+    with pytest.raises(ValueError, match='context of 11, the model has 10'): generate(model, [[1, 2, 3]], 9)
+
+
+def test_cached_logits_are_the_logits_without():
+    model, ids = opinionated('rope'), torch.arange(9)[None]
+    cache = SimpleCache()
+    assert isinstance(cache, Cache)
+    parts = [model(ids[:, a:b], positions=torch.arange(a, b), cache=cache) for a, b in ((0, 4), (4, 5), (5, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-10)
+
+
+def test_a_model_in_training_is_left_as_it_was():
+    model = opinionated('rope', dropout=0.5)
+    expected = generate(model.eval(), RAGGED, 8, WARM)
+    model.train()
+    model.blocks[0].eval()                                                   # somebody's choice
+    before = [m.training for m in model.modules()]
+    steps = generate_steps(model, RAGGED, 8, WARM)
+    rows = [[] for _ in RAGGED]
+    for step in steps:
+        assert torch.is_grad_enabled() and [m.training for m in model.modules()] == before
+        for row, token in zip(rows, step): row.append(token)
+    assert rows == expected
+    steps = generate_steps(lambda ids, **_: 1 / 0, RAGGED, 3)
+    with pytest.raises(ZeroDivisionError): next(steps)
+
+
+def test_rows_end_by_themselves():
+    model = opinionated('rope', vocab_size=6)
+    rows = generate(model, RAGGED[:1] * 30, 25, end_token=5)
+    assert all(5 not in row[:-1] for row in rows) and any(len(row) < 25 for row in rows) and all(row[-1] == 5 or len(row) == 25 for row in rows)
+    for row, seed in zip(rows, row_seeds(0, 30)): assert generate(model, RAGGED[:1], 25, end_token=5, seed=[seed])[0] == row
+    steps = list(generate_steps(model, RAGGED[:1] * 30, 25, end_token=5))
+    for i, row in enumerate(rows): assert [step[i] for step in steps] == row + [None] * (len(steps) - len(row))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True), st.integers(0, 3), st.integers(0, 1000))
+@settings(max_examples=40)
+def test_required_tokens_come_and_banned_ones_do_not(required, extra, seed):
+    banned = [i for i in range(7) if i not in required][:1]
+    def model(ids, positions=None, mask=None, cache=None): return torch.zeros(*ids.shape, 8, dtype=torch.float64)
+    row, = generate(model, [[0]], len(required) + extra, Sampler(required=required, banned=banned), end_token=7, seed=seed)
+    assert set(required) <= set(row) and not set(banned) & set(row)
+
+
+def test_nothing_is_written_where_nothing_is_asked():
+    assert generate(opinionated(), RAGGED, 0) == [[], [], [], []]
+
+
+def test_what_cannot_work_is_said_before_the_first_token():
+    model, letters = opinionated(), CharTokenizer.train(['abc'])
+    for error, call in [(TypeError, lambda: generate_steps(model, 'abc', 3)), (TypeError, lambda: generate_steps(model, [1, 2], 3)), (ValueError, lambda: generate_steps(model, [], 3)),
+                        (ValueError, lambda: generate_steps(model, [[1], []], 3)), (ValueError, lambda: generate_steps(model, [[1]], -1)),
+                        (ValueError, lambda: generate_steps(model, [[1]], 3, stop=['x'])), (ValueError, lambda: generate_steps(model, [[1]], 3, overflow='fall')),
+                        (ValueError, lambda: generate_steps(model, [[1]], 1, Sampler(required=[1, 2]))), (ValueError, lambda: generate_steps(model, [[1]], 3, seed=[1, 2])),
+                        (ValueError, lambda: generate_steps(model, [[1]], 40)), (ValueError, lambda: stream(model, letters, '', 3)),
+                        (ValueError, lambda: generate_steps(model, [[1]], 3, constraint=Constraint('aaaa', letters)))]:
+        with pytest.raises(error): call()
+    with pytest.raises(ValueError, match='NaN'): generate(lambda ids, **_: torch.full((1, 1, 4), math.nan), [[0]], 1)
+    with pytest.raises(ValueError, match='beyond the vocabulary'): generate(model, [[1]], 3, Sampler(banned=[40]))
+
+
+# Text -------------------------------------------------------------------------------------------------------------
+
+class Pieces:
+    "A tokenizer whose tokens are the given pieces of a text, as bytes."
+    special_tokens, vocab_size = {}, 1000
+    def __init__(self, pieces): self.pieces = pieces
+    def encode(self, text): raise NotImplementedError
+    def decode(self, ids): return b''.join(self.pieces[i] for i in ids).decode('utf-8', 'replace')
+
+
+def first_stop(text, stops):
+    "Character by character: the text before the stop string that is complete first."
+    for end in range(1, len(text) + 1):
+        found = [s for s in stops if text[:end].endswith(s)]
+        if found: return text[: end - max(map(len, found))], True
+    return text, False
+
+
+@given(st.text('ab.é😀 ', max_size=14), st.lists(st.text('ab.é😀 ', min_size=1, max_size=4), max_size=3), st.data())
+@settings(max_examples=600)
+def test_text_does_not_depend_on_how_it_is_cut(text, stops, data):
+    raw = text.encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8)))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)])]
+    out = TextStream(Pieces(pieces), stops)
+    given_out = []
+    for i in range(len(pieces)):
+        given_out.append(out.push(i))
+        so_far = b''.join(pieces[: i + 1]).decode('utf-8', 'ignore')
+        expected = first_stop(so_far, stops)[0]
+        assert expected.startswith(''.join(given_out)) and '\ufffd' not in ''.join(given_out)
+        if out.stopped: break
+    given_out.append(out.finish())
+    assert (''.join(given_out), out.stopped) == first_stop(text, stops)
+
+
+def test_nothing_is_held_back_without_reason():
+    out = TextStream(Pieces([b'the ', b'en', b'try', b'\xf0\x9f', b'\x98\x80', b' en']), ['end'])
+    assert [out.push(i) for i in range(6)] == ['the ', '', 'entry', '', '😀', ' '] and out.finish() == 'en' and not out.stopped
+
+
+def test_bytes_that_are_no_text_come_out_in_the_end():
+    out = TextStream(Pieces([b'a', b'\xf0', b'b', b'\xe2']), [])
+    assert [out.push(i) for i in range(4)] + [out.finish()] == ['a', '', '\ufffdb', '', '\ufffd']
+
+
+def test_streamed_text_is_the_text_of_the_tokens():
+    tokenizer = BPETokenizer.train('the cat sat on the mat é 😀 ' * 4, 290)
+    model = opinionated('rope', vocab_size=tokenizer.vocab_size)
+    ids = tokenizer.encode('the cat')
+    for seed in range(5):
+        row, = generate(model, [ids], 20, seed=seed)
+        assert ''.join(stream(model, tokenizer, 'the cat', 20, seed=seed)) == tokenizer.decode(row)
+    words = WordTokenizer.train(['the cat sat on the mat . ' * 3], special_tokens=('<end>',))
+    row, = generate(opinionated('rope', vocab_size=words.vocab_size), [words.encode('the cat')], 9)
+    assert ''.join(stream(opinionated('rope', vocab_size=words.vocab_size), words, 'the cat', 9)) == ' ' + words.decode(row)
+
+
+def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
+    letters = CharTokenizer.train(['abcdefghij'])
+    def counts(ids, positions=None, mask=None, cache=None): return torch.eye(10)[(ids + 1) % 10].log()     # a b c d …
+    options = dict(stop=['ef', 'j'], tokenizer=letters)
+    assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, **options)] == ['bcdef', 'hij', 'ef']
+    assert ''.join(stream(counts, letters, 'a', 9, stop=['ef', 'j'])) == 'bcd'
+
+
+# Beams ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('alpha', [-1.0, 0.0, 0.6, 1.0, 3.0])
+@pytest.mark.parametrize('end', [None, 0])
+def test_beam_search_against_everything(alpha, end, n=4, V=4):
+    model = opinionated('rope', vocab_size=V)
+    scores = {}
+    for length in range(1, n + 1):
+        for ids in itertools.product(range(V), repeat=length):
+            if end in ids[:-1] or (length < n and ids[-1] != end): continue
+            with torch.no_grad(): log_p = model(torch.tensor([[1, 2, *ids]]))[0, 1:-1].log_softmax(-1)
+            scores[ids] = float(sum(row[i] for row, i in zip(log_p, ids))) / length**alpha
+    exact_ = sorted(scores.items(), key=lambda item: -item[1])
+    found = beam_search(model, [1, 2], V**n, n, alpha, end_token=end)
+    assert [tuple(ids) for ids, _ in found] == [ids for ids, _ in exact_]
+    assert [s for _, s in found] == pytest.approx([s for _, s in exact_])
+    few = beam_search(model, [1, 2], 3, n, alpha, end_token=end)
+    assert len(few) == 3 and all(scores[tuple(ids)] == pytest.approx(s) for ids, s in few)
+
+
+def test_one_beam_is_greedy():
+    for name in ('learned', 'alibi'):
+        model = opinionated(name)
+        for prompt in RAGGED: assert beam_search(model, prompt, 1, 12)[0][0] == generate(model, [prompt], 12, Sampler(temperature=0))[0]
+
+
+def test_beam_search_says_what_cannot_work():
+    for call in (lambda: beam_search(opinionated(), [1], 0, 3), lambda: beam_search(opinionated(), [1], 2, 0), lambda: beam_search(opinionated(), [], 2, 3),
+                 lambda: beam_search(opinionated(), [1], 2, 40)):
+        with pytest.raises(ValueError): call()
+
+
+# Constraints ------------------------------------------------------------------------------------------------------
+
+atoms = st.sampled_from(['a', 'b', 'c', '[ab]', '.', '[^a]', r'\w', r'\.', '[a-c]'])
+patterns = st.recursive(atoms, lambda inner: st.one_of(
+    st.tuples(inner, inner).map(''.join), st.tuples(inner, inner).map(lambda ab: f'({ab[0]}|{ab[1]})'), inner.map(lambda a: f'(?:{a}|)'),
+    st.tuples(inner, st.sampled_from(['*', '+', '?', '{2}', '{1,2}', '{,2}', '{2,}', '{0,0}', '*?'])).map(lambda aq: f'({aq[0]}){aq[1]}')), max_leaves=6)
+PAIRS = CharTokenizer.train(['abc.\n'])
+MANY = BPETokenizer.train('abc abc cab bca ab . aab', 262)
+
+
+def accepts(constraint, ids):
+    state = 0
+    for i in ids:
+        state = constraint.advance(state, i)
+        if state < 0: return False
+    return constraint.is_complete(state)
+
+
+@given(patterns, st.lists(st.text('abc.\n', max_size=6), min_size=8, max_size=8))
+@settings(max_examples=150)
+def test_automaton_against_re(pattern, texts):
+    try: constraint = Constraint(pattern, PAIRS)
+    except ValueError as e:
+        assert 'can be spelled' in str(e) and not any(re.fullmatch(pattern, text) for text in texts)
+        return
+    for text in texts: assert accepts(constraint, PAIRS.encode(text)) == bool(re.fullmatch(pattern, text)), (pattern, text)
+
+
+@given(patterns)
+@settings(max_examples=60)
+def test_distance_is_the_least_number_of_tokens(pattern):
+    "Against trying all texts of up to three tokens."
+    try: constraint = Constraint(pattern, PAIRS)
+    except ValueError: return
+    shortest = min((n for n in range(4) for ids in itertools.product(range(PAIRS.vocab_size), repeat=n) if accepts(constraint, ids)), default=None)
+    assert shortest == constraint.distance[0] if shortest is not None else constraint.distance[0] > 3
+
+
+@given(patterns, st.integers(0, 3), st.integers(0, 100), st.booleans())
+@settings(max_examples=80)
+def test_constrained_text_always_matches(pattern, extra, seed, ends):
+    for tokenizer in (PAIRS, MANY):
+        end = tokenizer.vocab_size if ends else None
+        def model(ids, positions=None, mask=None, cache=None): return torch.zeros(*ids.shape, tokenizer.vocab_size + 1)
+        try: constraint = Constraint(pattern, tokenizer)
+        except ValueError: continue
+        room = int(constraint.distance[0]) + extra
+        row, = generate(model, [[0]], room, constraint=constraint, end_token=end, seed=seed)
+        if row and row[-1] == end: row = row[:-1]
+        if room: assert re.fullmatch(pattern, tokenizer.decode(row)), (pattern, tokenizer.decode(row))
+        if constraint.distance[0]:
+            with pytest.raises(ValueError, match='takes at least'): generate_steps(model, [[0]], int(constraint.distance[0]) - 1, constraint=constraint)
+
+
+def test_choices_are_exactly_the_choices():
+    options = ['a', 'ab', 'c.b', 'ba*']
+    tokenizer = CharTokenizer.train(['abc.*'])
+    constraint = Constraint.choices(options, tokenizer)
+    for n in range(4):
+        for text in map(''.join, itertools.product('abc.*', repeat=n)): assert accepts(constraint, tokenizer.encode(text)) == (text in options)
+    prepared = constraint.prepare(Sampler(banned=tokenizer.encode('a')), 3)
+    assert prepared.distance[0] == 3 and constraint.distance[0] == 1
+    with pytest.raises(ValueError): constraint.prepare(Sampler(banned=tokenizer.encode('ac')), 3)
+    with pytest.raises(ValueError): constraint.prepare(Sampler(required=[0]), 3)
+    for wrong in ('yes', []):
+        with pytest.raises((TypeError, ValueError)): Constraint.choices(wrong, tokenizer)
+
+
+@pytest.mark.parametrize('pattern', ['(a', '[b-a]', 'a{2,1}', r'\ba', '^a', 'a$', r'(a)\1', '(?=a)', '(?P<x>a)', 'a*+', 'x', 'a{5000}'])
+def test_patterns_that_cannot_work(pattern):
+    with pytest.raises(ValueError): Constraint(pattern, PAIRS)
+
+
+def test_tokens_by_what_they_add():
+    texts = token_texts(WordTokenizer.train(['one two , three'], special_tokens=('<end>',)))
+    assert sorted(texts.values()) == [' ,', ' one', ' three', ' two']
+    halves = BPETokenizer.train('é é é é', 257)
+    assert 'é' in token_texts(halves).values() and all('\ufffd' not in text for text in token_texts(halves).values())
+    assert all(halves.decode([i]) == text for i, text in token_texts(halves).items())
