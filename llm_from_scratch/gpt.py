@@ -360,7 +360,8 @@ def _picture(model: GPT) -> str:
         drawn.append(svg)
     drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
                  f'fill="none" stroke="#8a8a8a" stroke-dasharray="5 4"/>'
-                 f'<text x="350" y="{(top + y) // 2}" font-size="15">× {len(model.blocks)}</text>' + _arrow((50, y), (50, y + 20)))
+                 f'<text x="350" y="{(top + y) // 2}" font-size="15">'
+                 f'× {len(model.blocks)}</text>' + _arrow((50, y), (50, y + 20)))
     y += 20
     for part in outer[first:]:
         svg, y = _station(y, False, [part])
