@@ -143,7 +143,7 @@ def test_every_processor_is_tested_and_has_a_field():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda p: sum(p) > 1e-6), st.floats(0, 1, exclude_max=True))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_draw_never_takes_what_has_no_weight(p, u):
     token, = draw(torch.tensor([p], dtype=torch.float64), [u])
     assert p[token] > 0
@@ -284,7 +284,7 @@ def first_stop(text, stops):
 
 
 @given(st.text('ab.é😀 ', max_size=14), st.lists(st.text('ab.é😀 ', min_size=1, max_size=4), max_size=3), st.data())
-@settings(max_examples=600)
+@settings(max_examples=200)
 def test_text_does_not_depend_on_how_it_is_cut(text, stops, data):
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8)))
@@ -392,7 +392,7 @@ def test_automaton_against_re(pattern, texts):
 
 
 @given(patterns)
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_distance_is_the_least_number_of_tokens(pattern):
     "Against trying all texts of up to three tokens."
     try: constraint = Constraint(pattern, PAIRS)
@@ -402,7 +402,7 @@ def test_distance_is_the_least_number_of_tokens(pattern):
 
 
 @given(patterns, st.integers(0, 3), st.integers(0, 100), st.booleans())
-@settings(max_examples=80)
+@settings(max_examples=30)
 def test_constrained_text_always_matches(pattern, extra, seed, ends):
     for tokenizer in (PAIRS, MANY):
         end = tokenizer.vocab_size if ends else None
