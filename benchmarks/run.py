@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'
-PACKAGES = ['torch', 'numpy', 'regex', 'tiktoken', 'tokenizers']
+PACKAGES = ['torch', 'numpy', 'regex', 'tiktoken', 'tokenizers', 'transformers']
 
 
 def processor():

@@ -317,7 +317,7 @@ def cosine_schedule(
     "The learning rate of a step: up in a straight line, down along half a cosine."
     up = _warm_up(step, total, peak, warmup, floor)
     if up < 1: return peak * up
-    way = min(1.0, (step - warmup) / max(1, total - warmup))
+    way = (step - warmup) / (total - warmup) if step < total else 1.0
     return floor + (peak - floor) * (1 + math.cos(math.pi * way)) / 2
 
 # %% ../nbs/10_optim.ipynb #9544f0fb

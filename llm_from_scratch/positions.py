@@ -32,7 +32,6 @@ def sinusoidal(
     waves = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
     return waves.to(dtype or torch.get_default_dtype())
 
-
 def _frequencies(width: int, base: float) -> Float64[Tensor, "W"]:
     "Radians per position of each pair of dimensions, in 64 bits and on the CPU."
     if width < 2 or width % 2:
@@ -41,7 +40,6 @@ def _frequencies(width: int, base: float) -> Float64[Tensor, "W"]:
     if not 1 < base < math.inf:
         raise ValueError(f"the base must be a finite number above 1, got {base}")
     return base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-
 
 def _angles(length: int, frequencies: Float64[Tensor, "W"]) -> Float64[Tensor, "T W"]:
     if length < 0: raise ValueError(f"a number of positions is not negative, got {length}")
@@ -54,18 +52,16 @@ def _cached_table(make: Callable[..., Tensor], length: int, dtype: torch.dtype,
     with torch.inference_mode(False):             # or training could not use it later
         return make(length, *settings).to(device, dtype)
 
-
 @torch.compiler.assume_constant_result
-def _table(*key) -> Tensor:
-    "The table of this length, dtype and device; a compiler takes it for a constant."
-    if torch.compiler.is_exporting(): return _cached_table.__wrapped__(*key)   # a stand-in
-    return _cached_table(*key)
-
+def _prepare(module: "_Tabulated", dtype: torch.dtype, device: torch.device) -> bool:
+    "See to it that the module has its table; a compiler runs this once, while it compiles."
+    key = type(module)._make, module.length, dtype, device, *module._settings
+    module._tables[dtype, device] = _cached_table(*key)
+    return True
 
 def _check_positions(positions: Tensor) -> None:
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"positions must be whole numbers, got {positions.dtype}")
-
 
 def _refuse_negative(positions: Tensor) -> None:
     worst = int(positions.min())
@@ -81,21 +77,28 @@ class _Tabulated(nn.Module):
         super().__init__()
         if length < 1: raise ValueError(f"context_length must be at least 1, got {length}")
         self.length, self._settings = length, settings
+        self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_tables": {}}                   # not worth saving
+
+    def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if torch.compiler.is_exporting():                         # stand-ins are not kept
+            return type(self)._make(self.length, *self._settings).to(device, dtype)
+        _prepare(self, dtype, device)
+        return self._tables[dtype, device]
 
     def _rows(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         _check_positions(positions)
-        make = type(self)._make
-        key = dtype, positions.device, *self._settings
         if _may_look(positions):
-            try: return F.embedding(positions, _table(make, self.length, *key))
+            try: return F.embedding(positions, self._table(dtype, positions.device))
             except IndexError: _refuse_negative(positions)
             self.length = max(2 * self.length, int(positions.max()) + 1)     # far away: grow
-        return F.embedding(positions, _table(make, self.length, *key))
+        return F.embedding(positions, self._table(dtype, positions.device))
 
 # %% ../nbs/06_positions.ipynb #82e76f1d
 def _waves(length: int, d_model: int, base: float) -> Tensor:
     return sinusoidal(length, d_model, base, dtype=torch.float64)
-
 
 class SinusoidalPositions(_Tabulated):
     "The rows of `sinusoidal` for any positions, without parameters or state."
@@ -143,7 +146,6 @@ class LearnedPositions(nn.Module):
         try: return F.embedding(positions, self.weight)
         except IndexError: _refuse(positions, len(self.weight))
 
-
 def _refuse(positions: Tensor, length: int) -> NoReturn:
     "Say which position is outside a table of this length."
     _refuse_negative(positions)
@@ -156,7 +158,6 @@ def _turn_half(x: Tensor, rows: Tensor) -> Tensor:
     cos, signed_sin = rows.chunk(2, -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
-
 def _turn_interleaved(x: Tensor, rows: Tensor) -> Tensor:
     "Turn number 2i against 2i + 1, as a product of complex numbers."
     pairs, turns = x.to(rows.dtype).unflatten(-1, (-1, 2)), rows.unflatten(-1, (-1, 2))
@@ -168,9 +169,7 @@ def _turn_interleaved(x: Tensor, rows: Tensor) -> Tensor:
         turned = torch.view_as_real(product)
     return turned.flatten(-2).to(x.dtype)
 
-
 _TURNS = {"half": _turn_half, "interleaved": _turn_interleaved}
-
 
 def _turns(length: int, frequencies: tuple[float, ...], factor: float, layout: str) -> Tensor:
     "Cosines and sines of all angles, laid out as `_TURNS[layout]` wants its rows."
@@ -188,7 +187,6 @@ def _rotary_width(d_head: int, fraction: float) -> int:
         raise ValueError("numbers turn in pairs: the rotary width must be even and "
                          f"positive, got {width} of {d_head}")
     return width
-
 
 def _check_fit(x: Tensor, positions: Tensor, d_head: int) -> None:
     if x.shape[-1] != d_head:
@@ -208,7 +206,6 @@ def rope_frequencies(
     frequencies = _frequencies(width, base)
     if scaling is None: return frequencies
     return ROPE_SCALINGS[scaling.kind](frequencies, base, scaling)
-
 
 def _attention_factor(scaling: "RopeScaling | None") -> float:
     if scaling is None or scaling.kind != "yarn": return 1.0
@@ -265,7 +262,6 @@ def interleaved_to_half(
     "Reorder rows so that `half` turns what `interleaved` turned, @eq-positions-weights."
     return _reorder(weight, n_heads, fraction, lambda order: order)
 
-
 def half_to_interleaved(
     weight: Num[Tensor, "N *D"],   # query or key projection (H·d, D), or its bias (H·d)
     n_heads: int,                  # heads of this projection: for keys, `n_kv_heads`
@@ -273,7 +269,6 @@ def half_to_interleaved(
 ) -> Num[Tensor, "N *D"]:
     "The inverse of `interleaved_to_half`."
     return _reorder(weight, n_heads, fraction, torch.argsort)
-
 
 def _reorder(weight: Tensor, n_heads: int, fraction: float,
              which: Callable[[Tensor], Tensor]) -> Tensor:
@@ -319,20 +314,17 @@ class RopeScaling:
 def _linear(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     return frequencies / scaling.factor
 
-
 def _ntk(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     if len(frequencies) < 2:
         raise ValueError("ntk scaling needs a rotary width of at least 4")
     place = torch.linspace(0, 1, len(frequencies), dtype=torch.float64, device="cpu")
     return frequencies * scaling.factor**-place
 
-
 def _llama3(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = frequencies * (scaling.original_context_length or 0) / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / scaling.factor)
-
 
 def _yarn(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     n = len(frequencies)
@@ -347,7 +339,6 @@ def _yarn(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     index = torch.arange(n, dtype=torch.float64, device="cpu")
     slow = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequencies * (1 - slow + slow / scaling.factor)
-
 
 ROPE_SCALINGS: dict[str, Callable[[Tensor, float, RopeScaling], Tensor]] = {
     "linear": _linear, "ntk": _ntk, "llama3": _llama3, "yarn": _yarn}
@@ -390,14 +381,12 @@ class Alibi(nn.Module):
         return make(self.n_heads, n_queries, n_keys, torch.device(device or "cpu"),
                     dtype or torch.get_default_dtype())
 
-
 def _bias(n_heads: int, n_queries: int, n_keys: int, device: torch.device,
           dtype: torch.dtype) -> Tensor:
     keys = torch.arange(n_keys, device=device)
     distance = (keys[n_keys - n_queries :, None] - keys).abs()
     slopes = alibi_slopes(n_heads).to(device)
     return (-slopes[:, None, None] * distance).to(dtype)
-
 
 @lru_cache(maxsize=2)                          # H · T · S numbers: keep few
 def _cached_bias(*key) -> Tensor:
@@ -412,13 +401,11 @@ class PositionScheme:
     rotary: Rope | None = None           # turns queries and keys
     bias: Alibi | None = None            # is added to the scores
 
-
 def _rope_scheme(*, d_head: int, context_length: int, rope_base: float = 10_000.0,
                  rope_layout: str = "half", rope_fraction: float = 1.0,
                  rope_scaling: RopeScaling | None = None, **_: object) -> PositionScheme:
     return PositionScheme(rotary=Rope(d_head, rope_base, rope_layout, rope_fraction,
                                       rope_scaling, context_length=context_length))
-
 
 POSITIONS: dict[str, Callable[..., PositionScheme]] = {
     "none": lambda **_: PositionScheme(),
@@ -429,7 +416,6 @@ POSITIONS: dict[str, Callable[..., PositionScheme]] = {
     "rope": _rope_scheme,
     "alibi": lambda *, n_heads, **_: PositionScheme(bias=Alibi(n_heads)),
 }
-
 
 def position_scheme(
     name: str,          # one of `POSITIONS`

@@ -3,7 +3,7 @@ import copy, inspect, json, math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from llm_from_scratch import optim
@@ -268,11 +268,12 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
 
 # ---- schedules ----
 
-@given(st.sampled_from(sorted(SCHEDULES)), st.integers(0, 40), st.integers(0, 60), st.floats(1e-5, 1), st.floats(0, 1))
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(0, 15), st.integers(0, 25), st.floats(1e-5, 1), st.floats(0, 1))
 def test_schedules_rise_to_the_peak_and_never_again(name, warmup, rest, peak, share):
     total, floor = warmup + rest, share * peak
-    settings = {'decay': rest // 2} if name == 'wsd' else {}
-    rates = [SCHEDULES[name](step, total, peak=peak, warmup=warmup, floor=floor, **settings) for step in range(total + 5)]
+    extra = {'decay': rest // 2} if name == 'wsd' else {}
+    rates = [SCHEDULES[name](step, total, peak=peak, warmup=warmup, floor=floor, **extra) for step in range(total + 5)]
     for step in range(warmup): assert math.isclose(rates[step], peak * (step + 1) / (warmup + 1))
     if rest > 1: assert math.isclose(rates[warmup], peak)
     assert all(b <= a * (1 + 1e-9) for a, b in zip(rates[warmup:], rates[warmup + 1:]))
@@ -368,8 +369,8 @@ def test_the_finder_finds_the_edge_of_a_bowl_and_leaves_no_trace():
     model(torch.ones(1, 1)).backward()
     optimizer.step()
     weight, state = model.weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
-    search = find_learning_rate(model, optimizer, lambda i: (model.weight**2).sum() / 2 + 1, low=1e-3, high=100.0)
-    assert 0.05 < search.suggestion < 2
+    search = find_learning_rate(model, optimizer, lambda i: ((model.weight - 0.5 * math.sin(i)) ** 2).sum() / 2 + 1, low=1e-3, high=100.0)
+    assert 0.05 < search.suggestion < 3
     assert len(search.rates) == len(search.losses) < 100 and search.rates == sorted(search.rates)
     assert torch.equal(model.weight, weight) and model.weight.grad is None
     assert optimizer.state_dict()['param_groups'] == state['param_groups']

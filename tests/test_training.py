@@ -1,0 +1,387 @@
+"The trainer against the bare loop, one process against two, checkpoints against the safetensors library."
+import json, logging, math, os, subprocess, sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from llm_from_scratch import training
+from llm_from_scratch.data import IGNORE, BatchLoader
+from llm_from_scratch.gpt import GPT, GPTConfig
+from llm_from_scratch.optim import SCHEDULES
+from llm_from_scratch.training import (
+    OPTIMIZERS, LivePlot, SpikeDetector, TensorBoard, TrainConfig, Trainer, World, accumulate, checkpoints, choose_precision, compiled, evaluate, generator_states,
+    latest_checkpoint, load_checkpoint, loader_for, missing_compiler, plot_history, predict_run, read_log, restore_generators, save_checkpoint, write_tensors)
+
+INPUTS = ['llm_from_scratch/*.py']
+ROOT = Path(training.__file__).parent.parent
+torch.set_num_threads(1)
+
+
+def make(folder=None, d_model=8, dropout=.2, validation=True, **settings):
+    "A small trainer, the same each time."
+    config = TrainConfig(**{'steps': 6, 'batch_size': 4, 'lr': .01, 'precision': 'float32', 'eval_batches': 2, **settings})
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=19, context_length=6, d_model=d_model, n_layers=1, n_heads=2, dropout=dropout))
+    ids = np.random.default_rng(0).integers(0, 19, 300)
+    held_out = loader_for(config, ids[:80], 6, shuffle=False) if validation else None
+    return Trainer(model, config, loader_for(config, ids, 6), held_out, folder, world=World())
+
+
+def same_model(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+
+
+# Configuration ----------------------------------------------------------------------------------------------------
+
+def test_a_configuration_survives_json():
+    config = TrainConfig(tokens=10**6, betas=(.8, .99), schedule='wsd', decay=10, clip=None, on_spike='skip')
+    assert TrainConfig.from_json(config.to_json()) == config and isinstance(TrainConfig.from_json(config.to_json()).betas, tuple)
+    with pytest.raises(AttributeError): config.lr = 1.0
+
+
+@pytest.mark.parametrize(('wrong', 'message'), [
+    ({}, 'a run needs an end'), ({'steps': 0}, 'steps must be a whole number of at least 1, got 0'), ({'steps': 2.0}, 'steps'), ({'steps': True}, 'steps'),
+    ({'seconds': -1}, 'seconds must be a positive number'), ({'seconds': math.inf}, 'seconds'), ({'lr': 0}, 'lr'), ({'lr': math.nan}, 'lr'), ({'lr': '1'}, 'lr'),
+    ({'betas': (.9, 1)}, 'betas'), ({'betas': (.9,)}, 'betas'), ({'floor': 1.5}, 'floor'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
+    ({'batch_size': 4, 'micro_batch_size': 8}, 'micro_batch_size 8 is more than batch_size 4'), ({'warmup': 11}, 'warmup of 11 steps'), ({'keep': 0}, 'keep'),
+    ({'optimizer': 'adam'}, "unknown optimizer 'adam': expected one of adamw, muon"), ({'schedule': 'cos'}, 'schedule'), ({'precision': 'fp8'}, 'precision'),
+    ({'on_nan': 'ignore'}, 'on_nan'), ({'on_spike': 'x'}, 'on_spike'), ({'compile': 1}, 'compile'), ({'learning_rate': 1}, "no field 'learning_rate'"),
+    ({'warm_up': 3}, "did you mean 'warmup'"), ({'eval_every': None, 'batch_size': None}, 'batch_size'), ({'on_save_error': 'x'}, 'on_save_error')])
+def test_what_cannot_be_is_refused(wrong, message):
+    given = {} if not wrong else {'steps': 10, **wrong}
+    with pytest.raises((ValueError, TypeError), match=message): TrainConfig(**given)
+    with pytest.raises((ValueError, TypeError), match=message): TrainConfig.from_json(json.dumps(given))
+
+
+def test_every_field_is_checked():
+    for field in fields(TrainConfig):
+        with pytest.raises((ValueError, TypeError)): TrainConfig(**{'steps': 10, field.name: 'nonsense'})
+
+
+def test_an_impossible_schedule_shows_before_the_run():
+    with pytest.raises(ValueError, match='do not fit'): make(steps=6, schedule='wsd', warmup=4, decay=4)
+
+
+def test_a_loader_of_another_run_is_refused():
+    made = make()
+    for wrong, message in ((BatchLoader(made.train.ids, 6, 8), 'batches have 8 rows'), (BatchLoader(made.train.ids, 6, 4, rank=1, world_size=2), 'loader_for')):
+        with pytest.raises(ValueError, match=message): Trainer(made.model, made.config, wrong)
+
+
+# The loop ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('schedule', sorted(SCHEDULES))
+def test_against_the_bare_loop_of_torch(schedule):
+    made = make(steps=12, schedule=schedule, warmup=3, floor=.1, lr=.01, clip=.5, dropout=0, weight_decay=.3)
+    bare = make(dropout=0).model
+    table = [p for n, p in bare.named_parameters() if p.ndim > 1 and 'embedding' not in n and n != 'head.weight']
+    rest = [p for p in bare.parameters() if all(p is not q for q in table)]
+    optimizer = torch.optim.AdamW([{'params': table, 'weight_decay': .3}, {'params': rest, 'weight_decay': 0.}], betas=(.9, .95), eps=1e-8)
+    losses = []
+    for step in range(12):
+        for group in optimizer.param_groups: group['lr'] = SCHEDULES[schedule](step, 12, peak=.01, warmup=3, floor=.001)
+        loss = bare(*made.train.batch(step))
+        optimizer.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(bare.parameters(), .5)
+        optimizer.step(); losses.append(loss.item())
+    result = made.fit()
+    np.testing.assert_allclose(result.column('loss')[1], losses, rtol=1e-6)
+    for a, b in zip(made.model.parameters(), bare.parameters(), strict=True): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 7), st.integers(1, 7), st.floats(0, .9), st.integers(0, 99))
+def test_accumulated_gradients_are_those_of_the_whole_batch(rows, micro, ignored, seed):
+    torch.manual_seed(seed)
+    model = make(dropout=0).model
+    x, y = torch.randint(0, 19, (rows, 6)), torch.randint(0, 19, (rows, 6))
+    y[torch.rand(rows, 6) < ignored] = IGNORE
+    y[0, 0] = 3
+    model(x, y).backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = accumulate(model, x, y, micro)
+    torch.testing.assert_close(loss, model(x, y).detach(), rtol=1e-6, atol=1e-6)
+    for p, g in zip(model.parameters(), whole): torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_in_micro_batches_is_the_run_in_whole_batches():
+    whole, parts = make(steps=10, dropout=0, batch_size=6), make(steps=10, dropout=0, batch_size=6, micro_batch_size=4)
+    np.testing.assert_allclose(parts.fit().column('loss')[1], whole.fit().column('loss')[1], atol=1e-6)
+
+
+def test_a_batch_without_targets_moves_nothing_and_is_a_number():
+    model = make(dropout=0).model
+    x, y = torch.zeros(2, 6, dtype=torch.long), torch.full((2, 6), IGNORE)
+    assert accumulate(model, x, y, 1) == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_evaluation_drops_nothing_counts_targets_and_disturbs_nothing():
+    made = make(dropout=.5)
+    model, loader = made.model, made.validation
+    states = generator_states(model)
+    surprise, counted = evaluate(model, loader, 3)
+    assert (surprise, counted) == evaluate(model, loader, 3) and generator_states(model)['torch'] == states['torch'] and model.training
+    model.eval()
+    with torch.no_grad(): losses = [(model(*loader.batch(i)).item(), int((loader.batch(i)[1] != IGNORE).sum())) for i in range(3)]
+    assert counted == sum(n for _, n in losses) and surprise == pytest.approx(sum(l * n for l, n in losses))
+    evaluate(model, loader, 1)
+    assert not model.training
+
+
+@pytest.mark.parametrize('name', sorted(OPTIMIZERS))
+def test_every_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path, name):
+    settings = {'optimizer': name, 'steps': 12, 'muon_lr': .02}
+    whole, fresh = make(**settings), make(**settings); whole.fit()
+    half = make(tmp_path, **settings, save_every=5)
+    half.listeners.append(lambda r: r['step'] == 7 and half.stop('interrupted'))
+    half.fit()
+    again = make(tmp_path, **settings)
+    assert again.resume(step=5) == 5 and not same_model(again, whole)
+    again.fit()
+    assert same_model(again, whole) and not any(torch.equal(a, b) for a, b in zip(whole.model.parameters(), fresh.model.parameters()))
+    assert [r['loss'] for r in again.history] == [r['loss'] for r in whole.history]
+
+
+def test_muon_needs_matrices_and_something_else():
+    with pytest.raises(ValueError, match='does not have both'): OPTIMIZERS['muon'](nn.Linear(3, 3, bias=False), TrainConfig(steps=1))
+
+
+# Budgets and ends -------------------------------------------------------------------------------------------------
+
+def test_budgets_end_a_run():
+    per_step = 4 * 6
+    assert make(steps=None, tokens=5 * per_step - 3).fit().step in (5, 6)
+    assert make(steps=3, tokens=10**6).fit().reason == 'steps'
+    result = make(steps=None, seconds=.2).fit()
+    assert result.reason == 'seconds' and .2 <= result.seconds < 5
+
+
+def test_seconds_count_across_interruptions(tmp_path):
+    first = make(tmp_path, steps=None, seconds=.2).fit()
+    again = make(tmp_path, steps=None, seconds=.2)
+    assert again.resume() == first.step and again.fit().step == first.step
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
+    made = make(tmp_path, steps=200, lr=.5, eval_every=2, patience=3, keep=1)
+    result = made.fit()
+    losses = result.column('validation')[1]
+    assert result.reason == 'patience' and min(losses) == result.best[0] and losses.index(min(losses)) == len(losses) - 4
+    assert {int(p.name[5:]) for p in checkpoints(tmp_path)} == {result.best[1], result.step}
+    assert load_checkpoint(tmp_path/f'step-{result.best[1]:08d}').state['best'][0] == result.best[0]
+
+
+def test_spikes():
+    quiet = SpikeDetector(6.0)
+    assert not any(quiet.is_spike(5 - i / 20 + .1 * (-1) ** i) for i in range(40))
+    assert quiet.is_spike(9.0) and quiet.is_spike(9.0) and not quiet.is_spike(3.0)
+    assert not any(SpikeDetector(6.0, least=4).is_spike(x) for x in (1., 2., 99.)) and SpikeDetector(6.0).limit() == math.inf
+
+
+# Precision and the compiler ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('speed', 'expected'), [(.02, 'float32'), (1.1, 'float32'), (2.3, 'bfloat16')])
+def test_auto_takes_bfloat16_only_where_it_is_faster(monkeypatch, speed, expected):
+    monkeypatch.setattr(training, 'bfloat16_speed', lambda device: speed)
+    assert choose_precision('auto', 'cpu')[0] == expected and f'{speed:.2g} times' in choose_precision('auto', 'cpu')[1]
+    assert choose_precision('float16', 'cpu') == ('float16', 'as configured')
+    with pytest.raises(ValueError, match='unknown precision'): choose_precision('int8', 'cpu')
+
+
+@pytest.mark.parametrize(('precision', 'dtype'), [('float32', torch.float32), ('bfloat16', torch.bfloat16), ('float16', torch.float16)])
+def test_the_model_runs_in_the_precision_that_was_asked_for(precision, dtype):
+    made, seen = make(precision=precision, steps=3), set()
+    made.model.blocks[0].attention.query.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    result = made.fit()
+    assert seen == {dtype} and all(p.dtype == torch.float32 for p in made.model.parameters())
+    reference = make(steps=3).fit()
+    np.testing.assert_allclose(result.column('loss')[1], reference.column('loss')[1], atol=.05)
+
+
+def test_float16_overflow_is_left_out_and_the_factor_shrinks(tmp_path):
+    made = make(tmp_path, precision='float16', steps=12)
+    made.model.head.weight.register_hook(lambda g: g * (float('inf') if made.step in (2, 3) else 1))
+    result = made.fit()
+    overflows = [r['step'] for r in result.history if r.get('event') == 'overflow']
+    assert result.reason == 'steps' and {3, 4} <= set(overflows) and len(overflows) < 6
+    assert made.scaler.get_scale() == 65536 / 2 ** len(overflows)
+    again = make(tmp_path, precision='float16', steps=12); again.resume()
+    assert again.scaler.get_scale() == made.scaler.get_scale()
+    made = make(precision='float16', steps=99)
+    made.model.head.weight.register_hook(lambda g: g * float('inf'))
+    assert made.fit().reason == 'nan' and made.step == 40
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'bfloat16_speed', lambda device: 9.0)
+    made = make(tmp_path, precision='auto', steps=2); made.fit()
+    monkeypatch.setattr(training, 'bfloat16_speed', lambda device: .1)
+    again = make(tmp_path, precision='auto', steps=2); again.resume()
+    assert made.precision == again.precision == 'bfloat16'
+
+
+def test_without_a_compiler_the_model_stays_as_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(training.shutil, 'which', lambda name: None)
+    model = nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING): assert compiled(model, 'cpu') is model
+    assert 'compile=True is left off: there is no C++ compiler' in caplog.text and missing_compiler('cpu')
+    monkeypatch.undo()
+    monkeypatch.setattr(training.torch, 'compile', lambda model: nn.Sequential(model))
+    monkeypatch.setattr(training, 'missing_compiler', lambda device: None)
+    assert compiled(model, 'cpu')[0] is model
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_compiler('cpu') is not None, reason='there is no compiler')
+def test_a_compiled_run_learns_the_same(tmp_path):
+    eager, fused = make(steps=5, dropout=0), make(tmp_path, steps=5, dropout=0, compile=True)
+    np.testing.assert_allclose(fused.fit().column('loss')[1], eager.fit().column('loss')[1], atol=1e-5)
+    assert set(load_checkpoint(tmp_path).tensors['model']) == set(eager.model.state_dict())
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    tensors = {f't{i}': torch.arange(6).view(2, 3).to(t) for i, t in enumerate(types)}
+    tensors |= {'scalar': torch.tensor(3.5), 'empty': torch.empty(0, 4), 'strided': torch.arange(12.).view(3, 4).T[1:]}
+    facts = write_tensors(tmp_path/'x.safetensors', tensors)
+    found = safetensors.torch.load_file(tmp_path/'x.safetensors')
+    assert set(found) == set(tensors) and facts['bytes'] == (tmp_path/'x.safetensors').stat().st_size
+    for name, t in tensors.items(): assert found[name].dtype == t.dtype and found[name].shape == t.shape and torch.equal(found[name], t)
+    with pytest.raises(ValueError, match='cannot save z'): write_tensors(tmp_path/'y', {'z': torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_the_newest_stay_and_the_best(tmp_path):
+    for step in range(1, 8): save_checkpoint(tmp_path, step, {'model': {'w': torch.full((2,), float(step))}}, keep=2, best=3 if step > 2 else None)
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [3, 6, 7] and latest_checkpoint(tmp_path).name == 'step-00000007'
+    assert load_checkpoint(tmp_path).tensors['model']['w'].tolist() == [7, 7]
+    save_checkpoint(tmp_path, 7, {'model': {'w': torch.zeros(2)}}, {'note': 'ß'})
+    assert load_checkpoint(tmp_path).tensors['model']['w'].tolist() == [0, 0] and load_checkpoint(tmp_path).state['note'] == 'ß'
+
+
+def test_every_generator_is_put_back():
+    import random
+    from llm_from_scratch.tensors import Dropout
+    model = nn.Sequential(nn.Linear(2, 2), Dropout(.5, generator=torch.Generator().manual_seed(3)))
+    def draw(): return random.random(), random.gauss(), np.random.random(), np.random.normal(), torch.rand(3).tolist(), torch.rand(2, generator=model[1].generator).tolist()
+    random.gauss(); np.random.normal()                # both keep a second number back
+    states = json.loads(json.dumps(generator_states(model)))
+    first = draw()
+    assert draw() != first
+    restore_generators(model, states)
+    assert draw() == first
+
+
+# Two processes ----------------------------------------------------------------------------------------------------
+
+TOGETHER = '''
+import json, os, sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from test_training import together
+from llm_from_scratch.training import join_world
+with join_world("cpu") as world: together(world, sys.argv[2])
+'''
+
+
+def together(world, folder):
+    "What each of several processes does: train, then go on from the middle in another folder."
+    import copy
+    def fresh(dropout, folder=None):
+        config = TrainConfig(steps=8, batch_size=5, micro_batch_size=1, lr=.01, precision='float32', save_every=4, eval_every=4, eval_batches=2)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=19, context_length=6, d_model=8, n_layers=1, n_heads=2, dropout=dropout))
+        ids = np.random.default_rng(0).integers(0, 19, 299)
+        return Trainer(model, config, loader_for(config, ids, 6, world), loader_for(config, ids[:80], 6, world, shuffle=False), folder, world=world)
+    plain = fresh(0).fit()
+    random = fresh(.3, f'{folder}/dropout'); random.fit()
+    again = fresh(.3, f'{folder}/dropout')
+    again.resume(step=4); again.fit()
+    stopped = fresh(0)
+    if world.rank == world.size - 1: stopped.listeners, stopped.log = [], lambda r: stopped.history.append(r) or (r['step'] == 3 and stopped.stop('interrupted'))
+    ended = stopped.fit()
+    found = {'loss': plain.column('loss')[1], 'validation': plain.column('validation')[1], 'same': same_model(again, random), 'ended': [ended.reason, ended.step],
+             'losses': [r['loss'] for r in again.history] == [r['loss'] for r in random.history]}
+    Path(f'{folder}/rank{world.rank}.json').write_text(json.dumps(found))
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    script = tmp_path/'together.py'
+    script.write_text(TOGETHER)
+    env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0', '--rdzv-backend=c10d',
+                           '--rdzv-endpoint=127.0.0.1:0', script, str(Path(__file__).parent), tmp_path], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path/'one').mkdir()
+    together(World(), tmp_path/'one')
+    one, *two = (json.loads((tmp_path/name).read_text()) for name in ('one/rank0.json', 'rank0.json', 'rank1.json'))
+    for found in two:
+        np.testing.assert_allclose(found['loss'], one['loss'], atol=1e-5)
+        np.testing.assert_allclose(found['validation'], one['validation'], atol=1e-5)
+        assert found['same'] and found['losses'] and found['ended'] == ['interrupted', 3]
+    assert len(load_checkpoint(tmp_path/'dropout').state['generators']) == 2
+
+
+# Beside the run ---------------------------------------------------------------------------------------------------
+
+def test_the_log_says_what_the_history_says(tmp_path):
+    made = make(tmp_path, steps=6, eval_every=3)
+    result = made.fit()
+    assert read_log(tmp_path/'log.jsonl') == result.history and len(result.history) == 6
+    assert result.column('validation')[0] == [3, 6] and result.column('loss')[0] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_prediction_disturbs_nothing_and_counts_right():
+    made = make(dropout=.3, micro_batch_size=2)
+    before, states = {k: v.clone() for k, v in made.model.state_dict().items()}, generator_states(made.model)
+    found = predict_run(made.model, made.config, made.train)
+    n = sum(p.numel() for p in made.model.parameters())
+    assert (found.weights, found.gradients, found.optimizer) == (4 * n, 4 * n, 8 * n) and found.steps == 6 and found.seconds > 0
+    assert generator_states(made.model)['torch'] == states['torch'] and all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
+    assert all(p.grad is None for p in made.model.parameters())
+    x, y = made.train.batch(0)
+    assert found.activations == training._saved_bytes(made.model, x[:2], y[:2].clamp(min=0))
+    assert not replace(found, available=found.memory).fits and 'does not fit' in str(replace(found, available=1))
+    muon = predict_run(made.model, replace(made.config, optimizer='muon'), made.train, seconds=False)
+    state = sum(v.nbytes for o in OPTIMIZERS['muon'](made.model, made.config) for p in o.param_groups for v in p['params']) * 2
+    assert muon.optimizer < state == found.optimizer and muon.step_seconds is None
+
+
+def test_the_predicted_optimizer_memory_is_what_it_takes():
+    for name in OPTIMIZERS:
+        made = make(optimizer=name, steps=1)
+        predicted = predict_run(made.model, made.config, made.train, seconds=False).optimizer
+        made.fit()
+        assert predicted == sum(v.nbytes for o in made.optimizers for s in o.state.values() for k, v in s.items() if k != 'step')
+
+
+def test_progress_plots_and_tensorboard(capsys, monkeypatch):
+    matplotlib = pytest.importorskip('matplotlib'); matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    live = LivePlot(every=0, floor=1.0)
+    made = make(steps=4, eval_every=2); made.listeners.append(live)
+    result = made.fit(progress=True)
+    assert 'tokens/s' in capsys.readouterr().err and len(live.history) == 4
+    figure, ax = plt.subplots()
+    plot_history(ax, result.history, floor=1.0)
+    assert [line.get_label() for line in ax.lines] == ['training', 'validation', 'floor']
+    plt.close(figure)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(ImportError, match='pip install tensorboard'): TensorBoard('x')
+
+
+def test_tensorboard_hears_numbers(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+    said = []
+    writer = lambda folder: SimpleNamespace(add_scalar=lambda *args: said.append(args))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=writer))
+    TensorBoard(tmp_path)({'step': 3, 'loss': 1.5, 'event': 'nan'})
+    assert said == [('loss', 1.5, 3)]

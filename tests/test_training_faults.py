@@ -1,0 +1,268 @@
+"What can happen to a run: a kill at any moment, a damaged checkpoint, a full disk, no number, a spike, Ctrl-C."
+import errno, json, logging, os, random, shutil, signal, subprocess, sys, tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import make, same_model
+
+from llm_from_scratch import training
+from llm_from_scratch.training import DamagedCheckpoint, append_line, checkpoints, latest_checkpoint, load_checkpoint, read_log, save_checkpoint
+
+INPUTS = ['llm_from_scratch/*.py', 'tests/test_training.py', 'tests/killed_training.py']
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
+
+
+# Killed -----------------------------------------------------------------------------------------------------------
+
+def kill(folder, points, seed):
+    "Have runs killed at random points and resumed; what the killer reports. In memory where possible: a kill does not empty the disk's cache."
+    if os.access('/dev/shm', os.W_OK): folder = tempfile.mkdtemp(dir='/dev/shm', prefix=folder.name)
+    env = os.environ | {'PYTHONPATH': str(HERE.parent), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, HERE/'killed_training.py', folder, str(points), str(seed)], capture_output=True, text=True, env=env, encoding='utf-8')
+    shutil.rmtree(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='runs are forked, to be killed by the dozen')
+def test_killed_at_25_random_points_a_run_ends_as_if_nothing_had_happened(tmp_path):
+    found = kill(tmp_path, 26, 0)
+    assert found['deaths'] >= 25 and found['resumed'] >= 12 and len(found['where']) >= 10, found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='runs are forked, to be killed by the dozen')
+def test_killed_at_a_thousand_random_points(tmp_path):
+    found = kill(tmp_path, 1000, 1)
+    assert found['deaths'] >= 1000 and {'save_checkpoint', 'write_tensors', '_thin', '_write_state', '_cut_log', '_discard'} <= set(found['where']), found
+
+
+@pytest.mark.parametrize('name', ['_write_state', '_sync_folder', '_thin', '_discard'])
+def test_an_error_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, name):
+    save_checkpoint(tmp_path, 1, {'model': {'w': torch.ones(3)}}, keep=1)
+    def fail(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(training, name, fail)
+    with pytest.raises(KeyboardInterrupt): save_checkpoint(tmp_path, 2, {'model': {'w': torch.zeros(3)}}, keep=1)
+    assert load_checkpoint(tmp_path).step in (1, 2) and not list(tmp_path.glob('.step*'))
+
+
+def test_what_a_kill_left_is_never_taken_for_a_checkpoint_and_is_swept(tmp_path):
+    half = tmp_path/'.step-00000009.0123abcd.tmp'
+    half.mkdir(); (half/'model.safetensors').write_bytes(b'half')
+    assert checkpoints(tmp_path) == [] and latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 3, {'model': {}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['step-00000003']
+
+
+# Damaged ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(tmp_path):
+    "A finished run of 6 steps with checkpoints after 2, 4 and 6."
+    made = make(tmp_path, steps=6, save_every=2)
+    made.fit()
+    return made
+
+
+def test_every_flipped_byte_is_noticed_and_named(run, tmp_path):
+    last, draw = latest_checkpoint(tmp_path), random.Random(0)
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        places = {0, 8, len(whole) - 1} | {draw.randrange(len(whole)) for _ in range(15)}
+        for at in places:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1:])
+            with pytest.raises(DamagedCheckpoint, match=rf'step-00000006 is damaged: {path.name}.*the one before is step-00000004: resume\(step=4\)'): load_checkpoint(last)
+        path.write_bytes(whole)
+    assert load_checkpoint(last).step == 6
+
+
+def test_every_truncation_and_every_missing_file_is_named(run, tmp_path):
+    last = latest_checkpoint(tmp_path)
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        for size in (0, 1, 8, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(DamagedCheckpoint, match=path.name): load_checkpoint(last)
+        path.unlink()
+        with pytest.raises(DamagedCheckpoint, match=f'{path.name} is missing'): load_checkpoint(last)
+        path.write_bytes(whole)
+
+
+def test_a_damaged_checkpoint_offers_the_one_before(run, tmp_path, caplog):
+    (tmp_path/'step-00000006'/'model.safetensors').write_bytes(b'')
+    again = make(tmp_path, steps=6, save_every=2)
+    with pytest.raises(DamagedCheckpoint, match=r'resume\(step=4\)'): again.resume()
+    assert again.resume(step=4) == 4
+    again.fit()
+    assert same_model(again, run)
+    assert (tmp_path/'step-00000006').is_dir() and len(list(tmp_path.glob('aside-step-00000006-*'))) == 1
+
+
+def test_damaged_checkpoints_are_skipped_where_that_is_asked_for(run, tmp_path):
+    for step in 6, 4: (tmp_path/f'step-{step:08d}'/'state.json').write_text('{}')
+    again = make(tmp_path, steps=6, save_every=2)
+    assert again.resume(skip_damaged=True) == 2
+    again.fit()
+    assert same_model(again, run)
+    for path in tmp_path.glob('step-*'): (path/'state.json').unlink()
+    with pytest.raises(DamagedCheckpoint, match='there is none before it'): make(tmp_path, steps=6).resume(skip_damaged=True)
+
+
+def test_a_log_with_a_torn_line_is_read_up_to_it(tmp_path):
+    for step in 1, 2, 3: append_line(tmp_path/'log.jsonl', {'step': step})
+    with open(tmp_path/'log.jsonl', 'a') as f: f.write('{"step": 4, "lo')
+    assert [r['step'] for r in read_log(tmp_path/'log.jsonl')] == [1, 2, 3]
+    assert [r['step'] for r in read_log(tmp_path/'log.jsonl', until=2)] == [1, 2]
+    assert read_log(tmp_path/'none.jsonl') == []
+
+
+# The disk ---------------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    resource = pytest.importorskip('resource')
+    made = make(tmp_path, steps=8, save_every=2)
+    def fill(record):                              # from step 3 on no file may grow beyond 1,000 bytes
+        if record['step'] == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made.listeners.append(fill)
+    try: result = made.fit()
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.reason == 'save error' and 'cannot save' in str(result) and 'the last checkpoint is step-00000002' in str(result)
+    assert result.step == 4 and load_checkpoint(tmp_path).step == 2 and not list(tmp_path.glob('.step*'))
+
+
+class FullDisk:
+    "A writer that has room for so many bytes."
+    def __init__(self, room): self.room, self.put = room, training._put
+    def __call__(self, file, crc, data):
+        self.room -= len(data)
+        if self.room < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.put(file, crc, data)
+
+
+@pytest.mark.parametrize('room', [0, 100, 5_000])
+def test_a_full_disk_is_survived_where_that_is_asked_for(tmp_path, monkeypatch, caplog, room):
+    made = make(tmp_path, steps=8, save_every=2, on_save_error='skip')
+    def fill(record):
+        if record['step'] == 3: monkeypatch.setattr(training, '_put', FullDisk(room))
+        if record['step'] == 7: monkeypatch.undo()
+    made.listeners.append(fill)
+    result = made.fit()
+    assert result.reason == 'steps' and result.step == 8 and 'No space left' in caplog.text
+    assert load_checkpoint(tmp_path).step == 8 and not (tmp_path/'step-00000004').exists()
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    def fail(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    made = make(tmp_path, steps=8)
+    monkeypatch.setattr(training, 'append_line', fail)
+    assert made.fit().reason == 'save error' and made.step == 1
+
+
+# No number, spikes ------------------------------------------------------------------------------------------------
+
+class Poison:
+    "A model whose loss is multiplied at some calls."
+    def __new__(cls, model, factors):
+        forward, calls = model.forward, iter(range(1, 10**6))
+        model.forward = lambda x, y: forward(x, y) * factors.get(next(calls) if model.training else 0, 1.0)
+        return model
+
+
+@pytest.mark.parametrize('poison', [float('nan'), float('inf')])
+def test_no_number_ends_the_run_with_the_last_good_weights(tmp_path, poison):
+    made = make(tmp_path/'a', steps=8, schedule='constant'); Poison(made.model, {5: poison})
+    good = make(steps=4, schedule='constant'); good.fit()
+    result = made.fit()
+    assert result.reason == 'nan' and f'step 5: the loss is {poison}' in str(result) and same_model(made, good)
+    saved = load_checkpoint(tmp_path/'a')
+    assert saved.step == 5 and all(torch.equal(saved.tensors['model'][k], v) for k, v in good.model.state_dict().items())
+
+
+def test_no_number_in_the_gradient_alone_is_named(tmp_path):
+    made = make(steps=8)
+    made.model.token_embedding.weight.register_hook(lambda g: g * float('inf') if made.step == 3 else g)
+    result = made.fit()
+    assert result.reason == 'nan' and 'step 4' in str(result) and 'token_embedding.weight' in str(result)
+
+
+def test_skipping_leaves_out_the_step_and_goes_on(tmp_path):
+    made = make(steps=8, on_nan='skip'); Poison(made.model, {3: float('nan'), 6: float('inf')})
+    result = made.fit()
+    assert result.reason == 'steps' and [r['step'] for r in result.history if r.get('event') == 'nan'] == [3, 6]
+    assert all(p.isfinite().all() for p in made.model.parameters())
+
+
+def test_too_many_skips_in_a_row_end_the_run():
+    made = make(steps=30, on_nan='skip', max_skips=3); Poison(made.model, {2: float('nan'), **{i: float('nan') for i in range(5, 30)}})
+    result = made.fit()
+    assert result.reason == 'nan' and result.step == 7 and 'for 3 steps in a row' in str(result)
+
+
+@pytest.mark.parametrize(('wish', 'reason', 'steps'), [('stop', 'spike', 25), ('skip', 'steps', 30), ('ignore', 'steps', 30)])
+def test_a_spike_is_treated_as_configured(wish, reason, steps):
+    made = make(steps=30, on_spike=wish); Poison(made.model, {25: 50.0})
+    before = {}
+    made.listeners.append(lambda r: before.update({k: v.clone() for k, v in made.model.state_dict().items()}) if r['step'] == 24 else None)
+    after = {}
+    made.listeners.append(lambda r: after.update({k: v.clone() for k, v in made.model.state_dict().items()}) if r['step'] == 25 else None)
+    result = made.fit()
+    assert (result.reason, result.step) == (reason, steps)
+    assert (wish == 'ignore') != all(torch.equal(before[k], after[k]) for k in before)
+
+
+# Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_and_it_can_be_resumed(tmp_path, number):
+    whole = make(steps=8); whole.fit()
+    made = make(tmp_path, steps=8)
+    made.listeners.append(lambda r: r['step'] == 3 and signal.raise_signal(number))
+    result, handler = made.fit(), signal.getsignal(number)
+    assert result.reason == 'interrupted' and result.step == 3 and signal.Signals(number).name in str(result)
+    assert handler in (signal.default_int_handler, signal.SIG_DFL)
+    again = make(tmp_path, steps=8)
+    assert again.resume() == 3
+    again.fit()
+    assert same_model(again, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    made = make(steps=8)
+    def impatient(record):
+        for _ in range(2): signal.raise_signal(signal.SIGINT)
+    made.listeners.append(impatient)
+    with pytest.raises(KeyboardInterrupt): made.fit()
+    assert made.step == 1
+
+
+def test_in_another_thread_signals_are_left_alone():
+    from threading import Thread
+    made, results = make(steps=2), []
+    thread = Thread(target=lambda: results.append(made.fit())); thread.start(); thread.join()
+    assert results[0].reason == 'steps'
+
+
+# Another run ------------------------------------------------------------------------------------------------------
+
+def test_other_data_or_another_model_is_refused_and_another_configuration_is_said(tmp_path, caplog):
+    make(tmp_path, steps=2).fit()
+    with pytest.raises(ValueError, match='another data: batch_size was 4 and is 6'): make(tmp_path, steps=2, batch_size=6).resume()
+    with pytest.raises(ValueError, match='another data: seed'): make(tmp_path, steps=2, seed=3).resume()
+    with pytest.raises(ValueError, match='another model: d_model was 8 and is 16'): make(tmp_path, steps=2, d_model=16).resume()
+    with caplog.at_level(logging.WARNING): assert make(tmp_path, steps=9, lr=.5).resume() == 2
+    assert 'another lr: it was 0.01 and is 0.5' in caplog.text and 'another steps: it was 2 and is 9' in caplog.text
+
+
+def test_nothing_to_resume_is_a_fresh_start_but_a_step_that_is_not_there_is_an_error(tmp_path):
+    assert make(tmp_path).resume() == 0
+    with pytest.raises(FileNotFoundError, match='no checkpoint of step 7'): make(tmp_path).resume(step=7)
+    with pytest.raises(FileNotFoundError, match='no checkpoint in'): load_checkpoint(tmp_path)
+
+
+def test_nothing_is_ever_unpickled(run, tmp_path):
+    source = Path(training.__file__).read_text(encoding='utf-8')
+    assert ' torch.load(' not in source and 'pickle' not in source and 'eval(' not in source.replace('.eval(', '')
+    assert {p.suffix for folder in checkpoints(tmp_path) for p in folder.iterdir()} == {'.safetensors', '.json'}
