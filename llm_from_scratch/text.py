@@ -15,11 +15,11 @@ import regex
 
 # %% auto #0
 __all__ = ['LINE_ENDS', 'INVISIBLE', 'TYPEWRITER', 'RULE', 'CLEANING_STEPS', 'UNKNOWN', 'WHITESPACE_PATTERN', 'WORD_PATTERN',
-           'pydoc_corpus', 'normalize_line_ends', 'drop_invisible', 'compose', 'straighten_quotes', 'squeeze_spaces',
-           'drop_rules', 'drop_footnote_headings', 'squeeze_blank_lines', 'clean', 'shingles', 'jaccard', 'stable_hash',
-           'MinHash', 'lsh_pairs', 'choose_bands', 'near_duplicates', 'excerpts', 'deduplicate', 'Tokenizer',
-           'TableTokenizer', 'write_atomically', 'CharTokenizer', 'split_words', 'frequent_words', 'WordTokenizer',
-           'fit_power_law']
+           'SPACED_PATTERN', 'pydoc_corpus', 'normalize_line_ends', 'drop_invisible', 'compose', 'straighten_quotes',
+           'squeeze_spaces', 'drop_rules', 'drop_footnote_headings', 'squeeze_blank_lines', 'clean', 'shingles',
+           'jaccard', 'stable_hash', 'MinHash', 'lsh_pairs', 'choose_bands', 'near_duplicates', 'excerpts',
+           'deduplicate', 'Tokenizer', 'TableTokenizer', 'write_atomically', 'CharTokenizer', 'split_words',
+           'frequent_words', 'WordTokenizer', 'SpacedWordTokenizer', 'fit_power_law']
 
 # %% ../nbs/02_text.ipynb #66269104
 def pydoc_corpus() -> dict[str, str]:
@@ -465,6 +465,43 @@ class WordTokenizer(TableTokenizer):
     def state(self) -> dict[str, Any]:
         "The arguments of the constructor."
         return {**super().state(), "pattern": self.pattern, "lowercase": self.lowercase}
+
+# %% ../nbs/02_text.ipynb #5c9b07c1
+SPACED_PATTERN = rf"\s?(?:{WORD_PATTERN})"
+
+class SpacedWordTokenizer(WordTokenizer):
+    "Words with the space before them: decoding gives back every text that could be encoded."
+    def __init__(
+        self, pieces: Sequence[str], special_tokens: Sequence[str] = (),
+        pattern: str = SPACED_PATTERN, lowercase: bool = False,
+    ):
+        if lowercase: raise ValueError("without capitals, a text would not come back")
+        super().__init__(pieces, special_tokens, pattern)
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str],
+        vocab_size: int | None = None,               # with special tokens; None: every word
+        special_tokens: Sequence[str] = (),          # `<unk>` would lose what it stands for
+        pattern: str = SPACED_PATTERN, lowercase: bool = False,
+    ) -> SpacedWordTokenizer:
+        "Make a table of the `frequent_words` of `texts`, each with its space."
+        made = WordTokenizer.train(texts, vocab_size, special_tokens, pattern, lowercase)
+        return cls(**made.state())
+
+    def encode(self, text: str) -> list[int]:
+        "One id per word; `ValueError` for a new word, or space that belongs to no word."
+        at = 0
+        for word in self.split(text):
+            if not text.startswith(word, at): break
+            at += len(word)
+        if at == len(text): return super().encode(text)
+        raise ValueError(f"the white space at position {at} belongs to no word: "
+                         "expected one space, or the end of a line, before a word")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        "The words of `ids`, one after the other."
+        return "".join(self._lookup(ids))
 
 # %% ../nbs/02_text.ipynb #ac3f35fa
 def fit_power_law(

@@ -5,16 +5,21 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
-from llm_from_scratch.gpt import (GPT, GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, PRESETS, GPTConfig, MemoryEstimate, TiedHead, Weight,
-                                  chunked_cross_entropy, count_parameters, estimate_memory, flops_per_token, load_weights, model_card, read_llama2c)
+from llm_from_scratch.bpe import BPETokenizer
+from llm_from_scratch.gpt import (EMBEDDED, GPT, GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, PRESETS, GPTConfig, MemoryEstimate, TiedHead, Weight, chunked_cross_entropy,
+                                  count_parameters, estimate_memory, flops_per_token, load_tokenizer, load_weights, model_card, model_folder, read_llama2c)
 from llm_from_scratch.positions import POSITIONS, RopeScaling
+from llm_from_scratch.storyland import stories
+from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
-INPUTS = ['llm_from_scratch/__init__.py', *(f'llm_from_scratch/{name}.py' for name in ('tensors', 'positions', 'attention', 'blocks', 'data', 'gpt', 'figures'))]
+INPUTS = ['llm_from_scratch/__init__.py', *(f'llm_from_scratch/{name}.py' for name in ('tensors', 'text', 'bpe', 'storyland', 'positions', 'attention', 'blocks', 'data', 'gpt', 'figures')),
+          'llm_from_scratch/models/storyland']
 LLAMA = dict(positions='rope', norm='rmsnorm', feed_forward='swiglu', bias=False)
 
 
@@ -455,6 +460,132 @@ def test_llama2c_files(tmp_path):
     with pytest.raises(ValueError, match='its header asks for'): read_llama2c(path)
     path.write_bytes(b'short')
     with pytest.raises(ValueError, match='no header'): read_llama2c(path)
+
+
+# ---- a model on disk ----
+
+def test_the_generator_draws_every_weight():
+    for positions in POSITIONS:
+        config, made = GPTConfig(23, 12, 16, 2, 4, positions=positions), []
+        for noise in range(2):
+            torch.manual_seed(noise)
+            made.append(GPT(config, generator=seeded(3)))
+        assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in made))), positions
+    assert made[0].config.positions != 'learned' or made[0].position_embedding.weight.std() < 0.03
+
+
+@settings(max_examples=20)
+@given(choices)
+def test_what_is_saved_comes_back(tmp_path_factory, choice):
+    choice.pop('rope_scaling')
+    folder, made = tmp_path_factory.mktemp('models'), GPT(GPTConfig(**choice), generator=seeded())
+    made.save_pretrained(folder/'new'/'folder')
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    again = GPT.from_pretrained(str(folder/'new'/'folder'), device='cpu')
+    assert torch.equal(torch.get_rng_state(), before) and again.config == made.config and not again.training
+    assert again.state_dict().keys() == made.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), made.state_dict().values()))
+    assert sorted(path.name for path in (folder/'new'/'folder').iterdir()) == ['config.json', 'model.safetensors']
+
+
+def test_saving_writes_the_same_bytes_and_reads_other_kinds_of_number(tmp_path):
+    made = model()
+    for name in 'ab': made.save_pretrained(tmp_path/name)
+    assert all((tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes() for name in ('config.json', 'model.safetensors'))
+    half = {name: t.half() for name, t in made.state_dict().items()}
+    safetensors.torch.save_file(half, tmp_path/'a'/'model.safetensors')                   # as another maker would: no checksum
+    again = GPT.from_pretrained(tmp_path/'a')
+    assert all(p.dtype == torch.float32 and torch.equal(p, half[name].float()) for name, p in again.state_dict().items())
+
+
+def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
+    GPT(GPTConfig(3, 2, 2, 1, 1)).save_pretrained(tmp_path)
+    weights = tmp_path/'model.safetensors'
+    whole = weights.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], 'little')
+    for at in range(head, len(whole)):
+        weights.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(ValueError, match='model.safetensors or config.json is damaged'): GPT.from_pretrained(tmp_path)
+    for n in range(0, len(whole), 7):
+        weights.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda t: t.pop('norm.bias'), 'model.safetensors lacks: norm.bias'), (lambda t: t.update(more=torch.zeros(1)), 'no place in it .*: more'),
+    (lambda t: t.update({'norm.weight': torch.zeros(15)}), r'norm.weight has shape \(15,\), expected \(16,\)')])
+def test_tensors_that_do_not_fit(tmp_path, change, words):
+    made = model()
+    made.save_pretrained(tmp_path)
+    tensors = dict(made.state_dict())
+    change(tensors)
+    safetensors.torch.save_file(tensors, tmp_path/'model.safetensors')
+    with pytest.raises(ValueError, match=words): GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('', ''), ('[]', 'expected a JSON object'), ('{}', ''), ('{"n_layer": 2}', "did you mean 'n_layers'"),
+    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0')])
+def test_configurations_that_are_none(tmp_path, text, words):
+    model().save_pretrained(tmp_path)
+    (tmp_path/'config.json').write_text(text, encoding='utf-8')
+    with pytest.raises(ValueError, match=f'config.json is not the configuration of a model: .*{words}'): GPT.from_pretrained(tmp_path)
+
+
+def test_another_value_in_the_configuration_is_noticed(tmp_path):
+    model(positions='rope').save_pretrained(tmp_path)
+    path = tmp_path/'config.json'
+    path.write_text(path.read_text(encoding='utf-8').replace('"rope_base": 10000.0', '"rope_base": 20000.0'), encoding='utf-8')
+    with pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
+    old, new = model(), model(n_layers=1)
+    old.save_pretrained(tmp_path)
+    monkeypatch.setattr(safetensors.torch, 'save', lambda *_: (_ for _ in ()).throw(OSError('no space left')))
+    with pytest.raises(OSError, match='no space'): new.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == old.config and len([*tmp_path.iterdir()]) == 2
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    for source in ('nowhere', tmp_path/'nowhere'):
+        with pytest.raises(FileNotFoundError, match='nowhere.*config.json and model.safetensors, or one of storyland'): GPT.from_pretrained(source)
+    for missing in ('config.json', 'model.safetensors'):
+        model().save_pretrained(tmp_path)
+        (tmp_path/missing).unlink()
+        with pytest.raises(FileNotFoundError, match=f'has no {missing}: a model is saved as'): GPT.from_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)                                                           # a name means the model of that name, a path a folder
+    (tmp_path/'storyland').mkdir()
+    assert model_folder('storyland') != tmp_path/'storyland' and model_folder('./storyland').samefile(tmp_path/'storyland')
+
+
+def test_each_tokenizer_is_found_by_its_file(tmp_path):
+    texts = ['Once there was a girl.\nShe had a hat.']
+    for made in (CharTokenizer.train(texts), WordTokenizer.train(texts), SpacedWordTokenizer.train(texts, special_tokens=['<end>']), BPETokenizer.train(texts, 260)):
+        made.save(tmp_path/'tokenizer.json')
+        again = load_tokenizer(tmp_path)
+        assert type(again) is type(made) and again.encode('Once a hat.') == made.encode('Once a hat.') and again.vocab_size == made.vocab_size
+    made.to_hf(tmp_path)
+    assert load_tokenizer(tmp_path).encode('Once a hat.') == made.encode('Once a hat.')
+    for text in ('', '[1]', '{}', '{"class": "WordTokenizer"}'):
+        (tmp_path/'tokenizer.json').write_text(text, encoding='utf-8')
+        with pytest.raises(ValueError, match='tokenizer.json'): load_tokenizer(tmp_path)
+    (tmp_path/'tokenizer.json').unlink()
+    with pytest.raises(FileNotFoundError, match='has no tokenizer.json'): load_tokenizer(tmp_path)
+
+
+def test_the_embedded_model_knows_its_world():
+    for name in EMBEDDED:
+        made, words = GPT.from_pretrained(name), load_tokenizer(name)
+        assert made.config.vocab_size == words.vocab_size and sum(p.numel() for p in made.parameters()) <= 1_000_000
+    end, surprise, n = words.special_tokens['<|endoftext|>'], 0.0, 0
+    for story in stories(20, seed=77, split='test'):
+        ids = words.encode(story.text)
+        assert words.decode(ids) == story.text and len(ids) < made.config.context_length
+        with torch.no_grad(): surprise += float(made(torch.tensor([[end, *ids]]), torch.tensor([[*ids, end]]))) * (len(ids) + 1)
+        n += len(ids) + 1
+    assert surprise / n < 1.5                                                             # TIGHTEN
 
 
 def test_import_does_not_bring_the_judge():

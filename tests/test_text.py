@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from llm_from_scratch.text import (CLEANING_STEPS, UNKNOWN, WHITESPACE_PATTERN, WORD_PATTERN, CharTokenizer, MinHash, Tokenizer, WordTokenizer, choose_bands, clean,
+from llm_from_scratch.text import (CLEANING_STEPS, UNKNOWN, WHITESPACE_PATTERN, WORD_PATTERN, CharTokenizer, MinHash, SpacedWordTokenizer, Tokenizer, WordTokenizer, choose_bands, clean,
                                    deduplicate, excerpts, fit_power_law, jaccard, lsh_pairs, near_duplicates, pydoc_corpus, shingles, split_words, stable_hash, write_atomically)
 
 INPUTS = ['llm_from_scratch/text.py']
@@ -301,8 +301,21 @@ def test_power_law_comes_back(factor, exponent):
 
 # Files ------------------------------------------------------------------------------------------------------------
 
-SMALL = [CharTokenizer.train(['naïve\n"\\ \ud800'], special_tokens=['<|endoftext|>', UNKNOWN]), WordTokenizer.train(["It isn't naïve."], pattern=WHITESPACE_PATTERN, lowercase=True)]
+SMALL = [CharTokenizer.train(['naïve\n"\\ \ud800'], special_tokens=['<|endoftext|>', UNKNOWN]), WordTokenizer.train(["It isn't naïve."], pattern=WHITESPACE_PATTERN, lowercase=True),
+         SpacedWordTokenizer.train(['It is "naïve"\nto ask.'], special_tokens=['<|endoftext|>'])]
 by_class = pytest.mark.parametrize('tokenizer', SMALL, ids=lambda t: type(t).__name__)
+
+
+@given(st.lists(st.sampled_from(['She', ' she', ' has', ' a', ' hat', '.', ',', '\n', ' ', '\n\n', '  ']), max_size=12).map(''.join))
+def test_words_with_their_spaces_come_back_or_are_refused(text):
+    words = SpacedWordTokenizer.train(['She has a hat, she has.\nShe. she'])
+    try: ids = words.encode(text)
+    except ValueError: assert text != words.decode([i for piece in words.split(text) if (i := words._ids.get(piece)) is not None])
+    else: assert words.decode(ids) == text and len(ids) == len(split_words(text))
+
+
+def test_words_with_their_spaces_keep_capitals():
+    with pytest.raises(ValueError, match='without capitals'): SpacedWordTokenizer(['a'], lowercase=True)
 
 
 @by_class
