@@ -10,7 +10,7 @@ from conftest import ROOT
 
 INPUTS = ['llm_from_scratch/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
-WITHOUT_TORCH = ['text', 'bpe', 'storyland']
+WITHOUT_TORCH = ['text', 'bpe', 'storyland', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
 EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
 
@@ -83,7 +83,9 @@ def test_a_figure_without_its_extra_names_it(installed):
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = {n for n in names if not n.partition('/')[0].endswith('.dist-info')}
-    assert package == {f'llm_from_scratch/{p.name}' for p in (ROOT/'llm_from_scratch').iterdir() if p.suffix == '.py' or p.name == 'py.typed'}
+    modules = {f'llm_from_scratch/{p.name}' for p in (ROOT/'llm_from_scratch').iterdir() if p.suffix == '.py' or p.name == 'py.typed'}
+    models = {p.relative_to(ROOT).as_posix() for p in (ROOT/'llm_from_scratch'/'models').rglob('*.*')}
+    assert package == modules | models and len(models) >= 3
     assert 'llm_from_scratch/py.typed' in package
     assert any(n.endswith('.dist-info/licenses/LICENSE') for n in names)
 
@@ -95,7 +97,7 @@ def metadata(wheel):
 
 def test_the_wheel_asks_for_the_core_alone(wheel):
     required = [re.split(r'[^\w.-]', r)[0] for r in metadata(wheel).get_all('Requires-Dist') if 'extra ==' not in r]
-    assert sorted(required) == ['jaxtyping', 'numpy', 'regex', 'safetensors', 'tiktoken', 'torch', 'tqdm']
+    assert sorted(required) == ['jaxtyping', 'numpy', 'regex', 'safetensors', 'tiktoken', 'torch', 'tqdm', 'tyro']
 
 
 def test_the_wheel_says_who_may_use_it(wheel):
