@@ -61,9 +61,9 @@ def evaluate(
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
 class _Budget:
-    steps: int | None = None            # how long to train: the first budget that is used up
-    tokens: int | None = None           #   ends the run; at least one must be given
-    seconds: float | None = None        # of the clock, interruptions not counted
+    steps: int | None = None            # end after so many steps
+    tokens: int | None = None           # or so many tokens
+    seconds: float | None = None        # or so many seconds; the first used up counts
 
 @dataclass(frozen=True)
 class _Descent(_Budget):
@@ -76,9 +76,9 @@ class _Descent(_Budget):
     warmup: int = 0                     # steps in which the learning rate rises
     decay: int | None = None            # steps in which "wsd" falls; None: a fifth of all
     floor: float = 0.0                  # the last learning rate, as a share of the peak
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    weight_decay: float = 0.1           # of matrices
+    betas: tuple[float, float] = (0.9, 0.95)   # memory of AdamW's mean, of its mean square
+    eps: float = 1e-8                   # AdamW's guard against division by 0
     clip: float | None = 1.0            # longest gradient; None: any length
 
 # %% ../nbs/11_training.ipynb #cc280275
@@ -88,7 +88,7 @@ class _Safety(_Descent):
     compile: bool = False               # fuse the model's operations, where a compiler is found
     seed: int = 0                       # of dropout and whatever else draws at random
     eval_every: int | None = None       # steps between evaluations; None: only at the end
-    eval_batches: int = 16
+    eval_batches: int = 16              # batches that an evaluation reads
     patience: int | None = None         # stop after so many evaluations without a new best
     save_every: int | None = None       # steps between checkpoints; None: only at the end
     keep: int = 3                       # newest checkpoints that stay, beside the best
