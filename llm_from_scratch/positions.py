@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Float64, Int, Num
@@ -52,7 +52,12 @@ def _cached_table(make: Callable[..., Tensor], length: int, dtype: torch.dtype,
     with torch.inference_mode(False):             # or training could not use it later
         return make(length, *settings).to(device, dtype)
 
-@torch.compiler.assume_constant_result
+def _constant(f: Callable[..., Any]) -> Callable[..., Any]:
+    "torch.compiler.assume_constant_result, which would load the whole compiler for this."
+    setattr(f, "_dynamo_marked_constant", True)
+    return f
+
+@_constant
 def _prepare(module: "_Tabulated", dtype: torch.dtype, device: torch.device) -> bool:
     "See to it that the module has its table; a compiler runs this once, while it compiles."
     key = type(module)._make, module.length, dtype, device, *module._settings
