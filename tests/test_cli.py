@@ -1,0 +1,374 @@
+"""The command `llmfs` as a user types it: help, pipes, errors in a sentence, exit statuses, a run that is interrupted."""
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch import cli
+from llm_from_scratch.generation import Sampler
+from llm_from_scratch.gpt import GPTConfig
+from llm_from_scratch.training import TrainConfig, checkpoints, read_log
+
+INPUTS = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/command.ipynb']
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, '-m', 'llm_from_scratch.cli']
+ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '80'}
+ENVIRONMENT.pop('PYTHONIOENCODING', None)
+TINY = '--preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
+posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and pipes as POSIX has them')
+
+
+def typed(*words, given=b'', folder=None, **environment):
+    "A command in a process of its own: what it wrote, as bytes, and its exit status."
+    return subprocess.run([*COMMAND, *map(str, words)], input=given, cwd=folder, capture_output=True, env={**ENVIRONMENT, **environment}, timeout=120)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    "A command in this process, which spares the imports: output, errors and exit status."
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, given=''):
+        with monkeypatch.context() as m:
+            m.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(given.encode()), encoding='utf-8'))
+            status = cli.main([*map(str, words)])
+        return (*capfd.readouterr(), status)
+    return run
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "A folder of token files, and the tokenizer they were made with."
+    folder = tmp_path_factory.mktemp('data')
+    made = typed('tokenizer', 'train', '--kind', 'words', '--n', 300, '--out', 'words.json', folder=folder)
+    assert (made.returncode, made.stderr) == (0, b'')
+    made = typed('data', '--n', 200, '--tokenizer', 'words.json', '--out', 'data', '--json', folder=folder)
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert facts['train']['documents'] == 200 and facts['test']['documents'] == facts['validation']['documents'] == 11
+    return folder/'data'
+
+
+# Pages ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_every_command_has_a_page(call, name):
+    out, err, status = call(*name.split(), '--help')
+    assert (err, status) == ('', 0)
+    assert out.startswith(f'usage: llmfs {name} ') and f'\nExamples:\n  llmfs {name}' in out or name == 'info'
+    assert max(map(len, out.splitlines()[1:])) <= 80
+
+
+def test_the_front_page_lists_every_command(call):
+    out, err, status = call('--help')
+    assert (err, status) == ('', 0) and call()[0] == out
+    for name in cli.COMMANDS: assert re.search(rf'^  {name} +[A-Z].*\.$', out, re.M), name
+    assert max(map(len, out.splitlines())) <= 80
+    assert 'tokenizer decode' in call('tokenizer')[0] and 'generate' not in call('tokenizer', '--help')[0]
+
+
+@pytest.mark.parametrize('command, kind, hidden', [('generate', Sampler, set()), ('train', TrainConfig, set()), ('train', GPTConfig, {'vocab_size', 'rope_scaling'})])
+def test_every_field_is_a_flag(call, command, kind, hidden):
+    out = call(command, '--help')[0]
+    shown = {f.name for f in fields(kind) if re.search(rf'--{f.name.replace("_", "-")}\b', out) or f'--no-{f.name.replace("_", "-")}' in out}
+    assert shown == {f.name for f in fields(kind)} - hidden
+
+
+def test_version(call):
+    from llm_from_scratch import __version__
+    assert call('--version') == (f'llmfs {__version__}\n', '', 0)
+
+
+@pytest.mark.parametrize('words', [['--help'], ['tokenizer', '--help'], ['tokenizer', 'encode', '--help'], ['tokenizer', 'encode', 'Once upon a time'],
+                                   ['tokenizer', 'train', '--n', '20', '--kind', 'words', '--out', os.devnull]])
+def test_no_torch_where_none_is_needed(words, tmp_path):
+    code = ('import sys; from llm_from_scratch import cli; status = cli.main(sys.argv[1:]); '
+            'sys.exit(3 if {"torch", "matplotlib", "IPython"} & {*sys.modules} else status)')
+    words = [str(tmp_path/'out.json') if word == os.devnull else word for word in words]
+    done = subprocess.run([sys.executable, '-c', code, *words], env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Errors ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('words, said, status', [
+    (['generat'], "there is no command 'generat': did you mean generate?", 2),
+    (['tokenizer', 'encod'], "there is no command 'encod': did you mean encode?", 2),
+    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, generate, eval, info", 2),
+    (['generate', '--temprature', '1'], 'unrecognized options: --temprature, 1; did you mean --temperature?', 2),
+    (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
+    (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
+    (['generate', '--top-p', '1.5'], 'top_p must be above 0, up to 1, got 1.5', 2),
+    (['generate', '--overflow', 'burst'], "invalid choice 'burst' for argument '--overflow'. Expected one of ('slide', 'error')", 2),
+    (['generate', '--prompt'], "missing value for argument '--prompt'. Expected 1 values", 2),
+    (['tokenizer', 'decode', 'seven'], "token ids are whole numbers, got 'seven'", 2),
+    (['tokenizer', 'decode', '100000'], 'id 100000 at position 0 is outside the vocabulary 0..400', 1),
+    (['tokenizer', 'encode', 'Zorro'], "word 'Zorro' at position 0 is not in the vocabulary of 400", 1),
+    (['tokenizer', 'encode', '--tokenizer', 'nowhere', 'a'], "there is no tokenizer 'nowhere': expected a file, a folder with tokenizer.json, or storyland", 1),
+    (['tokenizer', 'train', '--vocab-size', '9'], 'vocab_size=9 is too small: 256 bytes and 1 special tokens need 257', 1),
+    (['tokenizer', 'train', '--kind', 'chars', '--vocab-size', '9'], 'characters are as many as the text has: no --vocab-size', 2),
+    (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any folder of .txt files", 1),
+    (['train', '--data', 'nowhere', '--steps', '1'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
+    (['train', '--data', 'nowhere'], 'a run needs an end: give steps, tokens or seconds', 2),
+    (['train', '--steps', '1', '--lr', '0'], 'lr must be a positive number, got 0.0', 2),
+    (['train', '--steps', '1', '--optimizer', 'adam'], "invalid choice 'adam' for argument '--optimizer'. Expected one of ('adamw', 'muon')", 2),
+    (['train', '--steps', '1', '--n-heads', '3'], 'd_model must be a multiple of n_heads unless d_head is given, got 128 and 3', 2),
+    (['train', '--resume', '--out', 'nowhere'], f"there is no run to resume: {Path('nowhere', 'run.json')} does not exist", 1),
+    (['generate', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder with config.json and model.safetensors, or one of storyland", 1),
+    (['eval', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder with config.json and model.safetensors, or one of storyland", 1),
+])
+def test_an_error_is_one_sentence(call, words, said, status):
+    assert call(*words) == ('', f'llmfs: {said}\n', status)
+
+
+def test_an_error_through_a_real_process():
+    done = typed('generate', '--model', 'nowhere')
+    assert (done.returncode, done.stdout, done.stderr.count(b'\n')) == (1, b'', 1) and done.stderr.startswith(b'llmfs: there is no model')
+    assert typed('generat').returncode == 2
+
+
+def test_debug_shows_where(call):
+    out, err, status = call('tokenizer', 'decode', '100000', '--debug')
+    assert (out, status) == ('', 1) and err.startswith('Traceback') and 'ValueError: id 100000' in err
+    assert call('--debug', 'tokenizer', 'decode', 'x')[2] == 2
+
+
+def test_a_mistake_of_ours_is_a_sentence_too(call, monkeypatch):
+    def broken(): raise KeyError('lost')
+    monkeypatch.setitem(cli.COMMANDS, 'info', cli._Command(lambda: broken(), lambda words: {}))
+    assert call('info') == ('', "llmfs: unexpected KeyError: 'lost'; --debug shows where\n", 1)
+
+
+def test_a_folder_that_cannot_be_written(call, data, tmp_path):
+    (tmp_path/'file').write_text('in the way')
+    for words in (['tokenizer', 'train', '--n', 9, '--kind', 'words', '--out', tmp_path/'file'/'t.json'],
+                  ['data', '--n', 9, '--out', tmp_path/'file'/'data'],
+                  ['train', '--data', data, '--steps', 1, *TINY, '--out', tmp_path/'file'/'run']):
+        out, err, status = call(*words)
+        assert (out, status) == ('', 1) and re.fullmatch(r'llmfs: not a directory: .*file.*\n', err.splitlines(True)[-1]), err
+
+
+@pytest.mark.parametrize('text, said', [('{"steps": 3, "batchsize": 4}', "a configuration has no field 'batchsize': did you mean 'batch_size'?"),
+                                        ('{"steps": -3}', 'steps must be a whole number of at least 1, got -3'),
+                                        ('[3]', 'settings.json does not hold a JSON object'), ('{', 'settings.json is not JSON: ')])
+def test_what_is_wrong_in_a_settings_file(call, tmp_path, text, said):
+    (tmp_path/'settings.json').write_text(text, encoding='utf-8')
+    out, err, status = call('train', '--config', 'settings.json')
+    assert out == '' and said in err and 'settings.json' in err and err.count('\n') == 1 and status == (2 if 'steps' in text else 1)
+
+
+# Tokenizers and pipes -------------------------------------------------------------------------------------------
+
+TEXTS = ['Once upon a time', 'Zoë ate 3 crêpes — 東京, 🦜!', ' two  spaces ', '']
+
+
+def test_pieces_of_words_keep_every_line(call, tmp_path):
+    out, err, status = call('tokenizer', 'train', '--vocab-size', 300, '--corpus', '-', '--out', 'bpe.json', '--json', given='one two three\n' * 90)
+    assert (err, status) == ('', 0) or 'merges' in err
+    assert json.loads(out) == {'path': 'bpe.json', 'kind': 'bpe', 'vocab_size': json.loads(out)['vocab_size']}
+    lines = ''.join(f'{text}\n' for text in TEXTS)
+    ids = call('tokenizer', 'encode', '--tokenizer', 'bpe.json', given=lines)[0]
+    assert ids.count('\n') == len(TEXTS) and call('tokenizer', 'decode', '--tokenizer', 'bpe.json', given=ids)[0] == lines
+    lists = call('tokenizer', 'encode', '--tokenizer', 'bpe.json', '--json', given=lines)[0]
+    assert [json.loads(line) for line in lists.splitlines()] == [[int(i) for i in line.split()] for line in ids.splitlines()]
+    back = call('tokenizer', 'decode', '--tokenizer', 'bpe.json', '--json', given=lists)[0]
+    assert [json.loads(line) for line in back.splitlines()] == TEXTS
+
+
+@pytest.mark.parametrize('kind', ['words', 'chars'])
+def test_other_kinds(call, kind):
+    call('tokenizer', 'train', '--kind', kind, '--n', 30, '--out', 'made.json')
+    ids = call('tokenizer', 'encode', '--tokenizer', 'made.json', 'Once upon a time')[0]
+    assert call('tokenizer', 'decode', '--tokenizer', 'made.json', *ids.split())[0] == 'Once upon a time\n'
+    assert len(ids.split()) == {'words': 4, 'chars': 16}[kind]
+
+
+@pytest.mark.parametrize('environment', [{}, {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}])
+def test_text_is_utf8_in_any_locale(tmp_path, environment):
+    text = 'Zoë — 東京 🦜\n'.encode()
+    made = typed('tokenizer', 'train', '--kind', 'chars', '--corpus', '-', '--out', 'chars.json', given=text * 30, folder=tmp_path, **environment)
+    assert made.returncode == 0, made.stderr
+    ids = typed('tokenizer', 'encode', '--tokenizer', 'chars.json', given=text, folder=tmp_path, **environment)
+    back = typed('tokenizer', 'decode', '--tokenizer', 'chars.json', given=ids.stdout, folder=tmp_path, **environment)
+    assert (back.stdout, back.stderr, back.returncode) == (text, b'', 0)
+    ascii = typed('tokenizer', 'decode', '--tokenizer', 'chars.json', given=ids.stdout, folder=tmp_path, PYTHONIOENCODING='ascii')
+    assert ascii.stdout == text.decode().encode('ascii', 'backslashreplace') and ascii.returncode == 0
+    page = typed('tokenizer', 'train', '--help', PYTHONIOENCODING='ascii')
+    assert page.returncode == 0 and page.stdout.isascii() and b'--vocab-size' in page.stdout
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    done = typed('tokenizer', 'encode', given=b'Once upon a time\n\xff\n')
+    assert done.stdout.count(b'\n') == 1 and done.stderr.startswith(b'llmfs: line 2 of standard input is not UTF-8') and done.returncode == 1
+    done = typed('tokenizer', 'train', '--corpus', '-', given=b'\xff', folder=tmp_path)
+    assert done.stderr == b'llmfs: standard input is not UTF-8 text: byte 0xff at 0\n' and done.returncode == 1
+
+
+@posix
+def test_lines_are_answered_as_they_come():
+    "The first line comes back while the pipe is still open, and an interrupt ends it without a word."
+    with subprocess.Popen([*COMMAND, 'tokenizer', 'encode'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        process.stdin.write(b'Once upon a time\n'); process.stdin.flush()
+        assert len(process.stdout.readline().split()) == 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == b''
+
+
+@posix
+def test_a_closed_pipe_is_no_error(tmp_path):
+    line = f'yes "Once upon a time" | {{ "{sys.executable}" -m llm_from_scratch.cli tokenizer encode; echo $? > status; }} 2> said | head -1'
+    done = subprocess.run(['sh', '-c', line], cwd=tmp_path, capture_output=True, env=ENVIRONMENT, timeout=60)
+    assert done.stdout.count(b'\n') == 1
+    assert ((tmp_path/'said').read_text(), (tmp_path/'status').read_text()) == ('', '141\n')
+
+
+# Generation -----------------------------------------------------------------------------------------------------
+
+def test_a_story(call):
+    short = '--max-new-tokens', 25
+    out, err, status = call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)
+    assert (err, status) == ('', 0) and out.startswith('Once upon a time ') and out.endswith('\n') and len(out) > 60 and cli.END not in out
+    other = call('generate', '--prompt', 'Once upon a time', '--seed', 4, *short)[0]
+    assert call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)[0] == out != other
+    assert call('generate', '--model', 'storyland', '--seed', 3, *short, given='Once upon a time\n')[0] == out
+    assert json.loads(call('generate', '--seed', 3, '--json', *short, given='Once upon a time')[0]) == {
+        'prompt': 'Once upon a time', 'text': out.removeprefix('Once upon a time').removesuffix('\n'), 'seed': 3}
+
+
+def test_how_words_are_chosen_can_be_said(call):
+    def said(*words): return call('generate', '--prompt', 'Once upon a time', '--max-new-tokens', 12, *words)[0]
+    assert said('--temperature', 0) == said('--temperature', 0, '--seed', 9) == said('--top-k', 1, '--seed', 5)
+    first = said('--temperature', 0).removeprefix('Once upon a time').split()[0]
+    token = call('tokenizer', 'encode', f'Once upon a time {first}')[0].split()[-1]
+    assert said('--temperature', 0, '--banned', token) != said('--temperature', 0) != said('--temperature', 0, '--logit-bias', token, -50)
+    assert said('--pattern', ' there (was|lived) a (girl|boy)') in {f'Once upon a time there {verb} a {who}\n' for verb in ('was', 'lived') for who in ('girl', 'boy')}
+    assert said('--temperature', 0, '--stop', first) == 'Once upon a time \n'
+    assert call('generate', '--max-new-tokens', 0)[0] == '\n'
+
+
+def test_the_context_may_run_over(call):
+    assert 'context' in call('generate', '--max-new-tokens', 5000, '--overflow', 'error')[1]
+
+
+def test_a_story_comes_piece_by_piece(call, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(cli, '_say', lambda *words, end='\n': pieces.append(' '.join(words) + end))
+    call('generate', '--prompt', 'Once upon a time', '--max-new-tokens', 20, '--seed', 3)
+    assert len(pieces) > 10 and pieces[0] == 'Once upon a time'
+
+
+# A run ----------------------------------------------------------------------------------------------------------
+
+def weights(run): return (run/'model.safetensors').read_bytes()
+
+
+@posix
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(data, tmp_path, call):
+    once = [*COMMAND, 'train', '--data', str(data), *TINY, '--steps', '90', '--eval-every', '30', '--dropout', '0.1', '--out', 'broken']
+    with subprocess.Popen(once, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        while len(read_log(tmp_path/'broken'/'log.jsonl')) < 5 and process.poll() is None: time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == b''
+    assert re.search(rb'llmfs: ended by interrupted: step \d+: interrupted by SIGINT; llmfs train --out broken --resume goes on\n$', err)
+    assert b'Traceback' not in err
+    made = int(checkpoints(tmp_path/'broken')[-1].name[5:])
+    assert 5 <= made < 90
+    out, err, status = call('train', '--out', 'broken', '--resume', '--json')
+    assert status == 0, err
+    result = json.loads(out)
+    assert (result['reason'], result['steps'], result['model']) == ('steps', 90, 'broken')
+    whole = call('train', '--data', data, *TINY, '--steps', 90, '--eval-every', 30, '--dropout', '0.1', '--out', 'whole', '--json')
+    assert json.loads(whole[0]) == {**result, 'model': 'whole'}
+    assert weights(tmp_path/'broken') == weights(tmp_path/'whole')
+    losses = [[record['loss'] for record in read_log(tmp_path/run/'log.jsonl')] for run in ('broken', 'whole')]
+    assert losses[0] == losses[1] and len(losses[0]) == 90
+
+
+def test_a_run_from_start_to_story(data, call, tmp_path, caplog):
+    out, err, status = call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
+    assert status == 0 and out.startswith('ended by steps: 6 steps, ') and out.endswith('; saved in run\n'), err
+    assert re.fullmatch(r'llmfs: [\d,]+ parameters on \w+, [\d.]+ MB, \d+ s to go\n', err)
+    assert {p.name for p in (tmp_path/'run').iterdir()} == {'config.json', 'model.safetensors', 'tokenizer.json', 'run.json', 'log.jsonl', 'step-00000003', 'step-00000006'}
+    assert call('generate', '--model', 'run', '--max-new-tokens', 5)[2] == 0
+    facts = json.loads(call('eval', '--model', 'run', '--n', 12, '--json')[0])
+    assert facts['documents'] == 12 and facts['loss_interval'][0] < facts['loss'] < facts['loss_interval'][1]
+    again = call('train', '--data', data, *TINY, '--steps', 6)
+    assert again == ('', 'llmfs: run holds a run already: --resume goes on with it, another --out begins a new one\n', 1)
+    out, err, status = call('train', '--resume', '--steps', 7, '--keep', 1)
+    assert status == 0 and '7 steps' in out and 'resumed with another keep: it was 3 and is 1' in caplog.text
+    assert logging.lastResort.formatter.format(caplog.records[-1]) == f'llmfs: {caplog.records[-1].getMessage()}'
+    out, err, status = call('train', '--resume', '--seed', 5)
+    assert (out, status) == ('', 1) and 'made with another data: seed was' in err
+
+
+def test_settings_come_from_flags_then_files_then_the_class(data, call, tmp_path):
+    (tmp_path/'settings.json').write_text('{"batch_size": 3, "lr": 0.5, "betas": [0.8, 0.9], "eval_batches": 2}', encoding='utf-8')
+    call('train', '--data', data, *TINY, '--config', 'settings.json', '--steps', 2, '--lr', 0.25)
+    saved = json.loads((tmp_path/'run'/'run.json').read_text(encoding='utf-8'))
+    assert saved['settings'] == json.loads(TrainConfig(steps=2, batch_size=4, lr=0.25, betas=(0.8, 0.9), eval_batches=2, precision='float32').to_json())
+    assert (saved['shape']['d_model'], saved['shape']['context_length'], saved['shape']['norm']) == (16, 16, 'rmsnorm')
+    call('train', '--data', data, '--preset', 'run/config.json', '--dropout', 0.25, '--steps', 1, '--out', 'other')
+    config = GPTConfig.from_json((tmp_path/'other'/'config.json').read_text(encoding='utf-8'))
+    assert (config.d_model, config.n_layers, config.dropout, config.vocab_size) == (16, 1, 0.25, saved['shape']['vocab_size'])
+
+
+def test_the_best_weights_are_saved(data, call, tmp_path):
+    "A learning rate that ruins the model: the last weights are worse than the first evaluation's."
+    out = call('train', '--data', data, *TINY, '--steps', 12, '--eval-every', 3, '--lr', 5, '--schedule', 'linear', '--warmup', 10, '--json')[0]
+    best = json.loads(out)['best']
+    assert best < 12
+    from safetensors.torch import load_file
+    saved, then = load_file(tmp_path/'run'/'model.safetensors'), load_file(tmp_path/'run'/f'step-{best:08d}'/'model.safetensors')
+    assert all(saved[name].equal(tensor) for name, tensor in then.items())
+
+
+def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path):
+    call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
+    file = tmp_path/'run'/'step-00000006'/'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-1])
+    out, err, status = call('train', '--resume', '--steps', 8)
+    assert (out, status) == ('', 1) and 'step-00000006 is damaged' in err and 'step-00000003' in err and err.count('\n') == 1
+    assert call('train', '--resume', '--steps', 8, '--skip-damaged')[2] == 0
+
+
+def test_a_run_that_fails_says_so(data, call, caplog):
+    out, err, status = call('train', '--data', data, *TINY, '--steps', 30, '--lr', 1e30, '--clip', 'None')
+    assert (out, status) == ('', 1) and re.search(r'llmfs: the run ended early \(nan, see above\) at step \d+; run holds the last good state\n$', err)
+    assert 'the weights stay as they were' in caplog.text
+
+
+# Facts ----------------------------------------------------------------------------------------------------------
+
+def test_eval_measures_what_it_says(call):
+    "The loss in nats and the bits per byte are those of the same sum; the perplexity is the loss's."
+    import math
+    facts = json.loads(call('eval', '--n', 6, '--json')[0])
+    assert facts['perplexity'] == pytest.approx(math.exp(facts['loss']))
+    assert facts['bits_per_byte'] == pytest.approx(facts['loss'] * facts['tokens'] / facts['bytes'] / math.log(2))
+    from llm_from_scratch.storyland import stories
+    texts = [story.text for story in stories(6, split='test')]
+    assert facts['bytes'] == sum(len(text.encode()) for text in texts)
+    assert facts['tokens'] == sum(len(ids.split()) + 1 for ids in call('tokenizer', 'encode', given='')[0].splitlines()) or facts['tokens'] > 6 * 30
+    page = call('eval', '--n', 6)[0]
+    assert re.search(rf"loss +{facts['loss']:.4f} +\[", page) and f"{facts['bytes']:,} bytes" in page
+
+
+def test_info_is_for_people_and_programs(call, monkeypatch, tmp_path):
+    monkeypatch.setenv('LLM_FROM_SCRATCH_CACHE', str(tmp_path/'here'))
+    facts = json.loads(call('info', '--json')[0])
+    assert facts['machine']['cores'] == os.cpu_count() and facts['places']['downloads'] == str(tmp_path/'here')
+    import torch
+    assert facts['versions']['torch'] == torch.__version__ and Path(facts['places']['model storyland']).is_dir()
+    page = call('info')[0]
+    assert all(f'\n  {name} ' in page for rows in facts.values() for name in rows)
