@@ -348,7 +348,7 @@ def test_a_prediction_disturbs_nothing_and_counts_right():
     assert generator_states(made.model)['torch'] == states['torch'] and all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
     assert all(p.grad is None for p in made.model.parameters())
     x, y = made.train.batch(0)
-    assert found.activations == training._saved_bytes(made.model, x[:2], y[:2].clamp(min=0))
+    assert found.activations == training._saved_bytes(made.model, x[:2].clone(), y[:2].clamp(min=0))
     assert not replace(found, available=found.memory).fits and 'does not fit' in str(replace(found, available=1))
     muon = predict_run(made.model, replace(made.config, optimizer='muon'), made.train, seconds=False)
     state = sum(v.nbytes for o in OPTIMIZERS['muon'](made.model, made.config) for p in o.param_groups for v in p['params']) * 2
