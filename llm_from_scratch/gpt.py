@@ -930,8 +930,9 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    "The tokenizer of a model, `tokenizer.json` in its folder. ValueError if it is not one."
-    path = model_folder(source) / "tokenizer.json"
+    "A tokenizer by its file or its model; ValueError if `tokenizer.json` does not hold one."
+    path = Path(source)
+    if not path.is_file(): path = model_folder(source) / "tokenizer.json"
     if not path.is_file(): raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try: head = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not a tokenizer: {e}") from e

@@ -565,6 +565,7 @@ def test_each_tokenizer_is_found_by_its_file(tmp_path):
     for made in (CharTokenizer.train(texts), WordTokenizer.train(texts), SpacedWordTokenizer.train(texts, special_tokens=['<end>']), BPETokenizer.train(texts, 260)):
         made.save(tmp_path/'tokenizer.json')
         again = load_tokenizer(tmp_path)
+        assert load_tokenizer(tmp_path/'tokenizer.json') == again or isinstance(made, BPETokenizer)
         assert type(again) is type(made) and again.encode('Once a hat.') == made.encode('Once a hat.') and again.vocab_size == made.vocab_size
     made.to_hf(tmp_path)
     assert load_tokenizer(tmp_path).encode('Once a hat.') == made.encode('Once a hat.')
