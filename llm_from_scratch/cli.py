@@ -277,7 +277,7 @@ Let the model that comes with the library tell a story:
   llmfs generate --model storyland --prompt "Once upon a time"
 
 Train one of your own, from text to story:
-  llmfs tokenizer train --corpus storyland --out tokenizer.json
+  llmfs tokenizer train --corpus storyland --kind words --out tokenizer.json
   llmfs data --corpus storyland --tokenizer tokenizer.json --out data
   llmfs train --data data --out run --seconds 120
   llmfs generate --model run
@@ -296,15 +296,16 @@ def _documents(
 ) -> Iterator[str]:
     "The documents of one split, wherever they come from."
     from llm_from_scratch.data import SPLITS, load_corpus, split_text
+    if n is not None and n < 1: raise Misuse(f"--n must be at least 1, got {n}")
     if corpus == "-":
         part = split_text(_heard() if heard is None else heard, split)
         if not part: raise ValueError(f"standard input is too short to have a {split} part")
-        return iter([part])
+        return iter([part.rstrip()])
     if corpus == "storyland" and n is None: n = CORPUS_SIZE     # it has no end of its own
     if share and n is not None:
         (a, b), (c, d) = SPLITS["train"], SPLITS[split]
         n = max(1, round(n * (d - c) / (b - a)))
-    return load_corpus(corpus, split, n=n, size=size)
+    return map(str.rstrip, load_corpus(corpus, split, n=n, size=size))
 
 def _tokenizer(source: str | Path) -> Tokenizer:
     "A tokenizer by its file, its folder or the name of its model, whatever its kind."
@@ -495,13 +496,17 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     if "--resume" not in words:
         return {"shape": _shape(_peek(words, "--preset", "tiny")),
                 "settings": _settings(_peek(words, "--config", ""))}
+    from llm_from_scratch.gpt import GPTConfig
     path = Path(_peek(words, "--out", "run")) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
     saved = _json_file(path)
+    if missing := {"data", "shape", "settings"} - saved.keys():
+        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
     settings = {**saved["settings"], **_settings(_peek(words, "--config", ""))}
     settings["betas"] = tuple(settings["betas"])
-    return {"shape": saved["shape"], "settings": settings, "data": Path(saved["data"])}
+    shape = GPTConfig.from_json(dumps(saved["shape"]))
+    return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}
 
 # %% ../nbs/command.ipynb #e2bcdc07
 @_command("train", _run_defaults)
@@ -623,7 +628,7 @@ def _generate(
     """Let a model write, a word at a time.
 
     Examples:
-      llmfs generate --model storyland --prompt "Once upon a time" --seed 3
+      llmfs generate --model storyland --prompt "Once upon a time" --seed 5
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
     from llm_from_scratch.generation import Constraint, stream
@@ -662,6 +667,8 @@ def _eval(
 
     Its loss, perplexity and bits per byte, with bounds of 95 % confidence.
 
+    On storyland also how far it is above the floor that no model can beat.
+
     Examples:
       llmfs eval --model storyland
       llmfs eval --model run --corpus my-texts/ --split validation"""
@@ -670,40 +677,41 @@ def _eval(
     made = GPT.from_pretrained(model, device=device or best_device())
     table = _tokenizer(model)
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
-    facts = _measured(made, table, _documents(corpus, split, n, size))
+    texts = list(_documents(corpus, split, n, size))
+    facts = _measured(made, table, texts, size if corpus == "storyland" else None)
     if json: return _say(dumps(facts))
-    for name, unit in (("loss", "nats per token"), ("perplexity", ""), ("bits_per_byte", "")):
-        low, high = facts[f"{name}_interval"]
-        _say(f"{name.replace('_', ' '):14} {facts[name]:8.4f}   [{low:.4f}, {high:.4f}] {unit}")
+    for name, unit in (("loss", "nats per token"), ("perplexity", "tokens to choose from"),
+                       ("bits_per_byte", ""), ("above_floor", "nats per token")):
+        if name not in facts: continue
+        bounds = facts[f"{name}_interval"]
+        said = "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+        _say(f"{name.replace('_', ' '):14} {facts[name]:8.4f}  {said:20} {unit}".rstrip())
     _say(f"on {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
          f"{facts['bytes']:,} bytes")
 
 # %% ../nbs/command.ipynb #48741ee2
-def _measured(model: Any, table: Any, documents: Iterable[str]) -> dict[str, Any]:
-    "Loss, perplexity and bits per byte of a model on some documents, with their bounds."
-    import numpy as np
-    import torch
-    rows = []
-    end = [table.special_tokens[END]] if END in table.special_tokens else []
-    T, device = model.config.context_length, next(model.parameters()).device
-    for text in documents:
-        ids = [*end, *table.encode(text), *end]
-        nats = 0.0
-        for at in range(0, len(ids) - 1, T):
-            part = torch.tensor([ids[at:at + T + 1]], device=device)
-            with torch.inference_mode():
-                nats += float(model(part[:, :-1], part[:, 1:])) * (part.shape[1] - 1)
-        rows.append((nats, len(ids) - 1, len(text.encode())))
-    n, t, b = np.array(rows).T
-    drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
-    def bounds(f):
-        spread = f(n[drawn].sum(1), t[drawn].sum(1), b[drawn].sum(1))
-        return f(n.sum(), t.sum(), b.sum()), np.quantile(spread, [0.025, 0.975]).tolist()
-    out = {}
-    for name, f in {"loss": lambda n, t, b: n / t, "perplexity": lambda n, t, b: np.exp(n / t),
-                    "bits_per_byte": lambda n, t, b: n / b / np.log(2)}.items():
-        out[name], out[f"{name}_interval"] = bounds(f)
-    return {**out, "documents": len(rows), "tokens": int(t.sum()), "bytes": int(b.sum())}
+_UNITS = {"loss": "nats_per_token", "perplexity": "perplexity",
+          "bits_per_byte": "bits_per_byte"}
+
+def _measured(
+    model: Any, table: Any, texts: Sequence[str],
+    world: str | None,                       # the size of Storyland, if it told the texts
+) -> dict[str, Any]:
+    "What a model's surprise at some documents comes to, with bounds where there are several."
+    from llm_from_scratch.evaluation import bootstrap_interval, evaluate_text
+    from llm_from_scratch.storyland import log_probability
+    seen = evaluate_text(model, table, texts, END, stride=model.config.context_length // 2)
+    facts: dict[str, Any] = {}
+    for name, unit in _UNITS.items():
+        facts[name] = getattr(seen, unit)
+        facts[f"{name}_interval"] = seen.interval(unit) if len(texts) > 1 else None
+    if world is not None:
+        gap = [nats + log_probability(text, world) for nats, text in zip(seen.nats, texts)]
+        facts["above_floor"] = sum(gap) / float(seen.tokens.sum())
+        facts["above_floor_interval"] = (
+            bootstrap_interval(gap, seen.tokens) if len(texts) > 1 else None)
+    return {**facts, "documents": len(texts), "tokens": int(seen.tokens.sum()),
+            "bytes": int(seen.n_bytes.sum())}
 
 # %% ../nbs/command.ipynb #b94cdf56
 @_command("info")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch import cli
-from llm_from_scratch.generation import Sampler
-from llm_from_scratch.gpt import GPTConfig
+from llm_from_scratch.generation import Sampler, stream
+from llm_from_scratch.gpt import GPT, GPTConfig, load_tokenizer
 from llm_from_scratch.training import TrainConfig, checkpoints, read_log
 
 INPUTS = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/command.ipynb']
@@ -124,6 +124,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['train', '--steps', '1', '--n-heads', '3'], 'd_model must be a multiple of n_heads unless d_head is given, got 128 and 3', 2),
     (['train', '--resume', '--out', 'nowhere'], f"there is no run to resume: {Path('nowhere', 'run.json')} does not exist", 1),
     (['generate', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder with config.json and model.safetensors, or one of storyland", 1),
+    (['data', '--n', '0'], '--n must be at least 1, got 0', 2),
     (['eval', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder with config.json and model.safetensors, or one of storyland", 1),
 ])
 def test_an_error_is_one_sentence(call, words, said, status):
@@ -216,7 +217,8 @@ def test_bytes_that_are_no_text(tmp_path):
 @posix
 def test_lines_are_answered_as_they_come():
     "The first line comes back while the pipe is still open, and an interrupt ends it without a word."
-    with subprocess.Popen([*COMMAND, 'tokenizer', 'encode'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+    with subprocess.Popen([*COMMAND, 'tokenizer', 'encode'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:     # a job in the background would ignore it
         process.stdin.write(b'Once upon a time\n'); process.stdin.flush()
         assert len(process.stdout.readline().split()) == 4
         process.send_signal(signal.SIGINT)
@@ -238,6 +240,9 @@ def test_a_story(call):
     short = '--max-new-tokens', 25
     out, err, status = call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)
     assert (err, status) == ('', 0) and out.startswith('Once upon a time ') and out.endswith('\n') and len(out) > 60 and cli.END not in out
+    tokenizer = load_tokenizer('storyland')
+    end = tokenizer.special_tokens[cli.END]
+    assert out == 'Once upon a time' + ''.join(stream(GPT.from_pretrained('storyland'), tokenizer, 'Once upon a time', 25, seed=3, start=[end], end_token=end)) + '\n'
     other = call('generate', '--prompt', 'Once upon a time', '--seed', 4, *short)[0]
     assert call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)[0] == out != other
     assert call('generate', '--model', 'storyland', '--seed', 3, *short, given='Once upon a time\n')[0] == out
@@ -335,6 +340,9 @@ def test_the_best_weights_are_saved(data, call, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path):
     call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
+    (tmp_path/'odd').mkdir()
+    (tmp_path/'odd'/'run.json').write_text('{"data": "data"}', encoding='utf-8')
+    assert call('train', '--resume', '--out', 'odd') == ('', f"llmfs: {Path('odd', 'run.json')} is damaged: it has no settings, shape\n", 1)
     file = tmp_path/'run'/'step-00000006'/'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
     out, err, status = call('train', '--resume', '--steps', 8)
@@ -356,12 +364,25 @@ def test_eval_measures_what_it_says(call):
     facts = json.loads(call('eval', '--n', 6, '--json')[0])
     assert facts['perplexity'] == pytest.approx(math.exp(facts['loss']))
     assert facts['bits_per_byte'] == pytest.approx(facts['loss'] * facts['tokens'] / facts['bytes'] / math.log(2))
-    from llm_from_scratch.storyland import stories
-    texts = [story.text for story in stories(6, split='test')]
+    from llm_from_scratch.storyland import log_probability, stories
+    texts, tokenizer = [story.text for story in stories(6, split='test')], load_tokenizer('storyland')
     assert facts['bytes'] == sum(len(text.encode()) for text in texts)
-    assert facts['tokens'] == sum(len(ids.split()) + 1 for ids in call('tokenizer', 'encode', given='')[0].splitlines()) or facts['tokens'] > 6 * 30
+    assert facts['tokens'] == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    world = -sum(map(log_probability, texts)) / facts['tokens']
+    assert facts['above_floor'] == pytest.approx(facts['loss'] - world) and facts['above_floor'] > 0
     page = call('eval', '--n', 6)[0]
     assert re.search(rf"loss +{facts['loss']:.4f} +\[", page) and f"{facts['bytes']:,} bytes" in page
+
+
+def test_eval_reads_any_text(call):
+    from llm_from_scratch.storyland import stories
+    text = max((story.text for story in stories(9)), key=len)
+    out, err, status = call('eval', '--corpus', '-', '--split', 'train', '--json', given=f'{text}\n')
+    assert (err, status) == ('', 0)
+    facts = json.loads(out)
+    assert (facts['documents'], facts['loss_interval']) == (1, None) and 'above_floor' not in facts
+    assert 0.8 * len(text) < facts['bytes'] <= len(text)
+    assert '[' not in call('eval', '--corpus', '-', '--split', 'train', given=text)[0]
 
 
 def test_info_is_for_people_and_programs(call, monkeypatch, tmp_path):
