@@ -9,6 +9,7 @@ without its "/s"), `target` (a sentence), and one or more limits that say whethe
     limit_s          our median time in seconds is at most this
     limit            our throughput, in `unit`, is at least this
     memory_limit_mb  `memory_mb` is at most this
+    loss_limit       `loss` is at most this
 
 A row with `skipped` says why it could not be measured here. Results go to `results/NAME.json`; the Measurements page is
 drawn from them.
@@ -50,7 +51,7 @@ def summary(row):
 
 def limits(row):
     "One truth value for each limit that the row names."
-    checks = [('ratio', 'ratio_limit', 1), ('ours_median', 'limit_s', 1), ('memory_mb', 'memory_limit_mb', 1), ('throughput', 'limit', -1)]
+    checks = [('ratio', 'ratio_limit', 1), ('ours_median', 'limit_s', 1), ('memory_mb', 'memory_limit_mb', 1), ('loss', 'loss_limit', 1), ('throughput', 'limit', -1)]
     found = [sign * row[value] <= sign * row[limit] for value, limit, sign in checks if row.get(limit) is not None]
     if not found: raise ValueError(f"{row['name']} names no limit: one of {', '.join(limit for _, limit, _ in checks)}")
     return found

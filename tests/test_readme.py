@@ -1,6 +1,7 @@
 """The Python in README and on the front page runs as it stands, in silence but for what it prints."""
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ['README.md', 'index.qmd', 'llm_from_scratch/*.py']
+INPUTS = ['README.md', 'index.qmd', 'llm_from_scratch/*.py', 'llm_from_scratch/models/*/*']
 
 
 @pytest.mark.parametrize('page', ['README.md', 'index.qmd'])
@@ -21,3 +22,15 @@ def test_the_lines_for_users_run(page, tmp_path):
                               encoding='utf-8', env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8'})
         assert done.returncode == 0 and done.stderr == '', done.stderr
         assert ' there ' in done.stdout                            # a story was told: "Once there was", "Long ago there lived"
+
+
+def test_the_story_is_what_the_model_tells(tmp_path):
+    "Word for word; README may break its lines elsewhere. And the world could have told it."
+    from llm_from_scratch.storyland import can_begin
+    shown = re.search(r'^(llmfs generate .*)\n```\n\n```text\n(.*?)\n```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    assert shown, 'README.md shows no story'
+    done = subprocess.run([sys.executable, '-m', 'llm_from_scratch.cli', *shlex.split(shown[1])[1:]], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          encoding='utf-8', env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8'})
+    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+    assert done.stdout.split() == shown[2].split()
+    assert can_begin(done.stdout.strip()), 'the world cannot tell this story: choose another seed'
