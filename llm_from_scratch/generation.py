@@ -243,10 +243,10 @@ class Sampler(_Steps):
     repetition_penalty: float = 1.0     # above 1: less of what prompt or text contain
     presence_penalty: float = 0.0       # above 0: less of what was written
     frequency_penalty: float = 0.0      # above 0: the less, the more often it was written
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # token: what to add
     banned: Sequence[int] = ()          # tokens that must not come
     required: Sequence[int] = ()        # tokens that must come before the end
-    order: Sequence[str] = tuple(PROCESSORS)
+    order: Sequence[str] = tuple(PROCESSORS)    # in which the processors are applied
 
     def __post_init__(self) -> None:
         pairs = tuple(sorted(dict(self.logit_bias).items()))

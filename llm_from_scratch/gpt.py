@@ -116,20 +116,20 @@ class GPTConfig(_Sizes, _Saved):
     d_head: int | None = None               # d, width of a head; see `head_width`
     d_ff: int | None = None                 # F, hidden width; see `ff_width`
     norm: str = "layernorm"                 # a name in `NORMS`
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5                  # added to the variance
     norm_order: str = "pre"                 # where norms stand: a name in `ORDERS`
     feed_forward: str = "gelu_tanh"         # a name in `FEED_FORWARDS`
     positions: str = "learned"              # a name in `POSITIONS`
-    rope_base: float = 10_000.0
-    rope_layout: str = "half"
-    rope_fraction: float = 1.0
-    rope_scaling: RopeScaling | None = None
+    rope_base: float = 10_000.0             # the slowest clock: a turn in 2π · base tokens
+    rope_layout: str = "half"               # pairs (i, i + half), or "interleaved"
+    rope_fraction: float = 1.0              # of each head that turns
+    rope_scaling: RopeScaling | None = None # for contexts beyond the trained one
     bias: bool = True                       # constants in linear layers and norms
     tie_embeddings: bool = True             # the head is the embedding table
     dropout: float = 0.0                    # one rate, wherever GPT-2 drops
-    qk_norm: bool = False
+    qk_norm: bool = False                   # normalize queries and keys
     softcap: float | None = None            # of attention scores
-    sinks: bool = False
+    sinks: bool = False                     # learn a score of looking nowhere
     window: int | None = None               # how far back a query may look; None: to the start
     backend: str = "sdpa"                   # a name in `BACKENDS`
 
