@@ -557,7 +557,7 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=f'has no {missing}: a model is saved as'): GPT.from_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)                                                           # a name means the model of that name, a path a folder
     (tmp_path/'storyland').mkdir()
-    assert model_folder('storyland') != tmp_path/'storyland' and model_folder('./storyland').samefile(tmp_path/'storyland')
+    assert not model_folder('storyland').samefile(tmp_path/'storyland') and model_folder('./storyland').samefile(tmp_path/'storyland')
 
 
 def test_each_tokenizer_is_found_by_its_file(tmp_path):
