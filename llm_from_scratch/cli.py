@@ -226,10 +226,10 @@ def main(
     _warn_in_one_line()
     try:
         _speak_utf8()
-        status = _dispatch(words) or 0
+        try: status = _dispatch(words) or 0
+        except SystemExit as e: status = int(e.code or 0)    # tyro has shown a page
         sys.stdout.flush()
         return status
-    except SystemExit as e: return int(e.code or 0)
     except KeyboardInterrupt: return 130
     except BrokenPipeError:
         _drop_output()

@@ -22,7 +22,7 @@ INPUTS = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/command.i
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, '-m', 'llm_from_scratch.cli']
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '80'}
-ENVIRONMENT.pop('PYTHONIOENCODING', None)
+for name in ('PYTHONIOENCODING', 'PYTHONUNBUFFERED'): ENVIRONMENT.pop(name, None)      # the command must flush what it says
 TINY = '--preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and pipes as POSIX has them')
 
@@ -232,6 +232,14 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     done = subprocess.run(['sh', '-c', line], cwd=tmp_path, capture_output=True, env=ENVIRONMENT, timeout=60)
     assert done.stdout.count(b'\n') == 1
     assert ((tmp_path/'said').read_text(), (tmp_path/'status').read_text()) == ('', '141\n')
+
+
+@posix
+@pytest.mark.parametrize('words', [['--help'], ['tokenizer', 'train', '--help'], ['tokenizer', 'encode', 'Once upon a time']])
+def test_nobody_reads_at_all(words):
+    with subprocess.Popen([*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (141, b'')
 
 
 # Generation -----------------------------------------------------------------------------------------------------
