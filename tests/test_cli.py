@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -220,6 +221,7 @@ def test_lines_are_answered_as_they_come():
     with subprocess.Popen([*COMMAND, 'tokenizer', 'encode'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:     # a job in the background would ignore it
         process.stdin.write(b'Once upon a time\n'); process.stdin.flush()
+        assert select.select([process.stdout], [], [], 60)[0], 'nothing came in a minute'
         assert len(process.stdout.readline().split()) == 4
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
