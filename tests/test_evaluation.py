@@ -201,6 +201,7 @@ def test_calibration_by_hand():
     assert found.count.tolist() == [2, 1, 2]
     assert np.allclose(found.confidence, [0.125, 0.55, 0.975]) and np.allclose(found.accuracy, [0.5, 0, 1])
     assert found.error == pytest.approx((2 * 0.375 + 0.55 + 2 * 0.025) / 5)
+    assert calibration([0.85, 0.95, 1.0], [1, 1, 1]).count.tolist() == [1, 2]      # the last bin is its own, and closed
     with pytest.raises(ValueError, match='between 0 and 1'): calibration([1.2], [1])
     with pytest.raises(ValueError, match='as many outcomes'): calibration([0.2, 0.3], [1])
 
