@@ -4,7 +4,7 @@
 
 Started by test_training_faults.py. One interpreter imports torch; every run is a fork of it. Half of the runs die by their own hand
 in a function of the library drawn at random, at a line of it drawn at random, so that each step of saving is met; the other half are
-killed from outside at a random time.
+killed from outside, a random time after the log has reached a random step, however busy the machine is.
 """
 import json, logging, os, random, shutil, signal, sys, time
 from collections import Counter
@@ -62,8 +62,8 @@ def bomb(name='', fuse=0):
     return counts
 
 
-def live(folder, fuse=None, delay=None):
-    "Run in a child that dies by a bomb or is killed after a delay; whether it was killed."
+def live(folder, fuse=None, step=None, delay=0.0):
+    "Run in a child that dies by a bomb, or is killed a delay after it has logged a step; whether it was killed."
     pid = os.fork()
     if not pid:
         status = 1
@@ -73,10 +73,14 @@ def live(folder, fuse=None, delay=None):
             status = 0
         except BaseException as e: print('the run failed:', repr(e), flush=True)
         finally: os._exit(status)
-    if delay is not None:
+    ended, status = 0, 0
+    while step is not None and not ended and len(read_log(folder/'log.jsonl')) < step:
+        time.sleep(.001)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if step is not None and not ended:
         time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
+    if not ended: _, status = os.waitpid(pid, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status): sys.exit('a run failed')
     return os.WIFSIGNALED(status)
 
@@ -114,7 +118,7 @@ def main(home, points, seed):
         folder, killed = home/f'run{i}', True
         while killed and (deaths < i + 1 or draw.random() < .3):       # at least one death for each run
             name = draw.choice(sorted(lines))
-            killed = live(folder, fuse=(name, draw.randint(1, lines[name]))) if i % 2 else live(folder, delay=draw.random() * seconds)
+            killed = live(folder, fuse=(name, draw.randint(1, lines[name]))) if i % 2 else live(folder, step=draw.randrange(14), delay=draw.random() * seconds / 14)
             deaths += killed
             resumed += killed and latest_checkpoint(folder) is not None
             if killed and i % 2: where.add(name)
