@@ -166,9 +166,13 @@ function answers(result, words) {
   return words.toLowerCase().split(/[\s/]+/).some(word => marked.some(mark => mark.includes(word.slice(0, 4))))
 }
 
+const pause = ms => new Promise(done => setTimeout(done, ms))
+
 async function search() {
   const turn = ++asked, words = field.value.trim()
   if (!words) { list.replaceChildren(); note.textContent = ''; return }
+  await pause(120)                                // whoever is still typing asks again
+  if (turn !== asked) return
   const found = await (await engine()).search(words)
   const results = (await Promise.all(found.results.slice(0, 10).map(result => result.data()))).filter(result => answers(result, words))
   if (turn !== asked) return
