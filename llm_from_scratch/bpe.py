@@ -13,18 +13,21 @@ import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import regex
 
-from .text import write_atomically
+from llm_from_scratch.text import (
+    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, write_atomically,
+)
 
 if TYPE_CHECKING: import tiktoken
 
 # %% auto #0
-__all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'Source', 'compile_pattern', 'learn_merges', 'count_pretokens', 'merge_bytes',
-           'BPETokenizer', 'byte_alphabet']
+__all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'Source', 'EMBEDDED', 'compile_pattern', 'learn_merges', 'count_pretokens',
+           'merge_bytes', 'BPETokenizer', 'byte_alphabet', 'model_folder', 'load_tokenizer']
 
 # %% ../nbs/03_bpe.ipynb #35dc78df
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -791,3 +794,28 @@ def _hf_pattern(pre: Mapping[str, Any]) -> str:
         raise ValueError("its pre-tokenizer splits in a way other than 'Isolated' "
                          "by one regular expression")
     return split["pattern"]["Regex"]
+
+# %% ../nbs/03_bpe.ipynb #edc55b67
+EMBEDDED: tuple[str, ...] = ("storyland",)    # models that come with the library
+
+def model_folder(source: _Path) -> Path:
+    "The folder of a model: one in `EMBEDDED` by its name, any other by its path."
+    if source in EMBEDDED:
+        return Path(str(resources.files("llm_from_scratch"))) / "models" / source
+    if (folder := Path(source)).is_dir(): return folder
+    raise FileNotFoundError(f"there is no model {os.fspath(source)!r}: expected a folder, "
+                            f"or one of {', '.join(EMBEDDED)}")
+
+def load_tokenizer(source: _Path) -> Tokenizer:
+    "A tokenizer of any kind, by its file, its folder, or the name of its model."
+    path, known = Path(source), source in EMBEDDED
+    if known or path.is_dir(): path = model_folder(source) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no tokenizer {os.fspath(source)!r}: expected a "
+                                f"file, a folder with tokenizer.json, or {', '.join(EMBEDDED)}")
+    try: head = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is not a tokenizer: {e}") from e
+    if not isinstance(head, dict): raise ValueError(f"{path} is not a tokenizer: {head!r:.40}")
+    for kind in (CharTokenizer, WordTokenizer, SpacedWordTokenizer):
+        if head.get("class") == kind.__name__: return kind.load(path)
+    return BPETokenizer.from_hf(path) if "model" in head else BPETokenizer.load(path)

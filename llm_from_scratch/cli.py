@@ -18,7 +18,6 @@ if TYPE_CHECKING:                 # what a subcommand needs is imported when it 
 
     from llm_from_scratch.generation import Sampler
     from llm_from_scratch.gpt import GPTConfig
-    from llm_from_scratch.text import Tokenizer
     from llm_from_scratch.training import TrainConfig
 
 # %% auto #0
@@ -307,25 +306,6 @@ def _documents(
         n = max(1, round(n * (d - c) / (b - a)))
     return map(str.rstrip, load_corpus(corpus, split, n=n, size=size))
 
-def _tokenizer(source: str | Path) -> Tokenizer:
-    "A tokenizer by its file, its folder or the name of its model, whatever its kind."
-    from llm_from_scratch.bpe import BPETokenizer
-    from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
-    path = _tokenizer_file(Path(source))
-    head = _json_file(path)
-    for kind in (CharTokenizer, WordTokenizer, SpacedWordTokenizer):
-        if head.get("class") == kind.__name__: return kind.load(path)
-    return BPETokenizer.from_hf(path) if "model" in head else BPETokenizer.load(path)
-
-def _tokenizer_file(source: Path) -> Path:
-    "Where that tokenizer is. No torch is needed to find it, as it is in chapter 9."
-    shipped = _library() / "models"
-    for place in (source, source / "tokenizer.json", shipped / source / "tokenizer.json"):
-        if place.is_file(): return place
-    names = ", ".join(sorted(path.parent.name for path in shipped.glob("*/tokenizer.json")))
-    raise FileNotFoundError(f"there is no tokenizer {str(source)!r}: expected a file, a folder "
-                            f"with tokenizer.json, or {names}")
-
 def _library() -> Path: return Path(import_module("llm_from_scratch").__path__[0])
 
 def _json_file(path: Path) -> dict[str, Any]:
@@ -397,7 +377,8 @@ def _encode(
     Examples:
       llmfs tokenizer encode "Once upon a time"
       cat story.txt | llmfs tokenizer encode --tokenizer tokenizer.json"""
-    table = _tokenizer(tokenizer)
+    from llm_from_scratch.bpe import load_tokenizer
+    table = load_tokenizer(tokenizer)
     for line in _lines(text):
         ids = table.encode(line)
         _say(dumps(ids) if json else " ".join(map(str, ids)))
@@ -415,7 +396,8 @@ def _decode(
     Examples:
       llmfs tokenizer decode 12 7 31
       llmfs tokenizer encode --json < story.txt | llmfs tokenizer decode"""
-    table = _tokenizer(tokenizer)
+    from llm_from_scratch.bpe import load_tokenizer
+    table = load_tokenizer(tokenizer)
     for line in _lines(ids):
         text = table.decode(_ids(line))
         _say(dumps(text) if json else text)
@@ -446,8 +428,9 @@ def _data(
     Examples:
       llmfs data --corpus storyland --tokenizer tokenizer.json --out data
       llmfs data --corpus shakespeare --tokenizer chars.json --out shakespeare"""
+    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.data import SPLITS, TokenFile
-    table: Any = _tokenizer(tokenizer)
+    table: Any = load_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     heard, found = _heard() if corpus == "-" else None, {}
     for split in SPLITS:
@@ -534,6 +517,7 @@ def _train(
       llmfs train --data data --out run --seconds 120
       llmfs train --data data --out run --steps 2000 --optimizer muon --schedule wsd
       llmfs train --out run --resume"""
+    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.training import checkpoints, join_world
     if not resume and checkpoints(out):
         raise FileExistsError(f"{out} holds a run already: --resume goes on with it, "
@@ -557,7 +541,7 @@ def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tu
     from llm_from_scratch.training import Trainer, loader_for
     if not (data / "train.tok").is_file():
         raise FileNotFoundError(f"{data} has no train.tok: llmfs data --out {data} makes it")
-    table = _tokenizer(data / "tokenizer.json")
+    table = load_tokenizer(data / "tokenizer.json")
     shape = replace(shape, vocab_size=table.vocab_size)
     files = {path.stem: TokenFile.open(path, table) for path in sorted(data.glob("*.tok"))}
     loaders = {name: loader_for(settings, files[name], shape.context_length, world,
@@ -631,11 +615,12 @@ def _generate(
       llmfs generate --model storyland --prompt "Once upon a time" --seed 5
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
+    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.generation import Constraint, stream
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import best_device
     made = GPT.from_pretrained(model, device=device or best_device())
-    table = _tokenizer(model)
+    table = load_tokenizer(model)
     begun = (_heard().rstrip("\r\n") if prompt is None else prompt)
     end = table.special_tokens.get(END)
     if end is None and not begun:
@@ -672,10 +657,11 @@ def _eval(
     Examples:
       llmfs eval --model storyland
       llmfs eval --model run --corpus my-texts/ --split validation"""
+    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import best_device
     made = GPT.from_pretrained(model, device=device or best_device())
-    table = _tokenizer(model)
+    table = load_tokenizer(model)
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
     texts = list(_documents(corpus, split, n, size))
     facts = _measured(made, table, texts, size if corpus == "storyland" else None)
@@ -734,8 +720,8 @@ def _facts() -> dict[str, dict[str, Any]]:
     "Machine, versions, devices, places."
     import platform
     import torch
+    from llm_from_scratch.bpe import EMBEDDED, model_folder
     from llm_from_scratch.data import CACHE_VARIABLE
-    from llm_from_scratch.gpt import EMBEDDED, model_folder
     from llm_from_scratch.tensors import best_device
     return {
         "machine": {"system": platform.platform(), "processor": platform.machine(),

@@ -35,12 +35,17 @@ def draw(
     "The token in whose share of the total each `u` falls, @eq-generation-draw."
     bounds = p.double().cumsum(-1)
     total = bounds[:, -1:]
-    if not (total > 0).all():
-        row = int((~(total > 0)).nonzero()[0, 0])
-        raise ValueError(f"row {row}: no token is left to choose from, or logits are NaN")
+    _check_choice(total > 0)
     at = torch.tensor(u, dtype=torch.float64)[:, None] * total
     at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))   # below the top
     return torch.searchsorted(bounds, at, right=True)[:, 0].tolist()
+
+
+def _check_choice(possible: Bool[Tensor, "B 1"]) -> None:
+    "ValueError for a row from which nothing can be chosen."
+    if possible.all(): return
+    row = int((~possible).nonzero()[0, 0])
+    raise ValueError(f"row {row}: no token is left to choose from, or logits are NaN")
 
 # %% ../nbs/13_generation.ipynb #4ec6fdbb
 def row_seeds(
@@ -61,8 +66,8 @@ def scale_temperature(
 ) -> Float[Tensor, "B V"]:
     "Logits over the temperature, @eq-generation-temperature; 0 leaves only the best token."
     if temperature: return logits / temperature
-    best = logits.argmax(-1, keepdim=True)
-    return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
+    best, token = logits.max(-1, keepdim=True)
+    return torch.full_like(logits, -math.inf).scatter(-1, token, best)
 
 # %% ../nbs/13_generation.ipynb #31559a87
 def keep_top_k(
@@ -206,6 +211,7 @@ class _Steps:
     "What a sampler does, whatever its fields are."
 
     order: Sequence[str]
+    temperature: float
 
     @cached_property
     def steps(self) -> tuple[tuple[str, Any], ...]:
@@ -227,6 +233,16 @@ class _Steps:
     ) -> Float[Tensor, "B V"]:
         "The exact distribution from which the next token is drawn."
         return self(logits, context).softmax(-1)
+
+    def choose(
+        self, logits: Float[Tensor, "B V"], u: Sequence[float], context: Context = Context(),
+    ) -> list[int]:
+        "A token for each row: drawn with its `u`; at temperature 0, the one that is left."
+        scores = self(logits, context)
+        if self.temperature: return draw(scores.softmax(-1), u)
+        best, tokens = scores.max(-1, keepdim=True)
+        _check_choice(best > -math.inf)
+        return tokens[:, 0].tolist()
 
 # %% ../nbs/13_generation.ipynb #22a62c3d
 @dataclass(frozen=True)
@@ -433,8 +449,7 @@ def _steps(
                 if row.is_open: constraint.mask(scores, row.state, remaining, end_token)
         context = Context([row.prompt for row in rows], [row.written for row in rows],
                           remaining, end_token)
-        p = sampler.probabilities(logits, context)
-        tokens = draw(p, [row.coin.random() for row in rows])
+        tokens = sampler.choose(logits, [row.coin.random() for row in rows], context)
         yield [row.add(token) for row, token in zip(rows, tokens)]
         for row, token in zip(rows, tokens):
             if row.is_open: _close(row, token, remaining - 1, end_token, constraint)

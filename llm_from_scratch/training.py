@@ -7,6 +7,7 @@ import base64, importlib.util, json, logging, math, os, random, secrets, shutil,
 import statistics, struct, time, zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class _Descent(_Budget):
     optimizer: str = "adamw"            # a name in `OPTIMIZERS`
     lr: float = 1e-3                    # the peak of AdamW
     muon_lr: float = 0.02               # the peak of Muon, for the matrices it trains
+    muon_momentum: float = 0.95         # Muon's memory of the mean gradient
     schedule: str = "cosine"            # a name in `SCHEDULES`
     warmup: int = 0                     # steps in which the learning rate rises
     decay: int | None = None            # steps in which "wsd" falls; None: a fifth of all
@@ -148,6 +150,8 @@ def _check_numbers(c: TrainConfig) -> None:
         demand(name, _is_number(x) and x > 0, "a positive number")
     demand("weight_decay", _is_number(c.weight_decay), "a number of at least 0")
     demand("floor", _is_number(c.floor) and c.floor <= 1, "a share between 0 and 1")
+    demand("muon_momentum", _is_number(c.muon_momentum) and c.muon_momentum < 1,
+           "a number in [0, 1)")
     demand("betas", len(c.betas) == 2 and all(_is_number(b) and b < 1 for b in c.betas),
            "two numbers in [0, 1)")
 
@@ -184,7 +188,8 @@ def _muon(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
         raise ValueError("muon trains the matrices of a model and leaves the rest to AdamW; "
                          "this model does not have both")
     dtype = "bfloat16" if _is_cuda(model) else "float32"
-    muon = Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay, ns_dtype=dtype)
+    muon = Muon(matrices, lr=c.muon_lr, momentum=c.muon_momentum, ns_dtype=dtype,
+                weight_decay=c.weight_decay)
     return [muon, AdamW(others, lr=c.lr, betas=c.betas, eps=c.eps, fused=_is_cuda(model))]
 
 def _is_cuda(model: nn.Module) -> bool: return next(model.parameters()).is_cuda
@@ -352,16 +357,19 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
 ) -> dict[str, int]:                  # the size of the file and the CRC-32 of its bytes
     "Write a `safetensors` file, tensor after tensor, as fast as the disk takes it."
-    with open(path, "xb") as file:
-        crc = _put(file, 0, _safetensors_header(tensors))
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as other:
+        crc = _put(file, 0, _safetensors_header(tensors), other)
         for tensor in tensors.values():
-            crc = _put(file, crc, tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            crc = _put(file, crc, data, other)
         file.flush(); os.fsync(file.fileno())          # on the disk, not only on its way
         return {"bytes": file.tell(), "crc32": crc}
 
-def _put(file: BinaryIO, crc: int, data: Any) -> int:
+def _put(file: BinaryIO, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
+    "Write the bytes while the other thread sums them up; neither holds Python's lock."
+    summed = other.submit(zlib.crc32, data, crc)
     file.write(data)
-    return zlib.crc32(data, crc)
+    return summed.result()
 
 def _safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     "Its length in 8 bytes, then JSON: type, shape and place of each tensor."

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = ROOT/'.cache'/'passed.json'
-EVERYTHING = ['llm_from_scratch/*.py', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
+EVERYTHING = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
 SHARED = ['tests/conftest.py', 'constraints.txt', 'pyproject.toml']
 
 sys.path.insert(0, str(ROOT/'tools'))
@@ -100,3 +100,13 @@ def shared_data():
     folder = ROOT.parent/'shared'/'data'
     if not folder.is_dir(): pytest.skip('the reference data of ../shared/data is not here')
     return folder
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Sums in one order: results do not depend on how many cores there are."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

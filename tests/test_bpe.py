@@ -10,10 +10,10 @@ from hypothesis import given, settings, strategies as st
 
 import llm_from_scratch.bpe as bpe
 from llm_from_scratch.bpe import (GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, byte_alphabet, compile_pattern, count_pretokens,
-                                  learn_merges, merge_bytes)
-from llm_from_scratch.text import Tokenizer, pydoc_corpus
+                                  learn_merges, load_tokenizer, merge_bytes, model_folder)
+from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, pydoc_corpus
 
-INPUTS = ['llm_from_scratch/bpe.py', 'llm_from_scratch/text.py']
+INPUTS = ['llm_from_scratch/bpe.py', 'llm_from_scratch/text.py', 'llm_from_scratch/models/*/*']
 
 # Characters that every engine's edition of Unicode knows, and mixtures made to hurt the patterns.
 known = st.text(st.characters(exclude_categories=['Cs', 'Cn']))
@@ -456,3 +456,20 @@ def test_patterns_cover_every_text():
     for pattern in GPT2_PATTERN, GPT4_PATTERN, r'\w+':
         text = ''.join(chr(rng.choice([rng.randrange(0xd800), rng.randrange(0xe000, 0x110000), rng.randrange(128)])) for _ in range(20_000))
         assert ''.join(compile_pattern(pattern).findall(text)) == text
+
+
+def test_each_tokenizer_is_found_by_its_file(tmp_path):
+    texts = ['Once there was a girl.\nShe had a hat.']
+    for made in (CharTokenizer.train(texts), WordTokenizer.train(texts), SpacedWordTokenizer.train(texts, special_tokens=['<end>']), BPETokenizer.train(texts, 260)):
+        made.save(tmp_path/'tokenizer.json')
+        again = load_tokenizer(tmp_path)
+        assert load_tokenizer(tmp_path/'tokenizer.json') == again or isinstance(made, BPETokenizer)
+        assert type(again) is type(made) and again.encode('Once a hat.') == made.encode('Once a hat.') and again.vocab_size == made.vocab_size
+    made.to_hf(tmp_path)
+    assert load_tokenizer(tmp_path).encode('Once a hat.') == made.encode('Once a hat.')
+    for text in ('', '[1]', '{}', '{"class": "WordTokenizer"}'):
+        (tmp_path/'tokenizer.json').write_text(text, encoding='utf-8')
+        with pytest.raises(ValueError, match='tokenizer.json'): load_tokenizer(tmp_path)
+    (tmp_path/'tokenizer.json').unlink()
+    with pytest.raises(FileNotFoundError, match=r'there is no tokenizer .*: expected a file, a folder with tokenizer.json, or storyland'): load_tokenizer(tmp_path)
+    assert load_tokenizer('storyland').vocab_size == 401 and model_folder('storyland').is_dir()

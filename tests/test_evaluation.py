@@ -17,16 +17,9 @@ from llm_from_scratch.storyland import SIZES, continuations, narrator, recall, s
 from llm_from_scratch.text import SPACED_PATTERN, CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
 INPUTS = ['llm_from_scratch/evaluation.py', 'llm_from_scratch/gpt.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/blocks.py',
-          'llm_from_scratch/tensors.py', 'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py', 'llm_from_scratch/storyland.py', 'llm_from_scratch/data.py']
+          'llm_from_scratch/tensors.py', 'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py', 'llm_from_scratch/storyland.py', 'llm_from_scratch/data.py', 'llm_from_scratch/models/*/*']
 END = '<|endoftext|>'
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def opinionated(vocab_size=40, context_length=32, dropout=0.0):

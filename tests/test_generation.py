@@ -14,14 +14,7 @@ from llm_from_scratch.text import CharTokenizer, WordTokenizer
 
 INPUTS = ['llm_from_scratch/generation.py', 'llm_from_scratch/gpt.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/blocks.py',
           'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py']
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def opinionated(positions='rope', vocab_size=40, context_length=32, **options):
@@ -147,6 +140,21 @@ def test_every_processor_is_tested_and_has_a_field():
 def test_draw_never_takes_what_has_no_weight(p, u):
     token, = draw(torch.tensor([p], dtype=torch.float64), [u])
     assert p[token] > 0
+
+
+@pytest.mark.parametrize('temperature', [0, 1e-3, 1.0])
+def test_nothing_is_chosen_where_nothing_is_left(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [math.nan, 0.0, 0.0]])
+    assert Sampler(temperature=temperature, banned=[0, 2]).choose(logits[:1], [0.9]) == [1]
+    with pytest.raises(ValueError, match='row 0: no token is left'): Sampler(temperature=temperature, banned=[0, 1, 2]).choose(logits, [0.5, 0.5])
+    with pytest.raises(ValueError, match='row 1: .* NaN'): Sampler(temperature=temperature).choose(logits, [0.5, 0.5])
+
+
+def test_at_temperature_0_the_choice_is_what_a_draw_would_be():
+    logits, u = torch.randn(200, 9, generator=torch.Generator().manual_seed(0)), [i / 200 for i in range(200)]
+    for sampler in (Sampler(temperature=0), Sampler(temperature=0, banned=[3], top_k=2, repetition_penalty=1.3), Sampler(temperature=0, order=tuple(reversed(tuple(PROCESSORS))))):
+        context = Context([[1, 2]] * 200, [[4]] * 200, 5, None)
+        assert sampler.choose(logits, u, context) == draw(sampler.probabilities(logits, context), u)
 
 
 def test_steps_are_in_order_and_only_those_that_act():

@@ -8,7 +8,7 @@ import yaml
 from check import Book
 from conftest import ROOT
 
-INPUTS = ['llm_from_scratch/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
+INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
 WITHOUT_TORCH = ['text', 'bpe', 'storyland', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book

@@ -10,7 +10,9 @@ NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
 
 def INPUTS(notebook=None, **_):
     "A notebook depends on itself, the library, and the data it draws from."
-    return ['tools/nb.py', *(['llm_from_scratch/*.py', 'benchmarks/results/*', 'nbs/results/*', f'nbs/{notebook.name}'] if notebook else [])]
+    if notebook is None: return ['tools/nb.py']
+    measured = ['benchmarks/results/*', 'benchmarks/run.py'] if notebook.stem == 'measurements' else []
+    return ['tools/nb.py', 'llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/results/*', f'nbs/{notebook.name}', *measured]
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)

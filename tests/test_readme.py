@@ -1,4 +1,5 @@
 """The Python in README and on the front page runs as it stands, in silence but for what it prints."""
+import json
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ['README.md', 'index.qmd', 'llm_from_scratch/*.py', 'llm_from_scratch/models/*/*']
+INPUTS = ['README.md', 'index.qmd', 'llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/results/storyland_small.json']
 
 
 @pytest.mark.parametrize('page', ['README.md', 'index.qmd'])
@@ -34,3 +35,14 @@ def test_the_story_is_what_the_model_tells(tmp_path):
     assert (done.returncode, done.stderr) == (0, ''), done.stderr
     assert done.stdout.split() == shown[2].split()
     assert can_begin(done.stdout.strip()), 'the world cannot tell this story: choose another seed'
+
+
+def test_what_readme_says_of_the_model_is_so():
+    from llm_from_scratch.gpt import GPT
+    said = re.search(r'([\d,]+) weights, trained in (\w+) minutes', (ROOT/'README.md').read_text(encoding='utf-8'))
+    assert said, 'README.md says nothing about the size of its model and the time it took'
+    shipped = json.loads((ROOT/'nbs'/'results'/'storyland_small.json').read_text(encoding='utf-8'))['runs'][0]
+    weights = sum(p.numel() for p in GPT.from_pretrained('storyland').parameters())
+    assert int(said[1].replace(',', '')) == weights == shipped['parameters']
+    minutes = ['one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten'].index(said[2]) + 1
+    assert minutes == round(shipped['seconds'] / 60)

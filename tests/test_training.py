@@ -48,7 +48,7 @@ def test_a_configuration_survives_json():
 @pytest.mark.parametrize(('wrong', 'message'), [
     ({}, 'a run needs an end'), ({'steps': 0}, 'steps must be a whole number of at least 1, got 0'), ({'steps': 2.0}, 'steps'), ({'steps': True}, 'steps'),
     ({'seconds': -1}, 'seconds must be a positive number'), ({'seconds': math.inf}, 'seconds'), ({'lr': 0}, 'lr'), ({'lr': math.nan}, 'lr'), ({'lr': '1'}, 'lr'),
-    ({'betas': (.9, 1)}, 'betas'), ({'betas': (.9,)}, 'betas'), ({'floor': 1.5}, 'floor'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
+    ({'betas': (.9, 1)}, 'betas'), ({'muon_momentum': 1}, 'muon_momentum'), ({'betas': (.9,)}, 'betas'), ({'floor': 1.5}, 'floor'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
     ({'batch_size': 4, 'micro_batch_size': 8}, 'micro_batch_size 8 is more than batch_size 4'), ({'warmup': 11}, 'warmup of 11 steps'), ({'keep': 0}, 'keep'),
     ({'optimizer': 'adam'}, "unknown optimizer 'adam': expected one of adamw, muon"), ({'schedule': 'cos'}, 'schedule'), ({'precision': 'fp8'}, 'precision'),
     ({'on_nan': 'ignore'}, 'on_nan'), ({'on_spike': 'x'}, 'on_spike'), ({'compile': 1}, 'compile'), ({'learning_rate': 1}, "no field 'learning_rate'"),
@@ -147,6 +147,11 @@ def test_every_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path, name):
     again.fit()
     assert same_model(again, whole) and not any(torch.equal(a, b) for a, b in zip(whole.model.parameters(), fresh.model.parameters()))
     assert [r['loss'] for r in again.history] == [r['loss'] for r in whole.history]
+
+
+def test_muon_is_given_what_the_configuration_says():
+    muon, adamw = make(optimizer='muon', muon_lr=.03, muon_momentum=.8, weight_decay=.2, lr=.004).optimizers
+    assert {(g['momentum'], g['weight_decay']) for g in muon.param_groups} == {(.8, .2)} and {g['weight_decay'] for g in adamw.param_groups} == {0.0}
 
 
 def test_muon_needs_matrices_and_something_else():

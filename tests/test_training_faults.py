@@ -136,10 +136,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
 class FullDisk:
     "A writer that has room for so many bytes."
     def __init__(self, room): self.room, self.put = room, training._put
-    def __call__(self, file, crc, data):
+    def __call__(self, file, crc, data, other):
         self.room -= len(data)
         if self.room < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.put(file, crc, data)
+        return self.put(file, crc, data, other)
 
 
 @pytest.mark.parametrize('room', [0, 100, 5_000])
