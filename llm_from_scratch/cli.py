@@ -517,7 +517,6 @@ def _train(
       llmfs train --data data --out run --seconds 120
       llmfs train --data data --out run --steps 2000 --optimizer muon --schedule wsd
       llmfs train --out run --resume"""
-    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.training import checkpoints, join_world
     if not resume and checkpoints(out):
         raise FileExistsError(f"{out} holds a run already: --resume goes on with it, "
@@ -535,6 +534,7 @@ def _train(
 def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tuple[Any, Any]:
     "The trainer of a run, and the tokenizer of its data."
     from dataclasses import asdict, replace
+    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.data import TokenFile, replacing
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import seed_all

@@ -310,23 +310,32 @@ def _places(
 class SimpleCache:
     "Keys and values of each layer, longer with every update; a `Cache` for attention."
 
-    def __init__(self) -> None: self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self) -> None: self._layers: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def update(
         self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
     ) -> tuple[Tensor, Tensor]:
         "Append new keys and values; give back all so far."
-        if layer in self._layers:
-            old_k, old_v = self._layers[layer]
-            k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-        self._layers[layer] = k, v
-        return k, v
+        start, keys, values = self._layers.get(layer, (0, k[:, :, :0], v[:, :, :0]))
+        end = start + k.shape[2]
+        if end > keys.shape[2]: keys, values = _with_room(keys, end), _with_room(values, end)
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        self._layers[layer] = end, keys, values
+        return keys[:, :, :end], values[:, :, :end]
 
     def reorder(self, rows: Sequence[int]) -> None:
         "Row i becomes what row `rows[i]` was; rows may be repeated or left out."
         index = torch.tensor(rows)
-        self._layers = {layer: (k[index.to(k.device)], v[index.to(v.device)])
-                        for layer, (k, v) in self._layers.items()}
+        self._layers = {layer: (end, k[index.to(k.device)], v[index.to(v.device)])
+                        for layer, (end, k, v) in self._layers.items()}
+
+
+def _with_room(memory: Tensor, need: int) -> Tensor:
+    "The same beginning, in memory for twice as many positions as are needed."
+    B, K, used, d = memory.shape
+    larger = memory.new_empty(B, K, 2 * need, d)
+    larger[:, :, :used] = memory
+    return larger
 
 # %% ../nbs/13_generation.ipynb #82873e38
 def _start(length: int, limit: int | None) -> int:

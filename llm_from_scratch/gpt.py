@@ -34,7 +34,9 @@ from .data import replacing
 from llm_from_scratch.positions import (
     POSITIONS, LearnedPositions, PositionScheme, RopeScaling, position_scheme,
 )
-from .tensors import Dropout, Embedding, Linear, _check_targets, _may_look
+from llm_from_scratch.tensors import (
+    Dropout, Embedding, Linear, _check_targets, _may_look, linear,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -209,7 +211,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token."
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def extra_repr(self) -> str:
         "Whose table it is."

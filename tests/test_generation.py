@@ -222,6 +222,20 @@ def test_cached_logits_are_the_logits_without():
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-10)
 
 
+def test_a_cache_gives_back_what_it_was_given_and_moves_seldom():
+    g, cache, whole, places = torch.Generator().manual_seed(0), SimpleCache(), [], set()
+    for n in (3, *[1] * 200, 5, 1):
+        whole.append(torch.randn(2, 3, n, 4, generator=g))
+        k, v = cache.update(7, whole[-1], -whole[-1])
+        places.add(k.data_ptr())
+        assert torch.equal(k, torch.cat(whole, 2)) and torch.equal(v, -k)
+    assert len(places) <= 8                                                  # 3, 8, 18, 38 … positions
+    cache.reorder([1, 1, 0])
+    more = torch.randn(3, 3, 1, 4, generator=g)
+    k, v = cache.update(7, more, more)
+    assert torch.equal(k, torch.cat([torch.cat(whole, 2)[[1, 1, 0]], more], 2)) and torch.equal(v[:, :, -1:], more)
+
+
 def test_a_model_in_training_is_left_as_it_was():
     model = opinionated('rope', dropout=0.5)
     expected = generate(model.eval(), RAGGED, 8, WARM)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_from_scratch import tensors
-from llm_from_scratch.tensors import (DeviceReport, Dropout, Embedding, Linear, Value, best_device, check_device, cross_entropy,
+from llm_from_scratch.tensors import (DeviceReport, Dropout, Embedding, Linear, Value, best_device, check_device, cross_entropy, linear,
                                       log_softmax, logsumexp, seed_all, softmax)
 
 INPUTS = ['llm_from_scratch/__init__.py', 'llm_from_scratch/tensors.py', 'llm_from_scratch/figures.py']
@@ -263,6 +263,49 @@ def test_linear_against_torch(shape):
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours(x), x @ ours.weight.T + ours.bias)
+
+
+@pytest.fixture
+def shared_out(monkeypatch):
+    "Sets the number of threads; notes which products are shared out."
+    seen, share, threads = [], tensors._share_out, torch.get_num_threads()
+    monkeypatch.setattr(tensors, '_share_out', lambda *a: seen.append(a) or share(*a))
+    yield seen
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('threads', [2, 3, 7])
+@pytest.mark.parametrize('rows', [1024, 1025, 1027])
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_one_vector_shared_out_against_torch(shared_out, threads, rows, bias):
+    g = torch.Generator().manual_seed(0)
+    torch.set_num_threads(threads)
+    weight, b = torch.randn(rows, 2 * 160, generator=g)[:, ::2], torch.randn(rows, generator=g) if bias else None    # rows that do not lie side by side
+    for n, shape in enumerate([(160,), (1, 160), (1, 1, 160)], start=1):
+        x = torch.randn(shape, generator=g)
+        torch.testing.assert_close(linear(x, weight, b), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
+        assert len(shared_out) == n
+    with torch.autocast('cpu', torch.bfloat16): assert linear(x, weight, b).dtype == F.linear(x, weight, b).dtype == torch.bfloat16
+
+
+def test_only_one_large_vector_is_shared_out(shared_out, monkeypatch):
+    torch.set_num_threads(2)
+    layer, x = Linear(400, 400), torch.randn(1, 400)
+    loss = layer(x).square().sum()                                                       # gradients are wanted
+    loss.backward()
+    with torch.no_grad():
+        layer(torch.randn(2, 400)), layer(torch.randn(0, 400)), Linear(9, 9)(torch.randn(1, 9))
+        copy.deepcopy(layer).double()(x.double())
+        with monkeypatch.context() as compiling:                                         # a compiler writes its own product
+            compiling.setattr(torch.compiler, 'is_compiling', lambda: True)
+            layer(x)
+        torch.set_num_threads(1)
+        layer(x)
+        assert not shared_out
+        torch.set_num_threads(2)
+        layer(x)
+        assert len(shared_out) == 1
 
 
 def test_embedding_gradient_against_one_hot():
