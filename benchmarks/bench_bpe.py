@@ -129,8 +129,10 @@ sys.path.insert(0, sys.argv[2])
 from llm_from_scratch.bpe import BPETokenizer
 start = time.perf_counter()
 BPETokenizer.train(Path(sys.argv[1]), 8000)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([time.perf_counter() - start, peak / (1e6 if sys.platform == "darwin" else 1e3) * (1 if sys.platform == "darwin" else 1.024)]))
+seconds, status = time.perf_counter() - start, Path("/proc/self/status")
+if status.exists(): peak = 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])     # ru_maxrss would count the parent's peak as well
+else: peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, peak / 1e6]))
 '''
 
 

@@ -175,7 +175,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         "What to add to each position."
-        return self.down(self.dropout(self.activation(self.up(x))))
+        h = self.activation(self.up(x))
+        return self.down(self.dropout(h) if self.dropout.training else h)
 
 # %% ../nbs/08_blocks.ipynb #b7b230aa
 def matched_width(
@@ -211,7 +212,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         "What to add to each position."
-        return self.down(self.dropout(self.activation(self.gate(x)) * self.up(x)))
+        h = self.activation(self.gate(x)) * self.up(x)
+        return self.down(self.dropout(h) if self.dropout.training else h)
 
 # %% ../nbs/08_blocks.ipynb #48fa27ff
 class SwiGLU(GatedFeedForward):
@@ -252,7 +254,6 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
 # %% ../nbs/08_blocks.ipynb #d1e007d7
 ORDERS = ("pre", "post", "sandwich", "none")
 
-
 class Block(nn.Module):
     "Attention and feed-forward, each adding to the residual stream, @eq-blocks-pre."
 
@@ -286,15 +287,16 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         "The stream after this block. Raises ValueError for another width."
         _check_width(x, self.d_model)
-        def attend(x: Tensor) -> Tensor: return self.attention(x, positions, mask, cache)
-        x = self._add(x, attend, self.attention_norm, self.attention_output_norm)
+        x = self._add(x, lambda x: self.attention(x, positions, mask, cache),
+                      self.attention_norm, self.attention_output_norm)
         return self._add(x, self.feed_forward, self.feed_forward_norm,
                          self.feed_forward_output_norm)
 
-    def _add(self, x: Tensor, layer: Callable[[Tensor], Tensor],
-             norm: nn.Module, output_norm: nn.Module) -> Tensor:
-        if self.order == "post": return norm(x + self.dropout(layer(x)))
-        return x + self.dropout(output_norm(layer(norm(x))))
+    def _add(self, x: Tensor, layer: Any, norm: nn.Module, output_norm: nn.Module) -> Tensor:
+        h = layer(x if self.order == "post" else norm(x))
+        if self.order == "sandwich": h = output_norm(h)
+        if self.dropout.training: h = self.dropout(h)
+        return norm(x + h) if self.order == "post" else x + h
 
 # %% ../nbs/08_blocks.ipynb #20f8db8c
 @torch.no_grad()
