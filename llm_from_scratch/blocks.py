@@ -268,8 +268,7 @@ class Block(nn.Module):
         dropout: float = 0.0,                   # share dropped of what is added, in training
     ) -> None:
         super().__init__()
-        if order not in ORDERS:
-            raise ValueError(f"unknown order {order!r}; known are {', '.join(ORDERS)}")
+        if order not in ORDERS: raise ValueError(f"unknown order {order!r}; known are {ORDERS}")
         first = nn.Identity if order == "none" else norm
         second = norm if order == "sandwich" else nn.Identity
         self.d_model, self.order, self.dropout = d_model, order, Dropout(dropout)
