@@ -304,7 +304,7 @@ def test_init_weights_takes_its_randomness_from_the_generator():
     (lambda: SwiGLU(8)(torch.zeros(2, 3, 9)), r'size 8, got shape \(2, 3, 9\)'),
     (lambda: FeedForward(8, dropout=1.5), 'got 1.5'),
     (lambda: matched_width(8, 0), 'got 8 and 0'),
-    (lambda: block(order='Pre'), "unknown order 'Pre'; known are pre, post, sandwich, none"),
+    (lambda: block(order='Pre'), "unknown order 'Pre'; known are \\('pre', 'post', 'sandwich', 'none'\\)"),
     (lambda: block()(torch.zeros(1, 2, 15), torch.arange(2)), r'size 16, got shape \(1, 2, 15\)'),
     (lambda: init_weights(block(), -1), 'at least one layer, got -1'),
 ], ids=range(13))
