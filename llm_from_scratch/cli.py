@@ -278,7 +278,8 @@ Let the model that comes with the library tell a story:
 Train one of your own, from text to story:
   llmfs tokenizer train --corpus storyland --kind words --out tokenizer.json
   llmfs data --corpus storyland --tokenizer tokenizer.json --out data
-  llmfs train --data data --out run --seconds 120
+  llmfs train --data data --out run --seconds 120 \\
+    --optimizer muon --batch-size 8 --lr 0.01
   llmfs generate --model run
 
 Every command takes --debug: it shows where an error comes from.
@@ -514,8 +515,8 @@ def _train(
     Ctrl-C ends after the step; --resume goes on as if nothing had happened.
 
     Examples:
-      llmfs train --data data --out run --seconds 120
-      llmfs train --data data --out run --steps 2000 --optimizer muon --schedule wsd
+      llmfs train --seconds 120 --optimizer muon --batch-size 8 --lr 0.01
+      llmfs train --data data --out run --steps 2000 --schedule wsd
       llmfs train --out run --resume"""
     from llm_from_scratch.training import checkpoints, join_world
     if not resume and checkpoints(out):
