@@ -338,6 +338,15 @@ def test_settings_come_from_flags_then_files_then_the_class(data, call, tmp_path
     assert (config.d_model, config.n_layers, config.dropout, config.vocab_size) == (16, 1, 0.25, saved['shape']['vocab_size'])
 
 
+def test_the_seed_draws_the_first_weights(data, call, tmp_path):
+    "After one step too small to be seen, the weights are what they started as."
+    first = {}
+    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
+        assert call('train', '--data', data, *TINY, '--steps', 1, '--lr', 1e-9, '--seed', seed, '--out', name)[2] == 0
+        first[name] = GPT.from_pretrained(tmp_path/name).token_embedding.weight.detach()
+    assert first['a'].equal(first['b']) and (first['a'] - first['c']).abs().mean() > 1e-3
+
+
 def test_the_best_weights_are_saved(data, call, tmp_path):
     "A learning rate that ruins the model: the last weights are worse than the first evaluation's."
     out = call('train', '--data', data, *TINY, '--steps', 12, '--eval-every', 3, '--lr', 5, '--schedule', 'linear', '--warmup', 10, '--json')[0]
