@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch import cli
+from llm_from_scratch.data import BatchLoader, TokenFile
 from llm_from_scratch.generation import Sampler, stream
 from llm_from_scratch.gpt import GPT, GPTConfig, load_tokenizer
 from llm_from_scratch.training import TrainConfig, checkpoints, read_log
@@ -345,6 +346,21 @@ def test_the_seed_draws_the_first_weights(data, call, tmp_path):
         assert call('train', '--data', data, *TINY, '--steps', 1, '--lr', 1e-9, '--seed', seed, '--out', name)[2] == 0
         first[name] = GPT.from_pretrained(tmp_path/name).token_embedding.weight.detach()
     assert first['a'].equal(first['b']) and (first['a'] - first['c']).abs().mean() > 1e-3
+
+
+def test_a_file_of_settings_changes_a_run_that_goes_on(data, call, tmp_path):
+    assert call('train', '--data', data, *TINY, '--steps', 2)[2] == 0
+    (tmp_path/'more.json').write_text('{"steps": 5}', encoding='utf-8')
+    assert json.loads(call('train', '--resume', '--config', 'more.json', '--json')[0])['steps'] == 5
+
+
+def test_held_out_batches_are_always_the_same_and_in_order(data, tmp_path, monkeypatch):
+    from llm_from_scratch.training import World
+    monkeypatch.chdir(tmp_path)
+    made, _ = cli._trainer(TrainConfig(steps=1, batch_size=2), GPTConfig(1, 16, 16, 1, 2), data, tmp_path/'run', World())
+    plain = BatchLoader(TokenFile.open(data/'validation.tok'), 16, 2, shuffle=False)
+    for step in range(3): assert made.validation.batch(step)[0].equal(plain.batch(step)[0])
+    assert not made.train.batch(0)[0].equal(BatchLoader(TokenFile.open(data/'train.tok'), 16, 2, shuffle=False).batch(0)[0])
 
 
 def test_the_best_weights_are_saved(data, call, tmp_path):
