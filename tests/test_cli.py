@@ -18,7 +18,7 @@ from llm_from_scratch import cli
 from llm_from_scratch.data import BatchLoader, TokenFile
 from llm_from_scratch.generation import Sampler, stream
 from llm_from_scratch.gpt import GPT, GPTConfig, load_tokenizer
-from llm_from_scratch.training import TrainConfig, checkpoints, read_log
+from llm_from_scratch.training import TrainConfig, Trainer, checkpoints, read_log
 
 INPUTS = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/command.ipynb']
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,6 +261,11 @@ def test_a_story(call):
         'prompt': 'Once upon a time', 'text': out.removeprefix('Once upon a time').removesuffix('\n'), 'seed': 3}
 
 
+def test_a_text_ends_where_the_model_ends_it(call):
+    out = call('generate', '--temperature', 0, '--max-new-tokens', 300)[0]
+    assert cli.END not in out and 30 < len(out.split()) < 200 and out.endswith(('.\n', '!\n'))
+
+
 def test_how_words_are_chosen_can_be_said(call):
     def said(*words): return call('generate', '--prompt', 'Once upon a time', '--max-new-tokens', 12, *words)[0]
     assert said('--temperature', 0) == said('--temperature', 0, '--seed', 9) == said('--top-k', 1, '--seed', 5)
@@ -348,6 +353,18 @@ def test_the_seed_draws_the_first_weights(data, call, tmp_path):
     assert first['a'].equal(first['b']) and (first['a'] - first['c']).abs().mean() > 1e-3
 
 
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_its_step(data, call, monkeypatch, number, status):
+    step = Trainer.train_step
+    def asked(self):
+        if self.step == 2: signal.raise_signal(number)
+        return step(self)
+    monkeypatch.setattr(Trainer, 'train_step', asked)
+    out, err, ended = call('train', '--data', data, *TINY, '--steps', 9)
+    assert (out, ended) == ('', status) and 'llmfs train --out run --resume goes on' in err
+    assert [path.name for path in checkpoints('run')] == ['step-00000003']
+
+
 def test_a_file_of_settings_changes_a_run_that_goes_on(data, call, tmp_path):
     assert call('train', '--data', data, *TINY, '--steps', 2)[2] == 0
     (tmp_path/'more.json').write_text('{"steps": 5}', encoding='utf-8')
@@ -405,6 +422,9 @@ def test_eval_measures_what_it_says(call):
     assert facts['tokens'] == sum(len(tokenizer.encode(text)) + 1 for text in texts)
     world = -sum(map(log_probability, texts)) / facts['tokens']
     assert facts['above_floor'] == pytest.approx(facts['loss'] - world) and facts['above_floor'] > 0
+    small = json.loads(call('eval', '--n', 6, '--size', 'tiny', '--json')[0])                # another world has another floor
+    texts = [story.text for story in stories(6, size='tiny', split='test')]
+    assert small['above_floor'] == pytest.approx(small['loss'] + sum(log_probability(text, 'tiny') for text in texts) / small['tokens'])
     page = call('eval', '--n', 6)[0]
     assert re.search(rf"loss +{facts['loss']:.4f} +\[", page) and f"{facts['bytes']:,} bytes" in page
 
