@@ -289,6 +289,14 @@ def test_one_vector_shared_out_against_torch(shared_out, threads, rows, bias):
     with torch.autocast('cpu', torch.bfloat16): assert linear(x, weight, b).dtype == F.linear(x, weight, b).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_more_cores_than_rows(shared_out):
+    torch.set_num_threads(7)
+    x, weight = (torch.randn(n, 40_000, generator=torch.Generator().manual_seed(n)) for n in (1, 5))
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-3)
+    assert len(shared_out) == 1
+
+
 def test_only_one_large_vector_is_shared_out(shared_out, monkeypatch):
     torch.set_num_threads(2)
     layer, x = Linear(400, 400), torch.randn(1, 400)
