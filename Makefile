@@ -8,6 +8,7 @@ else
   PY := $(VENV)/bin/python
 endif
 n ?=
+ring ?=
 name ?=
 title ?=
 
@@ -20,9 +21,8 @@ help:  ## list the targets
 book: book-env  ## build the site, EPUB and PDF into _site/
 	@$(PY) tools/build.py
 
-test: dev-env  ## run everything: notebooks, library, properties, faults, the site in a browser
-	@$(PY) tools/build.py --quiet
-	@$(PY) -m pytest -n 2 --dist worksteal $(args)
+test: dev-env  ## run everything that changed; one chapter: make test n=07; in another setting: make test ring=avx2
+	@$(PY) tools/prove.py $(if $(n),--chapter $(n)) $(if $(ring),--ring $(ring)) $(args)
 
 serve: book-env  ## build, serve on this machine, rebuild a page when its notebook is saved
 	@$(PY) tools/serve.py $(args)

@@ -1,88 +1,105 @@
-"""What every test shares: where things are, strict shapes, and a memory of what has already passed.
+"""What every test shares: where things are, strict shapes, a memory of what has already passed, and what each test costs.
 
-A second `make test` runs only what changed. A module that tests a part of the tree names it in `INPUTS` (globs from the
-root); a module without `INPUTS` depends on everything. A test whose inputs are, byte for byte, those of its last pass is
-left out and counted; `make test args=--all` runs it anyway. A fresh clone has no memory and runs everything.
+A second `make test` runs only what changed. A test whose inputs are, byte for byte, those of its last pass is left out and
+counted (`inputs.py` says what a test depends on); `make test args=--all` runs it anyway. A fresh clone has no memory.
 """
-import hashlib, json, os, sys
-from functools import cache
+import json, os, sys
 from pathlib import Path
 
 import hypothesis
+import inputs
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-MEMORY = ROOT/'.cache'/'passed.json'
-EVERYTHING = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
-SHARED = ['tests/conftest.py', 'constraints.txt', 'pyproject.toml']
+from inputs import ROOT
 
 sys.path.insert(0, str(ROOT/'tools'))
+from costs import Costs  # noqa: E402
+
+MEMORY = ROOT/'.cache'/'passed.json'
+RING = os.environ.get('BOOK_RING', '')               # the setting that the portable tests are run in (tools/prove.py)
+CHAPTER = os.environ.get('BOOK_CHAPTER', '')         # the notebook whose tests alone are run
+
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 hypothesis.settings.register_profile('book', deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile('book')
-
-
-@cache
-def _content(pattern):
-    "A hash of all files that match a glob."
-    files = sorted(p for p in ROOT.glob(pattern) if p.is_file() and '__pycache__' not in p.parts)
-    return hashlib.sha256(b'\0'.join(str(p.relative_to(ROOT)).encode() + b'\0' + p.read_bytes() for p in files)).hexdigest()
-
-
-def _state(item):
-    "What the outcome of a test depends on."
-    callspec = getattr(item, 'callspec', None)
-    inputs = getattr(item.module, 'INPUTS', EVERYTHING)
-    if callable(inputs): inputs = inputs(**(callspec.params if callspec else {}))
-    own = str(Path(item.fspath).relative_to(ROOT).as_posix())
-    parts = [_content(p) for p in [*SHARED, own, *inputs]]
-    return hashlib.sha256('\0'.join([sys.version, *parts]).encode()).hexdigest()
-
-
-def _read_memory():
-    try: return json.loads(MEMORY.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
 
 
 def pytest_addoption(parser):
     parser.addoption('--all', action='store_true', help='run every test, also those whose inputs have not changed since they passed')
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    passed = {} if config.getoption('--all') else _read_memory()
-    for item in items: item.user_properties.append(('state', _state(item)))
-    fresh = [i for i in items if passed.get(i.nodeid) != dict(i.user_properties)['state']]
+    if CHAPTER: items[:] = [i for i in items if of_chapter(i)]
+    memory = read_memory()
+    for item in items: item.user_properties.append(('state', state(item)))
+    known = {} if config.getoption('--all') else memory
+    fresh = [i for i in items if known.get(key(i.nodeid), {}).get('state') != dict(i.user_properties)['state']]
     config.unchanged = len(items) - len(fresh)
-    items[:] = fresh
+    items[:] = longest_first(fresh, memory)
+
+
+def of_chapter(item):
+    "Whether a test belongs to the notebook CHAPTER: the test file of its module, or a parameter that is it."
+    name, module = CHAPTER.partition('_')[2] or CHAPTER, Path(item.fspath).stem.removeprefix('test_')
+    values = getattr(item, 'callspec', None) and item.callspec.params.values() or ()
+    return module == name or module.startswith(f'{name}_') or any(CHAPTER in (getattr(v, 'stem', ''), getattr(v, 'chapter', ''), Path(str(v)).stem) for v in values)
+
+
+def state(item):
+    "What the outcome of a test depends on."
+    callspec = getattr(item, 'callspec', None)
+    named = getattr(item.module, 'INPUTS', inputs.EVERYTHING)
+    if callable(named): named = named(**(callspec.params if callspec else {}))
+    return inputs.state([sys.version, RING], item.fspath, named)
+
+
+def longest_first(items, memory):
+    "The longest tests first, dealt out in turn, because each worker starts with one half of the list."
+    seconds = {i: memory.get(key(i.nodeid), {}).get('seconds', getattr(i.get_closest_marker('long'), 'args', [0])[0]) for i in items}
+    ranked = sorted(items, key=lambda i: -round(seconds[i]))
+    return ranked[::2] + ranked[1::2]
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+def key(nodeid): return f'{RING} {nodeid}'.strip()
+
+
+def read_memory():
+    try: return {k: v for k, v in json.loads(MEMORY.read_text(encoding='utf-8')).items() if isinstance(v, dict)}
+    except (OSError, ValueError): return {}
 
 
 class Memory:
-    "Remember which tests passed, and with which inputs."
-    def __init__(self): self.passed = {}
+    "Remember which tests passed, with which inputs, and how long they took."
+    def __init__(self): self.seen = {}
 
     def pytest_runtest_logreport(self, report):
-        state = dict(report.user_properties).get('state')
-        if report.when == 'call' and report.passed: self.passed[report.nodeid] = state
-        if report.failed: self.passed[report.nodeid] = None
+        known = self.seen.setdefault(key(report.nodeid), {'state': None, 'seconds': 0.0, 'failed': False})
+        known['seconds'] = round(known['seconds'] + report.duration, 1)
+        known['failed'] |= report.failed
+        if report.when == 'call' and report.passed: known['state'] = dict(report.user_properties).get('state')
 
     def pytest_sessionfinish(self, session, exitstatus):
         if hasattr(session.config, 'workerinput'): return
+        passed = {k: {'state': None if v['failed'] else v['state'], 'seconds': v['seconds']} for k, v in self.seen.items()}
         MEMORY.parent.mkdir(exist_ok=True)
         beside = MEMORY.with_suffix('.part')
-        beside.write_text(json.dumps({**_read_memory(), **self.passed}, indent=0, sort_keys=True), encoding='utf-8')
+        beside.write_text(json.dumps({**read_memory(), **passed}, indent=0, sort_keys=True), encoding='utf-8')
         os.replace(beside, MEMORY)
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and _read_memory(): session.exitstatus = pytest.ExitCode.OK
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and read_memory(): session.exitstatus = pytest.ExitCode.OK
 
     def pytest_terminal_summary(self, terminalreporter, config):
-        if not getattr(config, 'unchanged', 0) and not self.passed: terminalreporter.write_line('Nothing changed since every test passed.')
+        if not getattr(config, 'unchanged', 0) and not self.seen: terminalreporter.write_line('Nothing changed since every test passed.')
 
 
 def pytest_configure(config):
     config.pluginmanager.register(Memory(), 'memory')
-    _check_shapes()
+    config.pluginmanager.register(Costs(), 'costs')
+    check_shapes()
 
 
-def _check_shapes():
+def check_shapes():
     "Check every jaxtyping shape of the library while the tests run."
     from jaxtyping import install_import_hook
     install_import_hook('llm_from_scratch', 'conftest.checked')
@@ -110,3 +127,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='session')
+def plain():
+    "Whether the tests run in the machine's own setting, not in one of the portable ones."
+    return not RING

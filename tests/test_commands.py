@@ -1,7 +1,9 @@
 """The two commands say clearly what went wrong, and do nothing twice."""
 import importlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -10,6 +12,7 @@ import pytest
 
 import env
 import nb
+import prove
 
 INPUTS = ['Makefile', 'tools/*.py', '_quarto.yml', 'nbs/images/*', '.ci/run']
 ROOT = env.ROOT
@@ -105,3 +108,55 @@ def test_an_unknown_chapter_is_named():
 
 def test_the_front_picture_shows_the_book_as_it_is():
     subprocess.run([sys.executable, ROOT/'tools'/'pictures.py', '--check'], check=True)
+
+
+# The rings --------------------------------------------------------------------------------------------------------
+
+ASK = """import json, os, signal
+print(json.dumps({"ignored": [n for n in ("SIGINT", "SIGHUP") if signal.getsignal(getattr(signal, n)) == signal.SIG_IGN], **os.environ}))"""
+
+
+def asked(ring):
+    "What a process started in a ring finds."
+    with prove.surroundings(ring): done = subprocess.run([sys.executable, '-c', ASK], env=prove.environment(ring), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='these signals are those of Unix')
+@pytest.mark.parametrize('ring', prove.RINGS)
+def test_a_ring_is_the_setting_that_it_says(ring):
+    found = asked(ring)
+    assert found['BOOK_RING'] == ring and (found['ignored'] == ['SIGINT', 'SIGHUP']) >= (ring == 'nohup')
+    assert all(found.get(k) == v for k, v in prove.RINGS[ring][1].items() if k != 'LC_CTYPE')     # Python itself sets LC_CTYPE where the locale is C
+
+
+def test_a_busy_ring_leaves_nothing_running():
+    import psutil
+    me = psutil.Process()
+    before = set(me.children())
+    with prove.surroundings('busy'): spinning = set(me.children()) - before
+    assert len(spinning) == 2 and not spinning & set(me.children())
+
+
+def test_signals_are_as_before_after_a_ring():
+    before = signal.getsignal(signal.SIGINT)
+    with prove.surroundings('nohup'): assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_commit_chooses_a_ring(monkeypatch):
+    chosen = []
+    for n in range(len(prove.RINGS)):
+        monkeypatch.setattr(prove.subprocess, 'run', lambda *a, n=n, **k: subprocess.CompletedProcess(a, 0, stdout=f'{6 * 10**40 + n:x}\n'))
+        chosen.append(prove.ring_of_commit())
+    assert chosen == list(prove.RINGS)
+
+
+def test_one_chapter_is_its_notebook_its_tests_and_its_page(monkeypatch):
+    "`make test n=07` asks no other chapter's tests, and misses none of its own."
+    done = subprocess.run([sys.executable, '-m', 'pytest', '--collect-only', '--all', '-p', 'no:cacheprovider'], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'BOOK_CHAPTER': '01_tensors', 'BOOK_RING': ''})
+    found = {line for line in done.stdout.splitlines() if '::' in line}
+    assert 'tests/test_notebooks.py::test_stored_outputs_are_what_a_fresh_run_gives[01_tensors]' in found
+    assert any(line.startswith('tests/test_tensors.py::') for line in found) and any('test_site.py' in line for line in found)
+    assert all(line.startswith('tests/test_tensors.py::') or '01_tensors' in line for line in found)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from check import Book
 from conftest import ROOT
+from prove import RINGS
 
 REPOSITORY = 'https://github.com/llm-from-scratch/llm-from-scratch'
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
@@ -272,8 +273,19 @@ def test_actions_are_pinned_and_run_targets_that_exist(name):
     assert all(t in targets for step in steps(name) for t in re.findall(r'\bmake ([a-z]+)', str(step.get('run', ''))) if t != '--no-progress')
 
 
+def matrix_of_tests(): return workflow('test')['jobs']['test']['strategy']['matrix']
+
+
+def test_everything_runs_on_one_system_and_every_ring_on_some_other():
+    matrix = matrix_of_tests()
+    rings = {(row['os'], row['python']): row['ring'] for row in matrix['include']}
+    assert set(rings) == {(system, python) for system in matrix['os'] for python in matrix['python']} and len(rings) == len(matrix['include'])
+    assert list(rings.values()).count('') == 1 and set(rings.values()) == {'', *RINGS}
+    assert steps('test')[-4]['run'] == 'make test ring=${{ matrix.ring }}'
+
+
 def test_the_matrix_is_what_the_package_promises():
-    matrix = workflow('test')['jobs']['test']['strategy']['matrix']
+    matrix = matrix_of_tests()
     promised = re.findall(r'Python :: (3\.\d+)"', (ROOT/'pyproject.toml').read_text(encoding='utf-8'))
     assert matrix['python'] == promised == ['3.10', '3.11', '3.12', '3.13']
     assert {system.partition('-')[0] for system in matrix['os']} == {'ubuntu', 'macos', 'windows'}

@@ -9,8 +9,9 @@ EXPERIMENTS = experiments.found()
 
 
 def INPUTS(experiment=None, **_):
-    "An experiment depends on its chapter, the library, and what is stored of it."
-    return ['tools/experiments.py', 'benchmarks/run.py', *(['llm_from_scratch/*.py', f'nbs/{experiment.chapter}.ipynb', f'nbs/results/{experiment.name}.json'] if isinstance(experiment, experiments.Experiment) else [])]
+    "An experiment depends on its own cells, on what its chapter imports, and on what is stored of it."
+    if not isinstance(experiment, experiments.Experiment): return ['nbs/results/*'] if experiment is None else []
+    return [f'text:{experiment.code}', f'imports:nbs/{experiment.chapter}.ipynb', f'nbs/results/{experiment.name}.json']
 
 
 def each(test): return pytest.mark.parametrize('experiment', EXPERIMENTS, ids=lambda e: e.name)(test)

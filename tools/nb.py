@@ -6,6 +6,10 @@
     export   write the notebook's module; without a notebook, write the whole library and its index
     execute  export, run from a clean kernel, store the outputs, clean
     verify   run from a clean kernel and compare with the stored outputs
+
+Stored outputs are compared word for word only where everything they depend on is as it was: system, processor, threads, Python
+and packages (`environment`). Elsewhere every cell must run, every assertion hold, and the kinds of output agree: another
+processor rounds otherwise, and after a hundred steps of training no digit is the same.
 """
 import argparse, json, os, platform, re, subprocess, sys
 from importlib.metadata import version
@@ -13,8 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, WORK = ROOT/'nbs', ROOT/'.work'
+NAMES = re.compile(r'\bid="[^"]*"|#[\w.-]+(?=[")])')    # names inside a drawing are checksums of what they name
 NUMBER = re.compile(r'[-+]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
-RELATIVE = 1e-3      # numbers may differ by this much between machines, or by one unit in the last printed place
+RELATIVE = 1e-3      # printed numbers may differ by this much, or by one unit in their last printed place
+BUDGET = 20          # processor seconds that one run of a notebook may use; longer work is an experiment
+BUDGETS = {'00_tour': 180, '15_pretrained': 60}
+PACKAGES = ['torch', 'numpy', 'matplotlib', 'tiktoken', 'tokenizers', 'transformers']
 
 
 def find(which):
@@ -91,21 +99,50 @@ def sources(nb):
 
 def environment():
     "What stored outputs depend on, besides the code."
-    return {'python': platform.python_version(), 'torch': version('torch').split('+')[0], 'numpy': version('numpy'),
-            'matplotlib': version('matplotlib')}
+    import torch
+    return {'system': platform.system(), 'processor': processor(), 'capability': os.environ.get('ONEDNN_MAX_CPU_ISA') or torch.backends.cpu.get_cpu_capability(),
+            'threads': torch.get_num_threads(), 'python': platform.python_version(), **{p: version(p).split('+')[0] for p in PACKAGES}}
+
+
+def processor():
+    "The processor's model: names such as `AMD EPYC` are worn by several, so Linux's numbers of family and model stand beside it."
+    sys.path.append(str(ROOT/'benchmarks'))
+    from run import processor as name
+    try: facts = dict(re.findall(r'^(cpu family|model)\s*: (\S+)$', Path('/proc/cpuinfo').read_text(), re.M))
+    except OSError: facts = {}
+    return ', '.join([name(), *(f'{k} {v}' for k, v in sorted(facts.items()))])
+
+
+def kernel_settings():
+    "What a kernel finds in its environment: the library of this tree, and nothing that differs between two runs."
+    os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+                      MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
 
 
 def run(nb):
-    "The notebook's cells, executed from a clean kernel in `nbs/`; raises CellExecutionError where a cell raises."
+    """The notebook's cells, executed from a clean kernel in `nbs/`, and the processor seconds they used in `metadata.seconds`.
+
+    Raises CellExecutionError where a cell raises.
+    """
     import nbformat
     from nbclient import NotebookClient
-    os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-                      MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
-    book = nbformat.read(nb, as_version=4)
-    NotebookClient(book, timeout=300, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
+    kernel_settings()
+    book, before = nbformat.read(nb, as_version=4), children_seconds()
+    NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
     for cell in book.cells:
         if cell.cell_type == 'code': cell.outputs = join_streams(cell.outputs)
+    book.metadata.seconds = children_seconds() - before
     return book
+
+
+def children_seconds():
+    "Processor seconds of the processes that this one started and waited for, and of the kernels forked for it."
+    import forks
+    spent = os.times()
+    return spent.children_user + spent.children_system + forks.spent()
+
+
+def budget(nb): return BUDGETS.get(nb.stem, BUDGET)
 
 
 def join_streams(outputs):
@@ -123,10 +160,12 @@ def execute(nb):
     import nbformat
     export(nb)
     book = run(nb)
+    seconds = book.metadata.pop('seconds')
     book.metadata['stored_with'] = environment()
     book.metadata.pop('language_info', None)
     nbformat.write(book, nb)
     clean(nb)
+    if seconds > budget(nb): print(f'{nb.name} used {seconds:.0f} processor seconds; its budget is {budget(nb)}: run less, or make the long part an `#| experiment` (CONTRIBUTING.md)', file=sys.stderr)
 
 
 def same_text(a, b):
@@ -146,20 +185,26 @@ def same_number(x, y):
 
 
 def facts(output):
-    "An output as (kind, text) pairs; of a picture only that it is there."
+    "An output as (kind, content) pairs."
     if output['output_type'] == 'stream': return [(output['name'], ''.join(output['text']))]
     if output['output_type'] == 'error': return [('error', f"{output['ename']}: {output['evalue']}")]
-    return [(mime, '' if mime.startswith('image/') else ''.join(data)) for mime, data in sorted(output['data'].items())]
+    return [(mime, ''.join(data) if isinstance(data, (str, list)) else json.dumps(data, sort_keys=True)) for mime, data in sorted(output['data'].items())]
+
+
+def same_content(kind, a, b):
+    "Whether two outputs of one kind show the same: text up to rounding, drawings by what they draw, other pictures byte for byte."
+    if kind == 'image/svg+xml': return same_text(NAMES.sub('', a), NAMES.sub('', b))
+    return a.strip() == b.strip() if kind.startswith('image/') else same_text(a, b)
 
 
 def is_timed(cell): return '#| timing' in ''.join(cell['source'])
 
 
-def differences(stored, fresh, pictures_only=False):
+def differences(stored, fresh, kinds_only=False):
     """Sentences on where two runs of a notebook differ.
 
-    Cells marked `#| timing` need only show the same kinds of output, and so does every cell with `pictures_only`:
-    for a run with other versions than the stored one.
+    Cells marked `#| timing` need only show the same kinds of output, and so does every cell with `kinds_only`: for a run
+    in another environment than the stored one.
     """
     if len(stored['cells']) != len(fresh['cells']): return [f"{len(stored['cells'])} cells are stored, {len(fresh['cells'])} were run"]
     found = []
@@ -168,17 +213,18 @@ def differences(stored, fresh, pictures_only=False):
         a, b = ([f for o in c['outputs'] for f in facts(o)] for c in (old, new))
         if [k for k, _ in a] != [k for k, _ in b]:
             found.append(f"cell {i}: stored {[k for k, _ in a]}, a fresh run gives {[k for k, _ in b]}")
-        elif not (pictures_only or is_timed(old)):
-            found += [f"cell {i}: stored {x[:300]!r}, a fresh run gives {y[:300]!r}" for (_, x), (_, y) in zip(a, b) if not same_text(x, y)]
+        elif not (kinds_only or is_timed(old)):
+            found += [f"cell {i}: stored {x[:300]!r}, a fresh run gives {y[:300]!r}" for (kind, x), (_, y) in zip(a, b) if not same_content(kind, x, y)]
     return found
 
 
 def verify(nb):
     "Run the notebook from a clean kernel and compare with what is stored."
     stored = json.loads(nb.read_text(encoding='utf-8'))
-    found = differences(stored, run(nb))
+    here, there = environment(), stored['metadata'].get('stored_with')
+    found = differences(stored, run(nb), kinds_only=here != there)
     if found: sys.exit('\n'.join([f"{nb.name}: stored outputs are not what a fresh run gives", *found]))
-    print(f'{nb.name}: stored outputs are what a fresh run gives')
+    print(f"{nb.name}: stored outputs are what a fresh run gives{'' if here == there else ', in kind: they were stored in another environment'}")
 
 
 def main():
