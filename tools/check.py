@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
+from nbfilter import grows
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = 'llm_from_scratch'
 TEMPLATE = 'tools/chapter.md'             # what tools/scaffold.py starts a chapter from
@@ -216,6 +218,7 @@ def names(book):
     for it in public_names(book):
         method, last = '.' in it.name, it.name.rpartition('.')[2]
         if 'overload' in decorators(it.node): continue
+        if isinstance(it.node, ast.ClassDef) and grows(it.node): continue                       # its first statement has the docstring
         if not ast.get_docstring(it.node) and not is_dunder(last): yield f'{it.cell.where}: `{it.name}` has no docstring; add one sentence that says what it does'
         if not isinstance(it.node, ast.ClassDef):
             missing = untyped(it.node, method)
@@ -610,7 +613,8 @@ def export_copy(book, folder):
     for path in book.paths: shutil.copy(path, folder/'nbs')
     for name in ('settings.ini', f'{LIBRARY}/__init__.py'): shutil.copy(book.root/name, folder/name)
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'PYTHONUTF8': '1'}
-    done = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=folder, env=env, capture_output=True, text=True, encoding='utf-8')
+    write = f'import sys; from pathlib import Path; sys.path.append({str(Path(__file__).resolve().parent)!r}); import nb; nb.write_library(Path.cwd())'
+    done = subprocess.run([sys.executable, '-c', write], cwd=folder, env=env, capture_output=True, text=True, encoding='utf-8')
     if done.returncode: return f'nbs: cannot be exported: {done.stderr.strip().splitlines()[-1]}; mend the cell it names'
     return {p.name: p.read_text(encoding='utf-8') for p in (folder/LIBRARY).glob('*.py')}
 

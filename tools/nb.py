@@ -15,8 +15,10 @@ import argparse, json, os, platform, re, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
+import grow
+
 ROOT = Path(__file__).resolve().parent.parent
-NBS, WORK = ROOT/'nbs', ROOT/'.work'
+NBS, WORK, LIBRARY = ROOT/'nbs', ROOT/'.work', ROOT/'llm_from_scratch'
 NAMES = re.compile(r'\bid="[^"]*"|#[\w.-]+(?=[")])')    # names inside a drawing are checksums of what they name
 NUMBER = re.compile(r'[-+]?(?:\d[\d,_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
 RELATIVE = 1e-3      # printed numbers may differ by this much, or by one unit in their last printed place
@@ -69,18 +71,36 @@ def clean(nb):
 
 
 def export(nb):
-    "Write the module of this notebook, if it has one."
+    "Write the module of this notebook, if it has one; a class that grows in the notebook is one statement there."
     os.chdir(ROOT)
     from nbdev.export import nb_export
-    if '#| default_exp' in ''.join(sources(nb)): nb_export(nb, ROOT/'llm_from_scratch')
+    name = re.search(r'#\| default_exp (\w+)', ''.join(sources(nb)))
+    if not name: return
+    nb_export(nb, LIBRARY)
+    merge(LIBRARY/f'{name[1]}.py')
+
+
+def merge(module):
+    "Make one `class` statement of the slices of each class of a module."
+    before = module.read_text(encoding='utf-8')
+    try: after = grow.merged(before, f'llm_from_scratch/{module.name}')
+    except grow.Refused as e: sys.exit(f'{e}; mend the notebook and export it again.')
+    if after != before: module.write_text(after, encoding='utf-8')
 
 
 def export_all():
     "Write every module, and the index that links names to pages."
-    os.chdir(ROOT)
-    from nbdev.doclinks import nbdev_export
-    nbdev_export()
+    write_library(ROOT)
     indexes()
+
+
+def write_library(root):
+    "Every module that the notebooks below `root` export, and nbdev's index of them."
+    os.chdir(root)
+    from nbdev.doclinks import _build_modidx, nbdev_export
+    nbdev_export()
+    for module in sorted((root/'llm_from_scratch').glob('*.py')): merge(module)
+    _build_modidx()
 
 
 def indexes():

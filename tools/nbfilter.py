@@ -63,7 +63,7 @@ def definitions(text: str) -> Iterator[tuple[str, str]]:
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             owner = _patched(node)
-            if not node.name.startswith("_"):
+            if not node.name.startswith("_") and not grows(node):
                 yield owner + node.name, _first_line(node)
             for child in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(child, ast.FunctionDef) and not (node.name.startswith("_") or child.name.startswith("_")):
@@ -71,6 +71,11 @@ def definitions(text: str) -> Iterator[tuple[str, str]]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from ((t.id, "") for t in targets if isinstance(t, ast.Name) and t.id[:1].isupper())
+
+
+def grows(node: ast.AST) -> bool:
+    "Whether a class statement adds to the class of its own name: `class Trainer(Trainer):`."
+    return any(isinstance(base, ast.Name) and base.id == node.name for base in getattr(node, "bases", []))
 
 
 def _patched(node: ast.AST) -> str:
@@ -118,7 +123,7 @@ def symbols(folder: Path) -> dict[str, Symbol]:
             for name, doc in definitions(text):
                 found.setdefault(name, Symbol(name, path.stem, anchor(cell), doc))
             for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef):
+                if isinstance(node, ast.ClassDef) and not grows(node):
                     layers[node.name] = (anchor(cell), node)
         for name in [n for n in layers if not n.startswith("_")]:
             for place, method in inherited(name, layers):
