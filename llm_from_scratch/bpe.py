@@ -27,7 +27,7 @@ if TYPE_CHECKING: import tiktoken
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'Source', 'EMBEDDED', 'compile_pattern', 'learn_merges', 'count_pretokens',
-           'merge_bytes', 'BPETokenizer', 'byte_alphabet', 'model_folder', 'load_tokenizer']
+           'BPETokenizer', 'merge_bytes', 'byte_alphabet', 'model_folder', 'load_tokenizer']
 
 # %% ../nbs/03_bpe.ipynb #35dc78df
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -282,8 +282,12 @@ def _check_vocabulary(vocab: Mapping[bytes, int], special: Mapping[str, int]) ->
     if min(ids) < 0: raise ValueError(f"ids count from 0, got {min(ids)}")
 
 # %% ../nbs/03_bpe.ipynb #d643907f
-class _Vocabulary:
-    "Tokens and their ids; ids to text."
+class BPETokenizer:
+    """Byte-pair encoding over bytes: `decode(encode(text)) == text` for every text.
+
+    Ids, as trained here: 0 to 255 are the bytes, then the merges in order, then special tokens.
+    Made by `train`, `load`, `from_gpt2_files` or `from_hf`."""
+
     def __init__(
         self,
         vocab: Mapping[bytes, int],                        # token → id, in the order of merges
@@ -311,13 +315,11 @@ class _Vocabulary:
     def __reduce__(self) -> tuple[Any, ...]: return type(self), self._state()
     def __hash__(self) -> int: return hash((self.vocab_size, self.pattern))
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Vocabulary) and self._state() == other._state()
+        return isinstance(other, BPETokenizer) and self._state() == other._state()
     def __repr__(self) -> str:
         name, special = type(self).__name__, list(self._special)
         return f"{name}(vocab_size={self.vocab_size}, special_tokens={special})"
 
-# %% ../nbs/03_bpe.ipynb #884b0262
-class _Decoder(_Vocabulary):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "The bytes of some tokens. Raises ValueError at an id that is not in the vocabulary."
         if hasattr(ids, "tolist"): ids = ids.tolist()           # type: ignore[attr-defined]
@@ -344,6 +346,212 @@ class _Decoder(_Vocabulary):
         for i in ids:
             if piece := reader.decode(self.decode_bytes([i])): yield piece
         if piece := reader.decode(b"", final=True): yield piece
+
+    @cached_property
+    def _cache(self) -> _Cache: return _Cache(self.vocab)
+
+    def _ordinary(self, text: str) -> list[int]:
+        cache = self._cache
+        return [i for piece in self._split(text) for i in cache[piece]]
+
+    def _allowed(self, names: Iterable[str] | str) -> list[str]:
+        "Check the names of allowed special tokens."
+        if names == "all": return list(self._special)
+        if isinstance(names, str):
+            raise TypeError("allowed_special is 'all' or a set of names, "
+                            f"got the string {names!r}")
+        unknown = sorted(set(names) - set(self._special))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; "
+                             f"it has {list(self._special)}")
+        return list(names)
+
+    def encode(
+        self,
+        text: str,
+        allowed_special: Iterable[str] | str = (),     # may become special tokens; or "all"
+    ) -> list[int]:
+        "The ids of a text. Raises ValueError at a lone surrogate."
+        special = _any_of(self._allowed(allowed_special))
+        try:
+            if special is None: return self._ordinary(text)
+            ids, start = [], 0
+            for match in special.finditer(text):
+                ids += self._ordinary(text[start:match.start()])
+                ids.append(self._special[match.group()])
+                start = match.end()
+            return ids + self._ordinary(text[start:])
+        except UnicodeEncodeError: _utf8(text); raise          # _utf8 says what is wrong where
+
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair that each token was made from, in the order of ids.
+
+        Raises ValueError at a token that no merge makes."""
+        by_id = sorted(self.vocab, key=self.vocab.__getitem__)
+        return [self._parents(token) for token in by_id if len(token) > 1]
+
+    def _parents(self, token: bytes) -> tuple[bytes, bytes]:
+        parts = merge_bytes(token, self.vocab, below=self.vocab[token])
+        if len(parts) != 2:
+            raise ValueError(f"the token {token!r} is not made from two tokens with lower ids, "
+                             f"but from {len(parts)}")
+        return self._bytes[parts[0]], self._bytes[parts[1]]
+
+    @cached_property
+    def _by_merges(self) -> bool:
+        try: return bool(self.merges) or True
+        except ValueError: return False
+
+    def _final_pieces(self, text: str, hold: int) -> tuple[list[str], str]:
+        "The pre-tokens that end before the last certain character that is not a space."
+        stop = len(text[:max(0, len(text) - 2 - hold)].rstrip()) - 1
+        pieces, end = self._split(text), len(text)
+        while pieces and end > stop: end -= len(pieces.pop())
+        return pieces, text[end:]
+
+    def _settled(self, text: str, hold: int) -> tuple[list[int], str]:
+        "The ids at the beginning of one long piece that hold however it goes on."
+        known = text[:len(text) - 2 - hold]
+        one_piece = self._split(known) == [known] and not regex.search(r"\s", known, pos=1)
+        if not (one_piece and self._by_merges): return [], text
+        data, m = known.encode("utf-8"), max(map(len, self.vocab))
+        ids, b = merge_bytes(data, self.vocab), len(data)
+        # b: a boundary well before the end, and not inside a character
+        while ids and (b > len(data) - 8 * m or data[b] & 0xC0 == 0x80):
+            b -= len(self._bytes[ids.pop()])
+        if not ids: return [], text
+        u, ends = ids[-1], range(len(data) - m + 1, len(data) + 1)
+        firsts = {merge_bytes(data[b:q], self.vocab)[0] for q in ends}
+        agree = all(self._are_neighbors(u, v) for v in firsts)
+        return (ids, text[len(data[:b].decode("utf-8")):]) if agree else ([], text)
+
+    def _are_neighbors(self, u: int, v: int) -> bool:
+        "Whether two tokens side by side are the encoding of their bytes."
+        return merge_bytes(self._bytes[u] + self._bytes[v], self.vocab) == [u, v]
+
+    def encode_iterable(
+        self,
+        texts: Iterable[str],                           # one text in parts, cut anywhere
+        allowed_special: Iterable[str] | str = (),
+    ) -> Iterator[int]:
+        """The ids of one text that arrives in parts, equal to those of the whole.
+
+        Memory is bounded, but a run of white space is kept until it ends, and everything is
+        kept if the pattern is neither `GPT2_PATTERN` nor `GPT4_PATTERN`."""
+        names = self._allowed(allowed_special)
+        special, hold = _any_of(names), max(map(len, names), default=0)
+        buffer, limit, seen = "", _PART, 0
+        for text in [texts] if isinstance(texts, str) else texts:
+            for start in range(0, len(text), _PART):
+                part = text[start:start + _PART]
+                if not part.isascii(): _utf8(part, seen)
+                buffer, seen = buffer + part, seen + len(part)
+                if len(buffer) < limit: continue
+                ids, buffer = self._finished(buffer, special, hold)
+                yield from ids
+                limit = max(_PART, 2 * len(buffer))
+        yield from self.encode(buffer, names)
+
+    def _finished(
+        self, text: str, special: regex.Pattern[str] | None, hold: int
+    ) -> tuple[list[int], str]:
+        "The ids that no further text can change, and the text that is left."
+        if self.pattern not in (GPT2_PATTERN, GPT4_PATTERN): return [], text
+        ids, start = [], 0
+        for match in special.finditer(text) if special else ():
+            if match.start() > len(text) - hold: break          # it may become a longer one
+            ids += self._ordinary(text[start:match.start()])
+            ids.append(self._special[match.group()])
+            start = match.end()
+        pieces, text = self._final_pieces(text[start:], hold)
+        ids += [i for piece in pieces for i in self._cache[piece]]
+        settled, text = self._settled(text, hold) if len(text) >= _PART // 2 else ([], text)
+        return ids + settled, text
+
+    def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
+        "The same tokenizer as a `tiktoken.Encoding`."
+        import tiktoken
+        return tiktoken.Encoding(name, pat_str=_grouped(self.pattern),
+                                 mergeable_ranks=self.vocab, special_tokens=self._special)
+
+    @cached_property
+    def _fast(self) -> tiktoken.Encoding: return self.to_tiktoken()
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        allowed_special: Iterable[str] | str = (),
+        threads: int | None = None,                      # None: as many as there are cores
+    ) -> list[list[int]]:
+        "The ids of many texts, by `tiktoken` on several threads; as `encode` gives for each."
+        special = _any_of(self._allowed(allowed_special))
+        n_threads = threads or os.cpu_count() or 1
+        encode = partial(self._fast.encode_ordinary_batch, num_threads=n_threads)
+        for text in texts:
+            if not text.isascii(): _utf8(text)
+        if special is None: return encode(list(texts))
+        encoded = iter(encode([segment for text in texts for segment in special.split(text)]))
+        out = []
+        for text in texts:
+            ids = next(encoded)
+            for name in special.findall(text): ids += [self._special[name], *next(encoded)]
+            out.append(ids)
+        return out
+
+    def encode_file(
+        self,
+        path: _Path,                                     # UTF-8 text
+        allowed_special: Iterable[str] | str = (),
+        threads: int | None = None,
+    ) -> Iterator[list[int]]:
+        "The ids of a file of any size, a block at a time; joined, they are those of the whole."
+        names, batch = self._allowed(allowed_special), []
+        for block in _blocks(_read(Path(path)), self.pattern, names):
+            batch.append(block)
+            if len(batch) < (threads or os.cpu_count() or 1): continue
+            yield from self.encode_batch(batch, names, threads)
+            batch = []
+        yield from self.encode_batch(batch, names, threads)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Source | Iterable[Source],       # a str is a text, a Path is a UTF-8 file
+        vocab_size: int,                        # bytes, merges and special tokens together
+        special_tokens: Sequence[str] = (),     # boundaries in the text; ids behind all others
+        pattern: str = GPT2_PATTERN,
+        workers: int = 1,                       # processes that count, as in `count_pretokens`
+        progress: bool = False,                 # show bars
+    ) -> BPETokenizer:
+        """Learn merges, in memory that grows with the distinct words of the text only.
+
+        Smaller than asked, with a warning in the log, if the text has no more pairs."""
+        return cls(*_learn(texts, vocab_size, special_tokens, pattern, workers, progress))
+
+    def save(self, path: _Path) -> None:
+        "Write one JSON file, whole or not at all."
+        _save(self, path)
+
+    @classmethod
+    def load(cls, path: _Path) -> BPETokenizer:
+        "Read what `save` wrote. Raises ValueError that says what is wrong with which file."
+        return cls(*_load(path))
+
+    @classmethod
+    def from_gpt2_files(cls, encoder_json: _Path, vocab_bpe: _Path) -> BPETokenizer:
+        "OpenAI's tokenizer from the two files published with GPT-2."
+        return cls(*_read_gpt2(Path(encoder_json), Path(vocab_bpe)))
+
+    def to_hf(self, path: _Path) -> None:
+        "Write a `tokenizer.json`. Its readers turn special tokens in *any* text into ids."
+        content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
+        write_atomically(_in_folder(path), content)
+
+    @classmethod
+    def from_hf(cls, path: _Path) -> BPETokenizer:
+        "Read a byte-level BPE `tokenizer.json`, or its folder. Raises ValueError at any other."
+        return cls(*_from_hf(_in_folder(path)))
 
 # %% ../nbs/03_bpe.ipynb #d1277118
 def merge_bytes(
@@ -391,137 +599,8 @@ class _Cache(dict[str, list[int]]):
         if len(piece) <= 64: self[piece] = ids
         return ids
 
-# %% ../nbs/03_bpe.ipynb #2e91f43c
-class _Encoder(_Decoder):
-    @cached_property
-    def _cache(self) -> _Cache: return _Cache(self.vocab)
-
-    def _ordinary(self, text: str) -> list[int]:
-        cache = self._cache
-        return [i for piece in self._split(text) for i in cache[piece]]
-
-    def _allowed(self, names: Iterable[str] | str) -> list[str]:
-        "Check the names of allowed special tokens."
-        if names == "all": return list(self._special)
-        if isinstance(names, str):
-            raise TypeError("allowed_special is 'all' or a set of names, "
-                            f"got the string {names!r}")
-        unknown = sorted(set(names) - set(self._special))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; "
-                             f"it has {list(self._special)}")
-        return list(names)
-
-    def encode(
-        self,
-        text: str,
-        allowed_special: Iterable[str] | str = (),     # may become special tokens; or "all"
-    ) -> list[int]:
-        "The ids of a text. Raises ValueError at a lone surrogate."
-        special = _any_of(self._allowed(allowed_special))
-        try:
-            if special is None: return self._ordinary(text)
-            ids, start = [], 0
-            for match in special.finditer(text):
-                ids += self._ordinary(text[start:match.start()])
-                ids.append(self._special[match.group()])
-                start = match.end()
-            return ids + self._ordinary(text[start:])
-        except UnicodeEncodeError: _utf8(text); raise          # _utf8 says what is wrong where
-
-# %% ../nbs/03_bpe.ipynb #dd14ea37
-class _Merging(_Encoder):
-    @cached_property
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair that each token was made from, in the order of ids.
-
-        Raises ValueError at a token that no merge makes."""
-        by_id = sorted(self.vocab, key=self.vocab.__getitem__)
-        return [self._parents(token) for token in by_id if len(token) > 1]
-
-    def _parents(self, token: bytes) -> tuple[bytes, bytes]:
-        parts = merge_bytes(token, self.vocab, below=self.vocab[token])
-        if len(parts) != 2:
-            raise ValueError(f"the token {token!r} is not made from two tokens with lower ids, "
-                             f"but from {len(parts)}")
-        return self._bytes[parts[0]], self._bytes[parts[1]]
-
-    @cached_property
-    def _by_merges(self) -> bool:
-        try: return bool(self.merges) or True
-        except ValueError: return False
-
-# %% ../nbs/03_bpe.ipynb #095ee8dd
-class _Settling(_Merging):
-    def _final_pieces(self, text: str, hold: int) -> tuple[list[str], str]:
-        "The pre-tokens that end before the last certain character that is not a space."
-        stop = len(text[:max(0, len(text) - 2 - hold)].rstrip()) - 1
-        pieces, end = self._split(text), len(text)
-        while pieces and end > stop: end -= len(pieces.pop())
-        return pieces, text[end:]
-
-    def _settled(self, text: str, hold: int) -> tuple[list[int], str]:
-        "The ids at the beginning of one long piece that hold however it goes on."
-        known = text[:len(text) - 2 - hold]
-        one_piece = self._split(known) == [known] and not regex.search(r"\s", known, pos=1)
-        if not (one_piece and self._by_merges): return [], text
-        data, m = known.encode("utf-8"), max(map(len, self.vocab))
-        ids, b = merge_bytes(data, self.vocab), len(data)
-        # b: a boundary well before the end, and not inside a character
-        while ids and (b > len(data) - 8 * m or data[b] & 0xC0 == 0x80):
-            b -= len(self._bytes[ids.pop()])
-        if not ids: return [], text
-        u, ends = ids[-1], range(len(data) - m + 1, len(data) + 1)
-        firsts = {merge_bytes(data[b:q], self.vocab)[0] for q in ends}
-        agree = all(self._are_neighbors(u, v) for v in firsts)
-        return (ids, text[len(data[:b].decode("utf-8")):]) if agree else ([], text)
-
-    def _are_neighbors(self, u: int, v: int) -> bool:
-        "Whether two tokens side by side are the encoding of their bytes."
-        return merge_bytes(self._bytes[u] + self._bytes[v], self.vocab) == [u, v]
-
 # %% ../nbs/03_bpe.ipynb #5249feb8
 _PART = 1 << 16                                                 # characters to gather at a time
-
-class _StreamEncoder(_Settling):
-    def encode_iterable(
-        self,
-        texts: Iterable[str],                           # one text in parts, cut anywhere
-        allowed_special: Iterable[str] | str = (),
-    ) -> Iterator[int]:
-        """The ids of one text that arrives in parts, equal to those of the whole.
-
-        Memory is bounded, but a run of white space is kept until it ends, and everything is
-        kept if the pattern is neither `GPT2_PATTERN` nor `GPT4_PATTERN`."""
-        names = self._allowed(allowed_special)
-        special, hold = _any_of(names), max(map(len, names), default=0)
-        buffer, limit, seen = "", _PART, 0
-        for text in [texts] if isinstance(texts, str) else texts:
-            for start in range(0, len(text), _PART):
-                part = text[start:start + _PART]
-                if not part.isascii(): _utf8(part, seen)
-                buffer, seen = buffer + part, seen + len(part)
-                if len(buffer) < limit: continue
-                ids, buffer = self._finished(buffer, special, hold)
-                yield from ids
-                limit = max(_PART, 2 * len(buffer))
-        yield from self.encode(buffer, names)
-
-    def _finished(
-        self, text: str, special: regex.Pattern[str] | None, hold: int
-    ) -> tuple[list[int], str]:
-        "The ids that no further text can change, and the text that is left."
-        if self.pattern not in (GPT2_PATTERN, GPT4_PATTERN): return [], text
-        ids, start = [], 0
-        for match in special.finditer(text) if special else ():
-            if match.start() > len(text) - hold: break          # it may become a longer one
-            ids += self._ordinary(text[start:match.start()])
-            ids.append(self._special[match.group()])
-            start = match.end()
-        pieces, text = self._final_pieces(text[start:], hold)
-        ids += [i for piece in pieces for i in self._cache[piece]]
-        settled, text = self._settled(text, hold) if len(text) >= _PART // 2 else ([], text)
-        return ids + settled, text
 
 # %% ../nbs/03_bpe.ipynb #0815e654
 def _grouped(pattern: str) -> str:
@@ -529,101 +608,6 @@ def _grouped(pattern: str) -> str:
     if pattern not in (GPT2_PATTERN, GPT4_PATTERN): return compile_pattern(pattern).pattern
     before, look_ahead, after = pattern.partition(r"|\s+(?!\S)")
     return f"(?:{before}){look_ahead}{after}"
-
-# %% ../nbs/03_bpe.ipynb #a7a7ced2
-class _BatchEncoder(_StreamEncoder):
-    def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
-        "The same tokenizer as a `tiktoken.Encoding`."
-        import tiktoken
-        return tiktoken.Encoding(name, pat_str=_grouped(self.pattern),
-                                 mergeable_ranks=self.vocab, special_tokens=self._special)
-
-    @cached_property
-    def _fast(self) -> tiktoken.Encoding: return self.to_tiktoken()
-
-    def encode_batch(
-        self,
-        texts: Sequence[str],
-        allowed_special: Iterable[str] | str = (),
-        threads: int | None = None,                      # None: as many as there are cores
-    ) -> list[list[int]]:
-        "The ids of many texts, by `tiktoken` on several threads; as `encode` gives for each."
-        special = _any_of(self._allowed(allowed_special))
-        n_threads = threads or os.cpu_count() or 1
-        encode = partial(self._fast.encode_ordinary_batch, num_threads=n_threads)
-        for text in texts:
-            if not text.isascii(): _utf8(text)
-        if special is None: return encode(list(texts))
-        encoded = iter(encode([segment for text in texts for segment in special.split(text)]))
-        out = []
-        for text in texts:
-            ids = next(encoded)
-            for name in special.findall(text): ids += [self._special[name], *next(encoded)]
-            out.append(ids)
-        return out
-
-# %% ../nbs/03_bpe.ipynb #20f9fddc
-class _FileEncoder(_BatchEncoder):
-    def encode_file(
-        self,
-        path: _Path,                                     # UTF-8 text
-        allowed_special: Iterable[str] | str = (),
-        threads: int | None = None,
-    ) -> Iterator[list[int]]:
-        "The ids of a file of any size, a block at a time; joined, they are those of the whole."
-        names, batch = self._allowed(allowed_special), []
-        for block in _blocks(_read(Path(path)), self.pattern, names):
-            batch.append(block)
-            if len(batch) < (threads or os.cpu_count() or 1): continue
-            yield from self.encode_batch(batch, names, threads)
-            batch = []
-        yield from self.encode_batch(batch, names, threads)
-
-# %% ../nbs/03_bpe.ipynb #ff65486f
-class BPETokenizer(_FileEncoder):
-    """Byte-pair encoding over bytes: `decode(encode(text)) == text` for every text.
-
-    Ids, as trained here: 0 to 255 are the bytes, then the merges in order, then special tokens.
-    Made by `train`, `load`, `from_gpt2_files` or `from_hf`."""
-
-    @classmethod
-    def train(
-        cls,
-        texts: Source | Iterable[Source],       # a str is a text, a Path is a UTF-8 file
-        vocab_size: int,                        # bytes, merges and special tokens together
-        special_tokens: Sequence[str] = (),     # boundaries in the text; ids behind all others
-        pattern: str = GPT2_PATTERN,
-        workers: int = 1,                       # processes that count, as in `count_pretokens`
-        progress: bool = False,                 # show bars
-    ) -> BPETokenizer:
-        """Learn merges, in memory that grows with the distinct words of the text only.
-
-        Smaller than asked, with a warning in the log, if the text has no more pairs."""
-        return cls(*_learn(texts, vocab_size, special_tokens, pattern, workers, progress))
-
-    def save(self, path: _Path) -> None:
-        "Write one JSON file, whole or not at all."
-        _save(self, path)
-
-    @classmethod
-    def load(cls, path: _Path) -> BPETokenizer:
-        "Read what `save` wrote. Raises ValueError that says what is wrong with which file."
-        return cls(*_load(path))
-
-    @classmethod
-    def from_gpt2_files(cls, encoder_json: _Path, vocab_bpe: _Path) -> BPETokenizer:
-        "OpenAI's tokenizer from the two files published with GPT-2."
-        return cls(*_read_gpt2(Path(encoder_json), Path(vocab_bpe)))
-
-    def to_hf(self, path: _Path) -> None:
-        "Write a `tokenizer.json`. Its readers turn special tokens in *any* text into ids."
-        content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
-        write_atomically(_in_folder(path), content)
-
-    @classmethod
-    def from_hf(cls, path: _Path) -> BPETokenizer:
-        "Read a byte-level BPE `tokenizer.json`, or its folder. Raises ValueError at any other."
-        return cls(*_from_hf(_in_folder(path)))
 
 # %% ../nbs/03_bpe.ipynb #9060403b
 def _learn(

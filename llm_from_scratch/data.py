@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from itertools import islice
 from math import isqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt64
@@ -342,7 +342,7 @@ class TokenWriter:
         self._offsets_crc = zlib.crc32(data, self._offsets_crc)
         self._offsets.write(data)
 
-    def _copy(self, old: _MappedTokens) -> None:
+    def _copy(self, old: TokenFile) -> None:
         "Take over all documents of a file, a million ids at a time."
         for ids in np.array_split(old.ids, -(-len(old.ids) >> 20)): self._add_ids(ids.tobytes())
         for self.n_tokens in old.offsets[1:].tolist(): self._add_offset()
@@ -369,10 +369,10 @@ def _writing(
         writer._finish()
 
 # %% ../nbs/05_data.ipynb #a146cd0c
-_T = TypeVar("_T", bound="_MappedTokens")
+class TokenFile:
+    """A file of token ids that knows its tokenizer, its documents and whether it is whole.
 
-class _MappedTokens:
-    "Documents in a mapped file: `len()` counts them, `[i]` is one, `ids` is all in a row."
+    `len(file)` counts documents, `file[i]` is one, `file.ids` is all of them in a row."""
     _ids: np.ndarray | None
     _offsets: np.ndarray | None
 
@@ -417,20 +417,16 @@ class _MappedTokens:
         self._ids = self._offsets = None
         with suppress(BufferError): self._map.close()
 
-    def __enter__(self: _T) -> _T: return self
+    def __enter__(self) -> TokenFile: return self
     def __exit__(self, *exc: object) -> None: self.close()
 
-# %% ../nbs/05_data.ipynb #67037c2e
-_C = TypeVar("_C", bound="_CheckedTokens")
-
-class _CheckedTokens(_MappedTokens):
     @classmethod
     def open(
-        cls: type[_C],
+        cls,
         path: str | os.PathLike[str],
         tokenizer: Tokenizer | None = None,   # if given, it must be the one that made the file
         verify: bool = False,                 # read the whole file once, compare checksums
-    ) -> _C:
+    ) -> TokenFile:
         "Map a token file. `ValueError`: truncated, damaged, or another tokenizer's."
         path = Path(path)
         with open(path, "rb") as file:
@@ -453,19 +449,6 @@ class _CheckedTokens(_MappedTokens):
             raise ValueError(f"{name}: its document offsets do not rise from 0 to {n:,}")
         check_ids(self.ids, self.vocab_size, f"the vocabulary of {self.path.name}")
 
-# %% ../nbs/05_data.ipynb #25055b8f
-def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    "The ids of each text; many texts in one call where the tokenizer has one for that."
-    texts = iter(texts)
-    at_once = hasattr(tokenizer, "encode_batch")
-    while some := list(islice(texts, 256)):
-        yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)
-
-# %% ../nbs/05_data.ipynb #126239cd
-class TokenFile(_CheckedTokens):
-    """A file of token ids that knows its tokenizer, its documents and whether it is whole.
-
-    `len(file)` counts documents, `file[i]` is one, `file.ids` is all of them in a row."""
     @classmethod
     @contextmanager
     def create(
@@ -505,6 +488,14 @@ class TokenFile(_CheckedTokens):
         with cls.create(path, tokenizer) as file:
             for ids in _encode_all(tokenizer, texts): file.append([*ids, *last])
         return cls.open(path)
+
+# %% ../nbs/05_data.ipynb #25055b8f
+def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    "The ids of each text; many texts in one call where the tokenizer has one for that."
+    texts = iter(texts)
+    at_once = hasattr(tokenizer, "encode_batch")
+    while some := list(islice(texts, 256)):
+        yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)
 
 # %% ../nbs/05_data.ipynb #056c8ac1
 def document_mask(
@@ -640,7 +631,12 @@ def _tokens(
     return ids, np.array([0, len(ids)]) if file is None else file.offsets
 
 # %% ../nbs/05_data.ipynb #4024a572
-class _Batches:
+class BatchLoader:
+    """Batches of a token file, each a pure function of seed, step, rank and world size.
+
+    `batch(step)` computes one, `for x, y in loader` reads the rest of the epoch it is in,
+    `len(loader)` counts the steps of that epoch."""
+
     def __init__(
         self,
         data: Any,                        # a TokenFile, or one row of ids
@@ -679,13 +675,6 @@ class _Batches:
         found = documents_at(self.offsets, self.starts(step), self.context_length)
         return torch.from_numpy(found)
 
-
-# %% ../nbs/05_data.ipynb #172dc944
-class BatchLoader(_Batches):
-    """Batches of a token file, each a pure function of seed, step, rank and world size.
-
-    `batch(step)` computes one, `for x, y in loader` reads the rest of the epoch it is in,
-    `len(loader)` counts the steps of that epoch."""
     step = 0        # the next one
 
     def __len__(self) -> int: return len(self.plan.steps(self.plan.epoch(self.step)))

@@ -36,7 +36,7 @@ __all__ = ['OPTIMIZERS', 'PRECISIONS', 'REASONS', 'evaluate', 'TrainConfig', 'pl
            'accumulate', 'bfloat16_speed', 'choose_precision', 'missing_compiler', 'compiled', 'SpikeDetector',
            'generator_states', 'restore_generators', 'write_tensors', 'save_checkpoint', 'DamagedCheckpoint',
            'Checkpoint', 'checkpoints', 'latest_checkpoint', 'load_checkpoint', 'World', 'join_world', 'loader_for',
-           'TrainResult', 'append_line', 'read_log', 'Trainer', 'Prediction', 'predict_run', 'plot_history', 'LivePlot',
+           'Trainer', 'TrainResult', 'append_line', 'read_log', 'Prediction', 'predict_run', 'plot_history', 'LivePlot',
            'TensorBoard']
 
 # %% ../nbs/11_training.ipynb #15cf680e
@@ -61,13 +61,12 @@ def evaluate(
 
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
-class _Budget:
+class TrainConfig:
+    "Every choice of a training run; checked when made, never changed afterwards."
+
     steps: int | None = None            # end after so many steps
     tokens: int | None = None           # or so many tokens
     seconds: float | None = None        # or so many seconds; the first used up counts
-
-@dataclass(frozen=True)
-class _Descent(_Budget):
     batch_size: int = 32                # rows in a batch, of all processes together
     micro_batch_size: int | None = None # rows in memory at once; None: the whole batch
     optimizer: str = "adamw"            # a name in `OPTIMIZERS`
@@ -83,9 +82,6 @@ class _Descent(_Budget):
     eps: float = 1e-8                   # AdamW's guard against division by 0
     clip: float | None = 1.0            # longest gradient; None: any length
 
-# %% ../nbs/11_training.ipynb #cc280275
-@dataclass(frozen=True)
-class _Safety(_Descent):
     precision: str = "auto"             # a name in `PRECISIONS`
     compile: bool = False               # fuse the model's operations, where a compiler is found
     seed: int = 0                       # of dropout and whatever else draws at random
@@ -99,11 +95,6 @@ class _Safety(_Descent):
     spike_sigmas: float = 6.0           # how far, in standard deviations of the last 64
     max_skips: int = 10                 # stop after so many skipped steps in a row
     on_save_error: str = "stop"         # or "skip": the disk is full, or gone
-
-# %% ../nbs/11_training.ipynb #9e1065bb
-@dataclass(frozen=True)
-class TrainConfig(_Safety):
-    "Every choice of a training run; checked when made, never changed afterwards."
 
     def __new__(cls, *_: Any, **given: Any) -> TrainConfig:
         _check_fields([field.name for field in fields(cls)], list(given))
@@ -131,7 +122,7 @@ _COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "war
            "decay": 1, "seed": 0, "eval_every": 1, "eval_batches": 1, "patience": 1,
            "save_every": 1, "keep": 1, "max_skips": 1}            # field → least value
 _POSITIVE = "seconds", "lr", "muon_lr", "eps", "clip", "spike_sigmas"
-_MAY_BE_NONE = {field.name for field in fields(_Safety) if field.default is None} | {"clip"}
+_MAY_BE_NONE = {field.name for field in fields(TrainConfig) if field.default is None} | {"clip"}
 
 def _is_number(x: Any, least: float = 0, kinds: Any = (int, float)) -> bool:
     return isinstance(x, kinds) and not isinstance(x, bool) and least <= x < math.inf
@@ -567,8 +558,10 @@ def loader_for(
                        world_size=world.size, **options)
 
 # %% ../nbs/11_training.ipynb #d0dfe7d8
-class _Machine:
-    "What of a run depends on the machine."
+class Trainer:
+    """Trains a model, and survives: `fit` runs to the end, `resume` goes on after a kill.
+
+    The model is called as `model(inputs, targets)` and returns their mean surprise."""
     config: TrainConfig; model: nn.Module; world: World
 
     def _prepare(self, precision: str) -> None:
@@ -587,22 +580,6 @@ class _Machine:
         if dtype in (None, torch.float32): return nullcontext()
         return torch.autocast(self.world.device.type, dtype)
 
-# %% ../nbs/11_training.ipynb #56d3ca93
-def _check_loader(config: TrainConfig, train: BatchLoader, world: World) -> None:
-    "A loader that reads other batches than the configuration says trains another model."
-    if train.plan.batch_size != config.batch_size:
-        raise ValueError(f"the loader's batches have {train.plan.batch_size} rows, "
-                         f"the configuration says batch_size={config.batch_size}")
-    rows = train.plan.rows
-    expected = range(world.rank * config.batch_size // world.size,
-                     (world.rank + 1) * config.batch_size // world.size)
-    if rows != expected:
-        raise ValueError(f"rank {world.rank} of {world.size} must read rows {expected}, "
-                         f"its loader reads {rows}: make it with loader_for")
-
-# %% ../nbs/11_training.ipynb #d1edb1bb
-class _Setup(_Machine):
-    "What a run consists of."
     def __init__(
         self,
         model: nn.Module,                  # called as model(inputs, targets): the mean surprise
@@ -632,9 +609,6 @@ class _Setup(_Machine):
         self._generators: Any = None       # where they stand between calls of `fit`
         self._prepare(config.precision)
 
-# %% ../nbs/11_training.ipynb #8052075b
-class _Judge(_Setup):
-    "Whether a step may be taken."
     def _judge(self, loss: float) -> tuple[float | None, dict[str, Any]]:
         "Clip the gradient; its length, and what is wrong with the step if anything is."
         if not math.isfinite(loss): return None, self._trouble("nan", f"the loss is {loss}")
@@ -674,9 +648,6 @@ class _Judge(_Setup):
         if REASONS.index(reason) < REASONS.index(self._reason): return
         self._reason, self._message = reason, message
 
-# %% ../nbs/11_training.ipynb #a1f1d8a6
-class _Steps(_Judge):
-    "One step of a run."
     def set_learning_rate(self) -> float:
         "Give every group its peak times the schedule; the share of the peak is returned."
         share = share_of_peak(self.config, self.step, self.planned_steps())
@@ -715,6 +686,208 @@ class _Steps(_Judge):
         self.scaler.update()
         self.skipped = 0
 
+    def state(self) -> dict[str, Any]:
+        "Everything a run needs to go on, apart from tensors, for JSON; all processes must ask."
+        return {"config": asdict(self.config), "precision": self.precision,
+                "tokens": self.tokens, "seconds": self.seconds, "best": self.best,
+                "skipped": self.skipped, "waited": self.waited,
+                "losses": list(self.spikes.losses), "scaler": self.scaler.state_dict(),
+                "train": self.train.state_dict(), "data": _describe(self.train),
+                "model": _model_config(self.model),
+                "generators": self.world.gather(generator_states(self.model))}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        "The weights, and what the optimizers remember."
+        memory = {f"{i}.{index}.{key}": torch.as_tensor(value)
+                  for i, optimizer in enumerate(self.optimizers)
+                  for index, entry in optimizer.state_dict()["state"].items()
+                  for key, value in entry.items()}
+        return {"model": self.model.state_dict(), "optimizer": memory}
+
+    def save(self) -> None:
+        "Write a checkpoint. Where the disk refuses, the run goes on or ends as configured."
+        self._saved = self.step
+        if self.folder is None: return
+        state = self.state()
+        if not self.world.is_main: return
+        try: save_checkpoint(self.folder, self.step, self.tensors(), state, self.config.keep,
+                             self.best[1] if self.best else None)
+        except OSError as e: self._save_error(e)
+
+    def _save_error(self, error: OSError) -> None:
+        found = latest_checkpoint(self.folder or ".")
+        message = (f"step {self.step}: cannot save: {error.strerror or error}; the last "
+                   f"checkpoint is {found.name if found else 'not there'}")
+        _log.warning(message)
+        if self.config.on_save_error == "stop": self.stop("save error", message)
+
+    def log(self, record: dict[str, Any]) -> None:
+        "Remember what a step has measured: in the history, in log.jsonl, with every listener."
+        self.history.append(record)
+        if not self.world.is_main: return
+        if self.folder is not None:
+            try: append_line(self.folder / "log.jsonl", record)
+            except OSError as e: self._save_error(e)
+        for listener in self.listeners: listener(record)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        "Put back everything that `state` and `tensors` gave."
+        state = checkpoint.state
+        self._check_same(state)
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        _restore_optimizers(self.optimizers, checkpoint.tensors["optimizer"])
+        if state["precision"] != self.precision: self._prepare(state["precision"])
+        self.train.load_state_dict(state["train"])
+        self.step = self._saved = checkpoint.step
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.skipped, self.waited = state["skipped"], state["waited"]
+        self.best = state["best"] and (state["best"][0], state["best"][1])
+        self.spikes.losses.extend(state["losses"])
+        if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
+        mine = state["generators"]
+        if len(mine) == self.world.size: self._generators = mine[self.world.rank]
+        else: _log.warning("saved by %d processes, resumed by %d: dropout will draw other "
+                           "numbers", len(mine), self.world.size)
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        "Other data or another model would make another run; another configuration is reported."
+        parts = ("data", _describe(self.train)), ("model", _model_config(self.model))
+        for name, mine in parts:
+            for key in {**(mine or {}), **(state[name] or {})}:
+                was, now = (state[name] or {}).get(key), (mine or {}).get(key)
+                if was != now: raise ValueError(f"the checkpoint was made with another {name}: "
+                                                f"{key} was {was!r} and is {now!r}")
+        for key, now in json.loads(self.config.to_json()).items():
+            if (was := state["config"].get(key)) != now:
+                _log.warning("resumed with another %s: it was %r and is %r", key, was, now)
+
+    def resume(
+        self,
+        folder: str | os.PathLike[str] | None = None,  # another run's; None: this run's own
+        step: int | None = None,                       # of the checkpoint; None: the latest
+        skip_damaged: bool = False,                    # take the newest one that is whole
+    ) -> int:                                          # steps already made; 0 if none
+        "Take up the last checkpoint; if damaged, `DamagedCheckpoint` offers the one before."
+        home = Path(folder or self.folder or ".")
+        found = [p for p in checkpoints(home) if step is None or int(p.name[5:]) == step]
+        if step is not None and not found:
+            raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
+        while found:
+            try: self.restore(load_checkpoint(found.pop()))
+            except DamagedCheckpoint as e:
+                if not (skip_damaged and found): raise
+                _log.warning(str(e))
+            else: break
+        self._restore_log(home)
+        return self.step
+
+    def _restore_log(self, home: Path) -> None:
+        self.history = read_log(home / "log.jsonl", self.step)
+        if not (self.folder and home == self.folder and self.world.is_main): return
+        _cut_log(home / "log.jsonl", self.history)
+        for path in checkpoints(home):
+            if int(path.name[5:]) > self.step: _set_aside(path)
+
+    def _begin(self) -> None:
+        "Put the generators where they belong: at the seed, or where they stood."
+        self._reason = self._message = ""
+        if self._generators is None: seed_all((self.config.seed + self.world.rank) % 2**32)
+        else: restore_generators(self.model, self._generators)
+
+    def _tick(self) -> None:
+        "Count the time since the clock was last read; the main process's clock holds for all."
+        now = time.perf_counter()
+        passed = now - self._clock if self.world.is_main else 0.0
+        self.seconds, self._clock = self.seconds + self.world.sum(passed)[0], now
+
+    def result(self) -> TrainResult:
+        "How the run stands."
+        ends = self._message or f"{self.step:,} steps, {self.tokens:,} tokens"
+        return TrainResult(self._reason, f"ended by {self._reason}: {ends}", self.step,
+                           self.tokens, self.seconds, self.best, self.history)
+
+    def _due(self, every: int | None) -> bool:
+        return self._budget() != "" if every is None else (
+            self.step % every == 0 or self._budget() != "")
+
+    def _is_best(self) -> bool: return self.best is not None and self.best[1] == self.step
+
+    def _evaluate(self, record: dict[str, Any]) -> None:
+        "Measure the validation loss; note a new best, or that we have waited longer for one."
+        if self.validation is None: return
+        found = evaluate(self.model, self.validation, self.config.eval_batches, self.autocast)
+        surprise, counted = self.world.sum(*found)
+        record["validation"] = loss = surprise / max(1, counted)
+        if self.best is None or loss < self.best[0]:
+            self.best, self.waited = (loss, self.step), 0
+        else: self.waited += 1
+        if self.config.patience and self.waited >= self.config.patience:
+            self.stop("patience", f"step {self.step}: no better validation loss "
+                      f"than {self.best[0]:.4f} at step {self.best[1]}")
+
+    def _budget(self) -> str:
+        "The budget that is used up, if one is."
+        c = self.config
+        if c.steps and self.step >= c.steps: return "steps"
+        if c.tokens and self.tokens >= c.tokens: return "tokens"
+        if c.seconds and self.seconds >= c.seconds: return "seconds"
+        return ""
+
+    def _finished(self) -> bool:
+        "Whether any process has a reason to stop; then all have it."
+        if spent := self._budget(): self.stop(spent)
+        self._reason = REASONS[self.world.most(REASONS.index(self._reason))]
+        return self._reason != ""
+
+    def fit(
+        self,
+        progress: bool = False,            # show a bar
+    ) -> TrainResult:
+        "Train until a budget is used up, and say how it ended."
+        self._begin()
+        self._clock = time.perf_counter()
+        self._ready.train()
+        with _listening(self), self._bar(progress) as bar:
+            while not self._finished():
+                record = self.train_step()
+                self._tick()
+                if self._due(self.config.eval_every): self._evaluate(record)
+                self.log(record | {"seconds": round(self.seconds, 4)})
+                if self._due(self.config.save_every) or self._is_best(): self.save()
+                bar(record)
+        if self._saved != self.step: self.save()
+        self._generators = generator_states(self.model)
+        return self.result()
+
+    @contextmanager
+    def _bar(self, show: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+        "A progress bar with the loss, tokens per second and the time left."
+        if not (show and self.world.is_main):
+            yield lambda record: None
+            return
+        from tqdm.auto import tqdm
+        with tqdm(total=self.planned_steps(), initial=self.step, unit="step") as bar:
+            def update(record: dict[str, Any]) -> None:
+                bar.total = self.planned_steps()
+                speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f}"
+                bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": speed},
+                                refresh=False)
+                bar.update()
+            yield update
+
+# %% ../nbs/11_training.ipynb #56d3ca93
+def _check_loader(config: TrainConfig, train: BatchLoader, world: World) -> None:
+    "A loader that reads other batches than the configuration says trains another model."
+    if train.plan.batch_size != config.batch_size:
+        raise ValueError(f"the loader's batches have {train.plan.batch_size} rows, "
+                         f"the configuration says batch_size={config.batch_size}")
+    rows = train.plan.rows
+    expected = range(world.rank * config.batch_size // world.size,
+                     (world.rank + 1) * config.batch_size // world.size)
+    if rows != expected:
+        raise ValueError(f"rank {world.rank} of {world.size} must read rows {expected}, "
+                         f"its loader reads {rows}: make it with loader_for")
+
 # %% ../nbs/11_training.ipynb #b6744a16
 REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted", "spike", "nan",
            "save error")              # why a run ends; of several reasons the last one counts
@@ -736,27 +909,6 @@ class TrainResult:
         "The steps at which `name` was logged, and its values."
         rows = [(r["step"], r[name]) for r in self.history if r.get(name) is not None]
         return [step for step, _ in rows], [value for _, value in rows]
-
-# %% ../nbs/11_training.ipynb #991e7c84
-class _Memory(_Steps):
-    "All that a run is, at one moment."
-    def state(self) -> dict[str, Any]:
-        "Everything a run needs to go on, apart from tensors, for JSON; all processes must ask."
-        return {"config": asdict(self.config), "precision": self.precision,
-                "tokens": self.tokens, "seconds": self.seconds, "best": self.best,
-                "skipped": self.skipped, "waited": self.waited,
-                "losses": list(self.spikes.losses), "scaler": self.scaler.state_dict(),
-                "train": self.train.state_dict(), "data": _describe(self.train),
-                "model": _model_config(self.model),
-                "generators": self.world.gather(generator_states(self.model))}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        "The weights, and what the optimizers remember."
-        memory = {f"{i}.{index}.{key}": torch.as_tensor(value)
-                  for i, optimizer in enumerate(self.optimizers)
-                  for index, entry in optimizer.state_dict()["state"].items()
-                  for key, value in entry.items()}
-        return {"model": self.model.state_dict(), "optimizer": memory}
 
 # %% ../nbs/11_training.ipynb #6ad98319
 def _describe(loader: BatchLoader) -> dict[str, Any]:
@@ -795,35 +947,6 @@ def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     with replacing(path) as file:
         for record in records: file.write((json.dumps(record) + "\n").encode())
 
-# %% ../nbs/11_training.ipynb #6cf40431
-class _Saves(_Memory):
-    "Checkpoints and the log of a run."
-    def save(self) -> None:
-        "Write a checkpoint. Where the disk refuses, the run goes on or ends as configured."
-        self._saved = self.step
-        if self.folder is None: return
-        state = self.state()
-        if not self.world.is_main: return
-        try: save_checkpoint(self.folder, self.step, self.tensors(), state, self.config.keep,
-                             self.best[1] if self.best else None)
-        except OSError as e: self._save_error(e)
-
-    def _save_error(self, error: OSError) -> None:
-        found = latest_checkpoint(self.folder or ".")
-        message = (f"step {self.step}: cannot save: {error.strerror or error}; the last "
-                   f"checkpoint is {found.name if found else 'not there'}")
-        _log.warning(message)
-        if self.config.on_save_error == "stop": self.stop("save error", message)
-
-    def log(self, record: dict[str, Any]) -> None:
-        "Remember what a step has measured: in the history, in log.jsonl, with every listener."
-        self.history.append(record)
-        if not self.world.is_main: return
-        if self.folder is not None:
-            try: append_line(self.folder / "log.jsonl", record)
-            except OSError as e: self._save_error(e)
-        for listener in self.listeners: listener(record)
-
 # %% ../nbs/11_training.ipynb #bfadfe61
 def _restore_optimizers(
     optimizers: Sequence[torch.optim.Optimizer], memory: Mapping[str, Tensor],
@@ -836,70 +959,6 @@ def _restore_optimizers(
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/11_training.ipynb #4b2b83c5
-class _Restores(_Saves):
-    "Putting back what was saved."
-    def restore(self, checkpoint: Checkpoint) -> None:
-        "Put back everything that `state` and `tensors` gave."
-        state = checkpoint.state
-        self._check_same(state)
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        _restore_optimizers(self.optimizers, checkpoint.tensors["optimizer"])
-        if state["precision"] != self.precision: self._prepare(state["precision"])
-        self.train.load_state_dict(state["train"])
-        self.step = self._saved = checkpoint.step
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self.skipped, self.waited = state["skipped"], state["waited"]
-        self.best = state["best"] and (state["best"][0], state["best"][1])
-        self.spikes.losses.extend(state["losses"])
-        if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
-        mine = state["generators"]
-        if len(mine) == self.world.size: self._generators = mine[self.world.rank]
-        else: _log.warning("saved by %d processes, resumed by %d: dropout will draw other "
-                           "numbers", len(mine), self.world.size)
-
-    def _check_same(self, state: Mapping[str, Any]) -> None:
-        "Other data or another model would make another run; another configuration is reported."
-        parts = ("data", _describe(self.train)), ("model", _model_config(self.model))
-        for name, mine in parts:
-            for key in {**(mine or {}), **(state[name] or {})}:
-                was, now = (state[name] or {}).get(key), (mine or {}).get(key)
-                if was != now: raise ValueError(f"the checkpoint was made with another {name}: "
-                                                f"{key} was {was!r} and is {now!r}")
-        for key, now in json.loads(self.config.to_json()).items():
-            if (was := state["config"].get(key)) != now:
-                _log.warning("resumed with another %s: it was %r and is %r", key, was, now)
-
-# %% ../nbs/11_training.ipynb #4433f1cd
-class _Resumes(_Restores):
-    "Going on where a run was interrupted."
-    def resume(
-        self,
-        folder: str | os.PathLike[str] | None = None,  # another run's; None: this run's own
-        step: int | None = None,                       # of the checkpoint; None: the latest
-        skip_damaged: bool = False,                    # take the newest one that is whole
-    ) -> int:                                          # steps already made; 0 if none
-        "Take up the last checkpoint; if damaged, `DamagedCheckpoint` offers the one before."
-        home = Path(folder or self.folder or ".")
-        found = [p for p in checkpoints(home) if step is None or int(p.name[5:]) == step]
-        if step is not None and not found:
-            raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
-        while found:
-            try: self.restore(load_checkpoint(found.pop()))
-            except DamagedCheckpoint as e:
-                if not (skip_damaged and found): raise
-                _log.warning(str(e))
-            else: break
-        self._restore_log(home)
-        return self.step
-
-    def _restore_log(self, home: Path) -> None:
-        self.history = read_log(home / "log.jsonl", self.step)
-        if not (self.folder and home == self.folder and self.world.is_main): return
-        _cut_log(home / "log.jsonl", self.history)
-        for path in checkpoints(home):
-            if int(path.name[5:]) > self.step: _set_aside(path)
-
 # %% ../nbs/11_training.ipynb #bac06ce2
 def _set_aside(path: Path) -> None:
     "Give a checkpoint of an abandoned future another name, so that nobody resumes from it."
@@ -907,63 +966,6 @@ def _set_aside(path: Path) -> None:
     os.rename(path, other)
     _log.warning("%s is of a later step than the one resumed from: renamed to %s",
                  path.name, other.name)
-
-# %% ../nbs/11_training.ipynb #904b2529
-class _Ends(_Resumes):
-    "How a run begins and how it stands."
-    def _begin(self) -> None:
-        "Put the generators where they belong: at the seed, or where they stood."
-        self._reason = self._message = ""
-        if self._generators is None: seed_all((self.config.seed + self.world.rank) % 2**32)
-        else: restore_generators(self.model, self._generators)
-
-    def _tick(self) -> None:
-        "Count the time since the clock was last read; the main process's clock holds for all."
-        now = time.perf_counter()
-        passed = now - self._clock if self.world.is_main else 0.0
-        self.seconds, self._clock = self.seconds + self.world.sum(passed)[0], now
-
-    def result(self) -> TrainResult:
-        "How the run stands."
-        ends = self._message or f"{self.step:,} steps, {self.tokens:,} tokens"
-        return TrainResult(self._reason, f"ended by {self._reason}: {ends}", self.step,
-                           self.tokens, self.seconds, self.best, self.history)
-
-# %% ../nbs/11_training.ipynb #207e8bcb
-class _Course(_Ends):
-    "What is due after a step, and whether there is another."
-    def _due(self, every: int | None) -> bool:
-        return self._budget() != "" if every is None else (
-            self.step % every == 0 or self._budget() != "")
-
-    def _is_best(self) -> bool: return self.best is not None and self.best[1] == self.step
-
-    def _evaluate(self, record: dict[str, Any]) -> None:
-        "Measure the validation loss; note a new best, or that we have waited longer for one."
-        if self.validation is None: return
-        found = evaluate(self.model, self.validation, self.config.eval_batches, self.autocast)
-        surprise, counted = self.world.sum(*found)
-        record["validation"] = loss = surprise / max(1, counted)
-        if self.best is None or loss < self.best[0]:
-            self.best, self.waited = (loss, self.step), 0
-        else: self.waited += 1
-        if self.config.patience and self.waited >= self.config.patience:
-            self.stop("patience", f"step {self.step}: no better validation loss "
-                      f"than {self.best[0]:.4f} at step {self.best[1]}")
-
-    def _budget(self) -> str:
-        "The budget that is used up, if one is."
-        c = self.config
-        if c.steps and self.step >= c.steps: return "steps"
-        if c.tokens and self.tokens >= c.tokens: return "tokens"
-        if c.seconds and self.seconds >= c.seconds: return "seconds"
-        return ""
-
-    def _finished(self) -> bool:
-        "Whether any process has a reason to stop; then all have it."
-        if spent := self._budget(): self.stop(spent)
-        self._reason = REASONS[self.world.most(REASONS.index(self._reason))]
-        return self._reason != ""
 
 # %% ../nbs/11_training.ipynb #9ebfbeb2
 @contextmanager
@@ -983,47 +985,6 @@ def _listening(trainer: Trainer) -> Iterator[None]:
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
-
-# %% ../nbs/11_training.ipynb #baf19766
-class Trainer(_Course):
-    """Trains a model, and survives: `fit` runs to the end, `resume` goes on after a kill.
-
-    The model is called as `model(inputs, targets)` and returns their mean surprise."""
-    def fit(
-        self,
-        progress: bool = False,            # show a bar
-    ) -> TrainResult:
-        "Train until a budget is used up, and say how it ended."
-        self._begin()
-        self._clock = time.perf_counter()
-        self._ready.train()
-        with _listening(self), self._bar(progress) as bar:
-            while not self._finished():
-                record = self.train_step()
-                self._tick()
-                if self._due(self.config.eval_every): self._evaluate(record)
-                self.log(record | {"seconds": round(self.seconds, 4)})
-                if self._due(self.config.save_every) or self._is_best(): self.save()
-                bar(record)
-        if self._saved != self.step: self.save()
-        self._generators = generator_states(self.model)
-        return self.result()
-
-    @contextmanager
-    def _bar(self, show: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-        "A progress bar with the loss, tokens per second and the time left."
-        if not (show and self.world.is_main):
-            yield lambda record: None
-            return
-        from tqdm.auto import tqdm
-        with tqdm(total=self.planned_steps(), initial=self.step, unit="step") as bar:
-            def update(record: dict[str, Any]) -> None:
-                bar.total = self.planned_steps()
-                speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f}"
-                bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": speed},
-                                refresh=False)
-                bar.update()
-            yield update
 
 # %% ../nbs/11_training.ipynb #74c067ac
 @dataclass(frozen=True)

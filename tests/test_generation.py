@@ -445,6 +445,8 @@ def test_choices_are_exactly_the_choices():
     constraint = Constraint.choices(options, tokenizer)
     for n in range(4):
         for text in map(''.join, itertools.product('abc.*', repeat=n)): assert accepts(constraint, tokenizer.encode(text)) == (text in options)
+    first, = tokenizer.encode('c')
+    assert constraint.can_continue(constraint.advance(0, first), 2) and not constraint.can_continue(constraint.advance(0, first), 1)     # "c" needs ".b"
     prepared = constraint.prepare(Sampler(banned=tokenizer.encode('a')), 3)
     assert prepared.distance[0] == 3 and constraint.distance[0] == 1
     with pytest.raises(ValueError): constraint.prepare(Sampler(banned=tokenizer.encode('ac')), 3)

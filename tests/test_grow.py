@@ -60,6 +60,13 @@ def test_decorated_classes_grow_with_the_same_decorator():
     assert text.count('@dataclass') == 1 and repr(space(text)['Point'](1)) == 'Point(x=1, y=0)'
 
 
+def test_methods_need_no_decorator_and_fields_do():
+    first = '\nfrom dataclasses import dataclass\n@dataclass(frozen=True)\nclass Point:\n    x: int\n'
+    text = grow.merged(module(first, '\nclass Point(Point):\n    def twice(self): return 2 * self.x\n'))
+    assert space(text)['Point'](3).twice() == 6
+    with pytest.raises(grow.Refused, match='decorate the slice'): grow.merged(module(first, '\nclass Point(Point):\n    y: int = 0\n'))
+
+
 @pytest.mark.parametrize('more, words', [
     ('class Shape(Shape):\n    def around(self): return 1\nclass Shape(Shape):\n    def around(self): return 2', 'around is defined twice'),
     ('class Shape(Shape):\n    def __init__(self): self.sides = ()', '__init__ is defined twice'),
@@ -69,6 +76,8 @@ def test_decorated_classes_grow_with_the_same_decorator():
     ('class Shape(Shape, metaclass=type):\n    x = 1', 'only base'),
     ('@partial\nclass Shape(Shape):\n    x = 1', 'decorated otherwise'),
     ('START = 3\nclass Shape(Shape):\n    def around(self, start=START): return start', 'needs START'),
+    ('class Unit: pass\nclass Shape(Shape):\n    def around(self, unit: Unit) -> float: return 1', 'the type Unit is not defined yet'),
+    ('class Shape(Shape):\n    def around(self) -> Shape: return self', 'from __future__ import annotations'),
     ('class Shape:\n    "Again."', 'defined twice'),
     ('class Other(Other):\n    x = 1', 'no cell before it begins')])
 def test_a_slice_that_would_mean_something_else_is_refused(more, words):

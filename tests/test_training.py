@@ -111,6 +111,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(rows, micro, ignored
     for p, g in zip(model.parameters(), whole): torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
 
 
+def test_every_group_follows_the_schedule():
+    made = make(steps=6, optimizer='muon', warmup=4)
+    made.step = 2
+    share = made.set_learning_rate()
+    assert share == training.share_of_peak(made.config, 2, 6) == .75
+    assert {g['lr'] for o in made.optimizers for g in o.param_groups} == {share * made.config.lr, share * made.config.muon_lr}
+
+
 def test_a_run_in_micro_batches_is_the_run_in_whole_batches():
     whole, parts = make(steps=10, dropout=0, batch_size=6), make(steps=10, dropout=0, batch_size=6, micro_batch_size=4)
     np.testing.assert_allclose(parts.fit().column('loss')[1], whole.fit().column('loss')[1], atol=1e-6)

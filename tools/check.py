@@ -656,9 +656,23 @@ def symbol_faults(book):
     if done.returncode: yield f"nbs/symbols.qmd: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
 
 
+# Classes ----------------------------------------------------------------------------------------------------------
+
+@rule
+def classes(book):
+    "One class, one statement: a private base with a single heir is a slice of a class; what a reader looks up must stand in one place."
+    for path in sorted((book.root/LIBRARY).glob('*.py')):
+        found = [n for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(n, ast.ClassDef)]
+        heirs = Counter(ast.unparse(base) for n in found for base in n.bases)
+        for n in found:
+            if n.name.startswith('_') and heirs[n.name] == 1: yield f'{LIBRARY}/{path.name}: class {n.name} has one heir; let the class grow in the notebook instead: `class Name(Name):` (tools/grow.py)'
+        for name, count in Counter(n.name for n in found).items():
+            if count > 1: yield f'{LIBRARY}/{path.name}: class {name} stands {count} times; one name, one class'
+
+
 # Chapters ---------------------------------------------------------------------------------------------------------
 
-LONG = 40
+LONG, SCREEN = 40, 60                      # lines of a cell; of one that is a single class
 
 
 @rule
@@ -709,7 +723,8 @@ def rhythm_faults(cells):
         run = 0 if cell.prose or cell.makes_prose else run + shown
         if shown and run == 3: yield f'{cell.where}: is the third code cell in a row; put a sentence between them'
         lines = [line for line in cell.body.splitlines() if line.strip()]
-        if shown and len(lines) > LONG: yield f'{cell.where}: has {len(lines)} lines; a reader takes in about 20 at once, {LONG} is the limit: cut it in two'
+        limit = SCREEN if cell.tree and [type(n) for n in cell.tree.body] == [ast.ClassDef] else LONG
+        if shown and len(lines) > limit: yield f'{cell.where}: has {len(lines)} lines; a reader takes in about 20 at once, {limit} is the limit: cut it in two'
 
 
 FILLER = re.compile(r"\b(simply|just(?! (?:as|like|before|after|above|below|under|over|enough|in time|short|right|large|big|small|once|one|two|what|how|that|this|now|the)\b)|powerful|seamless(?:ly)?|leverag(?:e|es|ing)|delv(?:e|es|ing)"

@@ -66,15 +66,21 @@ def check(first, slices, tree, name):
     known = {m: first for m in members(first)}
     for node in slices:
         if len(node.bases) > 1 or node.keywords: raise Refused(f'{here}: a slice has `{first.name}` as its only base; the first statement names the others')
-        if [ast.dump(d) for d in node.decorator_list] != [ast.dump(d) for d in first.decorator_list]: raise Refused(f'{here}: a slice is decorated otherwise than the first statement')
+        decorated = [ast.dump(d) for d in node.decorator_list]
+        if decorated and decorated != [ast.dump(d) for d in first.decorator_list]: raise Refused(f'{here}: a slice is decorated otherwise than the first statement')
+        if not decorated and first.decorator_list and any(isinstance(item, ast.AnnAssign) for item in node.body):
+            raise Refused(f'{here}: a slice has a field that its first statement\'s decorator would see only in the module; decorate the slice as well')
         if ast.get_docstring(node) is not None: raise Refused(f'{here}: a slice has a docstring; the class has one, in its first statement')
         again = sorted(set(members(node)) & set(known))
         if again: raise Refused(f'{here}: {again[0]} is defined twice; a slice only adds')
         hidden = sorted(supers(node) & set(known))
         if hidden: raise Refused(f'{here}: `super().{hidden[0]}` means the slice before in a notebook and the base class in the module')
         known |= {m: node for m in members(node)}
-    late = needed_at_once(slices) & bound_between(first, slices[-1], tree)
+    below = bound_between(first, slices[-1], tree)
+    late = needed_at_once(slices) & below
     if late: raise Refused(f'{here}: a slice needs {sorted(late)[0]} while the class is made, and it is defined below the first statement; move it up')
+    if not postponed(tree) and (late := annotated_with(slices) & (below | {first.name})):
+        raise Refused(f'{here}: the type {sorted(late)[0]} is not defined yet where the class is made; begin the first exported cell with `from __future__ import annotations`')
 
 
 def supers(node):
@@ -90,6 +96,15 @@ def needed_at_once(slices):
             parts = [*item.decorator_list, *item.args.defaults, *filter(None, item.args.kw_defaults)] if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) else [getattr(item, 'value', None)]
             found |= {n.id for p in parts if p is not None for n in ast.walk(p) if isinstance(n, ast.Name)}
     return found
+
+
+def postponed(tree): return any(isinstance(n, ast.ImportFrom) and n.module == '__future__' and n.names[0].name == 'annotations' for n in tree.body)
+
+
+def annotated_with(slices):
+    "Names that stand in the types of parameters, results and fields, outside quotes."
+    parts = [p for node in slices for n in ast.walk(node) for p in (getattr(n, 'annotation', None), getattr(n, 'returns', None)) if isinstance(p, ast.AST)]
+    return {n.id for p in parts for n in ast.walk(p) if isinstance(n, ast.Name)}
 
 
 def bound_between(first, last, tree):
