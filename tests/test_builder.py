@@ -26,8 +26,7 @@ from cells import options                                    # noqa: E402
 from shared import pdf_words                                 # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = [*(f"tools/{name}" for name in ("assets.py", "book.lua", "book.py", "build.py", "cells.py", "copies.py", "ebook.py", "finish.py", "nbfilter.py",
-                                         "pandoc.py", "serve.py", "site_builder.py", "theme/*")), "settings.ini", "tests/shared.py"]
+INPUTS = ["tools/book.lua", "tools/theme/*"]
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><circle cx="20" cy="15" r="9" fill="#0072B2"/></svg>'
 
 

@@ -19,17 +19,16 @@ REPOSITORY = 'https://github.com/llm-from-scratch/llm-from-scratch'
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 PERSON = {f'GIT_{who}_{what}': value for who in ('AUTHOR', 'COMMITTER') for what, value in (('NAME', 'A contributor'), ('EMAIL', 'contributor@example.org'))}
 SMALL = ['CONTRIBUTING.md', 'README.md', 'LICENSE', 'CITATION.cff', 'Makefile', '_quarto.yml', 'settings.ini', 'pyproject.toml', 'constraints.txt', 'references.bib',
-         '.gitattributes', '.gitignore', '.github/**/*', 'llm_from_scratch/__init__.py', 'llm_from_scratch/py.typed', 'llm_from_scratch/figures.py', 'nbs/figures.ipynb',
-         'nbs/references.qmd', 'nbs/images/*', 'tests/test_figures.py', 'tools/chapter.md',
-         *(f'tools/{name}.py' for name in ('check', 'env', 'hooks', 'nb', 'nbfilter', 'pictures', 'scaffold', 'targets'))]
-WHOLE = ['*', '.ci/*', '.git*', '.github/**/*', 'benchmarks/**/*', 'llm_from_scratch/**/*', 'nbs/**/*', 'tests/*', 'tools/**/*']
+         '.gitattributes', '.gitignore', '.github/**/*', 'benchmarks/run.py', 'llm_from_scratch/__init__.py', 'llm_from_scratch/py.typed', 'llm_from_scratch/figures.py',
+         'nbs/figures.ipynb', 'nbs/references.qmd', 'nbs/images/*', 'tests/test_figures.py', 'tools/chapter.md', 'tools/*.py']
+WHOLE = ['*', '.ci/*', '.github/**/*', 'benchmarks/**/*', 'llm_from_scratch/**/*', 'nbs/**/*', 'tests/*', 'tools/**/*']
 needs_make = pytest.mark.skipif(not (shutil.which('make') and shutil.which('bash') and shutil.which('git')), reason='needs make, bash and git')
 of_the_whole_tree = pytest.mark.parametrize('whole', [True], ids=['the whole tree'])
 
 
 def INPUTS(whole=False, **_):
     "What the small book is made of; tests with the parameter `whole` depend on every file."
-    return WHOLE if whole else [*SMALL, 'tests/shared.py']
+    return WHOLE if whole else SMALL
 
 
 def copy(paths, folder):
@@ -127,6 +126,7 @@ def copied(followed, tmp_path):
     return Path(shutil.copytree(followed, tmp_path/followed.name, symlinks=True))
 
 
+@pytest.mark.long(10)
 @of_the_whole_tree
 def test_the_house_is_in_order(whole, tmp_path):
     "`make check` finds nothing in the files that git knows."
@@ -136,6 +136,7 @@ def test_the_house_is_in_order(whole, tmp_path):
 
 
 @needs_make
+@pytest.mark.long(10)
 def test_the_guide_can_be_followed(followed):
     "Each command did what the guide says it does."
     assert 'A figure that answers no question is left out.' in (followed/'nbs'/'figures.ipynb').read_text(encoding='utf-8')

@@ -25,17 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOK = load_book(ROOT)
 PAGES = [page.url for page in BOOK.pages]
 CHAPTERS = [page for page in BOOK.pages if page.number.isdigit()]
-BUILDER = [f"tools/{name}" for name in ("assets.py", "book.lua", "book.py", "build.py", "cells.py", "copies.py", "ebook.py", "finish.py", "nbfilter.py",
-                                        "pandoc.py", "serve.py", "site_builder.py", "theme/*")]
-FRAME = [*BUILDER, "_quarto.yml", "settings.ini", "nbs/images/*", "tests/shared.py"]         # what every page shows around its text
+FRAME = ["tools/book.lua", "tools/theme/*", "nbs/images/*"]             # what a page is dressed in; the builder is imported above
 
 
 def INPUTS(url=None, **_):
-    "The tests of one page, whose parameter is `url`, depend on that page and its frame; the others on the whole book."
-    if url is None:
-        return [*FRAME, "*.qmd", "*.bib", "nbs/*.ipynb", "nbs/*.qmd"]
-    page = next(page for page in BOOK.pages if page.url == url)
-    return [*FRAME, page.file.as_posix(), *([] if page.is_notebook else ["*.bib"])]
+    "The tests of one page, whose parameter is `url`, depend on that page as it was built; the others on the whole book."
+    return [*FRAME, f"page:{url}"] if url else [*FRAME, "_quarto.yml", "settings.ini", "*.qmd", "*.bib", "nbs/*.ipynb", "nbs/*.qmd"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -468,6 +463,7 @@ def test_an_address_that_leads_nowhere(address, visit, url):
 
 # EPUB and PDF -----------------------------------------------------------------------------------------------------
 
+@pytest.mark.long(20)
 @pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime on this machine: install `default-jre-headless` to check the EPUB")
 def test_epub_is_valid(site, monkeypatch):
     "Twenty seconds, most of them for the schemas that EPUBCheck compiles each time it starts."
