@@ -7,7 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,9 +23,10 @@ import finish                                                # noqa: E402
 import nbfilter                                              # noqa: E402
 from book import BookError, load_book                        # noqa: E402
 from cells import options                                    # noqa: E402
+from shared import pdf_words                                 # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ["tools/*", "tools/theme/*"]
+INPUTS = ["tools/book.lua", "tools/theme/*"]
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><circle cx="20" cy="15" r="9" fill="#0072B2"/></svg>'
 
 
@@ -176,14 +180,31 @@ def rich(tmp_path_factory):
     return book
 
 
-@pytest.fixture
-def plain(tmp_path):
-    "One chapter, not built yet."
-    book = small_book(tmp_path)
+def plain_book(root):
+    book = small_book(root)
     book.write("index.qmd", "# A small book {.unnumbered}\n\nWelcome to @sec-one.\n")
     book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nWords.\n"))
     book.config("nbs/01_one.ipynb", "nbs/references.qmd")
     return book
+
+
+@pytest.fixture
+def plain(tmp_path):
+    "One chapter, not built yet."
+    return plain_book(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def plain_site(tmp_path_factory):
+    book = plain_book(tmp_path_factory.mktemp("plain"))
+    book.build()
+    return book.root
+
+
+@pytest.fixture
+def built(plain_site, tmp_path):
+    "A copy of that book with its site, to change."
+    return Folder(shutil.copytree(plain_site, tmp_path, dirs_exist_ok=True))
 
 
 # Numbers and references -------------------------------------------------------------------------------------------
@@ -352,11 +373,9 @@ def test_plain_text_copies_sitemap_and_metadata(rich):
 
 
 def test_epub_and_pdf_hold_the_same_numbers(rich):
-    from pypdf import PdfReader
     with zipfile.ZipFile(rich.root / "_site/small.epub") as book:
         words = "".join(book.read(name).decode() for name in book.namelist() if name.endswith("xhtml"))
-    paper = " ".join("".join(page.extract_text() for page in PdfReader(rich.root / "_site/small.pdf").pages).split())
-    for place in (html.unescape(words).replace("\u00a0", " "), paper.replace("\u00a0", " ")):
+    for place in (html.unescape(words).replace("\u00a0", " "), pdf_words(rich.root / "_site/small.pdf").replace("\u00a0", " ")):
         for fact in ("Figure 2.1:", "Table 1.1:", "Table 2.1:", "Equation 1.1", "Appendix A", "A Mathematical Theory of Communication", "Only on paper"):
             assert fact in place, fact
         assert ":::" not in place and "Only on the site" not in place
@@ -370,14 +389,13 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
     ("# One {#sec-one}\n\n[there](99_gone.ipynb)", "links to nbs/99_gone.ipynb"),
     ("# One {#sec-one}\n\n$$x$$ {#eq-a}\n\n$$y$$ {#eq-b}\n\n@eq-c", "@eq-c"),
 ])
-def test_a_dead_reference_is_one_clear_sentence(plain, capsys, text, words):
-    plain.build()
-    before = plain.page("nbs/01_one")
-    plain.notebook("nbs/01_one.ipynb", markdown(text))
-    assert builder.main(["--root", str(plain.root), "--formats", "html", "--quarto", "no"]) == 1
+def test_a_dead_reference_is_one_clear_sentence(built, capsys, text, words):
+    before = built.page("nbs/01_one")
+    built.notebook("nbs/01_one.ipynb", markdown(text))
+    assert builder.main(["--root", str(built.root), "--formats", "html", "--quarto", "no"]) == 1
     message = capsys.readouterr().err
     assert words in message and len(message.strip().splitlines()) == 1
-    assert plain.page("nbs/01_one") == before                # the old site stands
+    assert built.page("nbs/01_one") == before                # the old site stands
 
 
 def test_a_dead_reference_is_a_warning_in_a_draft(plain, capsys):
@@ -401,14 +419,13 @@ def test_a_label_stands_only_once(plain):
     (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![](gone.png)")), "shows gone.png"),
     (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code("#| fig-cap: a: b: c\nx")), "are not valid options"),
 ])
-def test_a_failed_build_keeps_the_old_site(plain, capsys, damage, words):
-    plain.build()
-    before = {p: p.read_bytes() for p in (plain.root / "_site").rglob("*.html")}
-    damage(plain)
-    assert builder.main(["--root", str(plain.root), "--formats", "html", "--quarto", "no"]) == 1
+def test_a_failed_build_keeps_the_old_site(built, capsys, damage, words):
+    before = {p: p.read_bytes() for p in (built.root / "_site").rglob("*.html")}
+    damage(built)
+    assert builder.main(["--root", str(built.root), "--formats", "html", "--quarto", "no"]) == 1
     assert words in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in (plain.root / "_site").rglob("*.html")}
-    assert not list((plain.root / ".cache").glob("site-*"))
+    assert before == {p: p.read_bytes() for p in (built.root / "_site").rglob("*.html")}
+    assert not list((built.root / ".cache").glob("site-*"))
 
 
 def test_a_swap_that_fails_brings_the_old_site_back(tmp_path, monkeypatch):
@@ -423,13 +440,12 @@ def test_a_swap_that_fails_brings_the_old_site_back(tmp_path, monkeypatch):
     assert (site / "index.html").read_text() == "_site"
 
 
-def test_one_line_adds_a_chapter(plain):
-    plain.build()
-    plain.write("nbs/02_two.qmd", "# Two {#sec-two}\n\nAfter @sec-one.\n")
-    plain.config("nbs/01_one.ipynb", "nbs/02_two.qmd", "nbs/references.qmd")
-    plain.build()
-    assert '<span class="chapter-number">2</span>' in plain.page("nbs/02_two")
-    assert "nbs/02_two.html" in plain.page("index") and 'rel="next" href="../nbs/02_two.html"' in plain.page("nbs/01_one")
+def test_one_line_adds_a_chapter(built):
+    built.write("nbs/02_two.qmd", "# Two {#sec-two}\n\nAfter @sec-one.\n")
+    built.config("nbs/01_one.ipynb", "nbs/02_two.qmd", "nbs/references.qmd")
+    built.build()
+    assert '<span class="chapter-number">2</span>' in built.page("nbs/02_two")
+    assert "nbs/02_two.html" in built.page("index") and 'rel="next" href="../nbs/02_two.html"' in built.page("nbs/01_one")
 
 
 def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
@@ -445,20 +461,40 @@ def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
     assert "Other words." in plain.text("nbs/01_one")
 
 
-def test_serving_rebuilds_a_page_when_it_is_saved(plain, capfd):
+def test_serving_rebuilds_a_page_when_it_is_saved(built, monkeypatch, capfd):
     "The loop of `make serve`, on a book of its own; it leaves the site of `make book` alone."
-    import threading, time
     import serve
-    plain.build()
-    before = plain.page("index")
-    serve.rebuild(plain.root, ["html"])
-    threading.Thread(target=serve.watch, args=(plain.root, ["html"], 0.1), daemon=True).start()
-    served = plain.root / serve.SERVED / "index.html"
-    time.sleep(0.3)
-    plain.write("index.qmd", "# A small book {.unnumbered}\n\nAnother greeting.\n")
-    end = time.monotonic() + 60
-    while "Another greeting" not in served.read_text(encoding="utf-8") and time.monotonic() < end: time.sleep(0.1)
-    assert "Another greeting" in served.read_text(encoding="utf-8") and plain.page("index") == before
+    looked, enough, real = threading.Event(), threading.Event(), serve.snapshot
+
+    def snapshot(root):
+        if enough.is_set():
+            raise KeyboardInterrupt                          # as a person ends it
+        found = real(root)
+        looked.set()
+        return found
+
+    def watch():
+        with suppress(KeyboardInterrupt):
+            serve.watch(built.root, ["html"], 0.1)
+
+    def served():
+        with suppress(FileNotFoundError):                    # for a moment, while the new site takes the place of the old one
+            return (built.root / serve.SERVED / "index.html").read_text(encoding="utf-8")
+        return ""
+
+    monkeypatch.setattr(serve, "snapshot", snapshot)
+    before = built.page("index")
+    serve.rebuild(built.root, ["html"])
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    assert looked.wait(300)
+    built.write("index.qmd", "# A small book {.unnumbered}\n\nAnother greeting.\n")
+    end = time.monotonic() + 300
+    while "Another greeting" not in served() and time.monotonic() < end:
+        time.sleep(0.1)
+    enough.set()
+    watcher.join(300)
+    assert "Another greeting" in served() and built.page("index") == before
     assert "index.qmd changed." in capfd.readouterr().out
 
 

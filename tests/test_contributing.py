@@ -1,4 +1,8 @@
-"""What a contributor types: the commands of CONTRIBUTING.md in a fresh clone, the scaffold, the git hooks, the workflows."""
+"""What a contributor types: the commands of CONTRIBUTING.md in a fresh clone, the scaffold, the git hooks, the workflows.
+
+The clone is of a small book, made from files of this tree: the appendix that the guide edits, one chapter, and the tools.
+The commands do in it what they do here, in seconds. That the whole tree keeps the house rules has a test of its own.
+"""
 import json, os, re, shutil, subprocess, sys
 from difflib import ndiff
 from pathlib import Path
@@ -9,65 +13,130 @@ import yaml
 from check import Book
 from conftest import ROOT
 from prove import RINGS
+from shared import once
 
 REPOSITORY = 'https://github.com/llm-from-scratch/llm-from-scratch'
 GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 PERSON = {f'GIT_{who}_{what}': value for who in ('AUTHOR', 'COMMITTER') for what, value in (('NAME', 'A contributor'), ('EMAIL', 'contributor@example.org'))}
+SMALL = ['CONTRIBUTING.md', 'README.md', 'LICENSE', 'CITATION.cff', 'Makefile', '_quarto.yml', 'settings.ini', 'pyproject.toml', 'constraints.txt', 'references.bib',
+         '.gitattributes', '.gitignore', '.github/**/*', 'benchmarks/run.py', 'llm_from_scratch/__init__.py', 'llm_from_scratch/py.typed', 'llm_from_scratch/figures.py',
+         'nbs/figures.ipynb', 'nbs/references.qmd', 'nbs/images/*', 'tests/test_figures.py', 'tools/chapter.md', 'tools/*.py']
+WHOLE = ['*', '.ci/*', '.github/**/*', 'benchmarks/**/*', 'llm_from_scratch/**/*', 'nbs/**/*', 'tests/*', 'tools/**/*']
 needs_make = pytest.mark.skipif(not (shutil.which('make') and shutil.which('bash') and shutil.which('git')), reason='needs make, bash and git')
+of_the_whole_tree = pytest.mark.parametrize('whole', [True], ids=['the whole tree'])
 
 
-@pytest.fixture(scope='module')
-def repository(tmp_path_factory):
-    "A repository with the working tree as it is now, in one commit."
-    folder = tmp_path_factory.mktemp('repository')
-    for path in Book(ROOT).files:
+def INPUTS(whole=False, **_):
+    "What the small book is made of; tests with the parameter `whole` depend on every file."
+    return WHOLE if whole else SMALL
+
+
+def copy(paths, folder):
+    "Copy files of this tree to the same places in another."
+    for path in paths:
         there = folder/path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there)
+
+
+# A small book and its clones --------------------------------------------------------------------------------------
+
+PAGES = '''  chapters:
+    - index.qmd
+    - part: "I  Text to numbers"
+      chapters:
+        - nbs/01_first.ipynb
+    - nbs/references.qmd
+  appendices:
+    - nbs/figures.ipynb
+    - nbs/symbols.qmd
+
+'''
+
+
+def write_small_book(folder):
+    "A book of two notebooks in which everything is in step, in one commit; its chapter is what the scaffold starts from."
+    known = {p for pattern in SMALL for p in ROOT.glob(pattern)}
+    copy([p for p in Book(ROOT).files if p in known], folder)
+    (folder/'index.qmd').write_text('# Start here {.unnumbered}\n\nBegin with @sec-first.\n', encoding='utf-8')
+    change(folder/'README.md', r'^.*\]\(nbs/(?!figures|images)[^)]*\.ipynb\).*\n', '')               # the map, and a line on the command
+    change(folder/'_quarto.yml', r'^  chapters:\n.*?(?=^bibliography:)', PAGES)
+    template = (folder/'tools'/'chapter.md').read_text(encoding='utf-8')
+    (folder/'.work').mkdir()
+    (folder/'.work'/'01_first.md').write_text(template.replace('<<name>>', 'first').replace('<<title>>', 'First'), encoding='utf-8')
+    for command in ('update', 'execute'): subprocess.run([sys.executable, 'tools/nb.py', command, '01_first'], cwd=folder, check=True)
+    shutil.rmtree(folder/'.work')
     for command in (['init', '-q', '-b', 'main'], ['add', '-A'], ['commit', '-q', '-m', 'As it is']):
         subprocess.run(['git', *command], cwd=folder, check=True, env={**os.environ, **PERSON})
-    return folder
 
 
-@pytest.fixture(scope='module')
+def change(path, pattern, new):
+    "Replace in a file what matches, which must be there."
+    text, n = re.subn(pattern, lambda _: new, path.read_text(encoding='utf-8'), flags=re.M | re.S if '.*?' in pattern else re.M)
+    assert n, f'{path.name} has nothing like {pattern}'
+    path.write_text(text, encoding='utf-8')
+
+
+@pytest.fixture(scope='session')
+def repository(tmp_path_factory): return once(tmp_path_factory, 'small-book', write_small_book)
+
+
+@pytest.fixture(scope='session')
 def venv(tmp_path_factory):
     "This environment, marked as made for the project, so that no command installs anything."
-    stamp = '.made-for-dev'
-    real = Path(sys.prefix)
+    real, stamp = Path(sys.prefix), '.made-for-dev'
     if (real/stamp).exists() and (real/stamp).read_text(encoding='utf-8') == env.fingerprint('dev'): return real
-    folder = tmp_path_factory.mktemp('venv')
-    for part in real.iterdir():
-        if not part.name.startswith('.made-for'): (folder/part.name).symlink_to(part)
-    (folder/stamp).write_text(env.fingerprint('dev'), encoding='utf-8')
-    return folder
+
+    def make(folder):
+        for part in real.iterdir():
+            if not part.name.startswith('.made-for'): (folder/part.name).symlink_to(part)
+        (folder/stamp).write_text(env.fingerprint('dev'), encoding='utf-8')
+    return once(tmp_path_factory, 'venv', make)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def shell(repository, venv, tmp_path_factory):
     "Run lines in bash, as a person with this environment whose clone of the project comes from `repository`."
-    place, home = tmp_path_factory.mktemp('place'), tmp_path_factory.mktemp('home')
+    home = tmp_path_factory.mktemp('home')
     clone = {'GIT_CONFIG_COUNT': '1', 'GIT_CONFIG_KEY_0': f'url.{repository.as_posix()}.insteadOf', 'GIT_CONFIG_VALUE_0': REPOSITORY}
     mine = {k: v for k, v in os.environ.items() if not k.startswith(('GIT_', 'PYTEST_', 'MAKE', 'MFLAGS'))}
     settings = {**mine, **PERSON, **clone, 'HOME': str(home), 'VENV': venv.as_posix(), 'PYTHON': Path(sys.executable).as_posix()}
 
-    def run(script, where=place, **more):
+    def run(script, where, **more):
         done = subprocess.run(['bash', '-c', script], cwd=where, env={**settings, **more}, capture_output=True, text=True, encoding='utf-8', timeout=600)
         return done.returncode, done.stdout + done.stderr
-    run.place = place
     return run
 
 
-@pytest.fixture(scope='module')
-def followed(shell):
-    "The clone of somebody who typed every `bash` block of the guide; each must succeed."
+@pytest.fixture(scope='session')
+def followed(shell, tmp_path_factory):
+    "The clone of somebody who typed every `bash` block of the guide; each must succeed. It is shared, so it is only read."
     assert REPOSITORY in GUIDE
     blocks = re.findall(r'^```bash\n(.*?)^```', GUIDE, re.M | re.S)
-    code, said = shell('set -ex\n' + ''.join(blocks))
-    assert code == 0, said
-    return shell.place/'llm-from-scratch'
+
+    def follow(folder):
+        code, said = shell('set -ex\n' + ''.join(blocks), folder)
+        assert code == 0, said
+    return once(tmp_path_factory, 'followed', follow)/'llm-from-scratch'
+
+
+@pytest.fixture
+def copied(followed, tmp_path):
+    "A copy of that clone, to change."
+    return Path(shutil.copytree(followed, tmp_path/followed.name, symlinks=True))
+
+
+@pytest.mark.long(10)
+@of_the_whole_tree
+def test_the_house_is_in_order(whole, tmp_path):
+    "`make check` finds nothing in the files that git knows."
+    copy(Book(ROOT).files, tmp_path)
+    done = subprocess.run([sys.executable, 'tools/check.py'], cwd=tmp_path, capture_output=True, text=True, encoding='utf-8')
+    assert (done.returncode, done.stdout) == (0, 'The house is in order.\n'), done.stdout + done.stderr
 
 
 @needs_make
+@pytest.mark.long(10)
 def test_the_guide_can_be_followed(followed):
     "Each command did what the guide says it does."
     assert 'A figure that answers no question is left out.' in (followed/'nbs'/'figures.ipynb').read_text(encoding='utf-8')
@@ -99,29 +168,29 @@ def test_a_new_chapter_passes_the_tests(followed, shell):
     ('n=31 name=other title=Other', 'chapter 31 exists already'), ('n=32 name=smoothing title=Other', 'a notebook named smoothing exists already'),
     ('n=32 name=figures title=Other', 'a notebook named figures exists already'), ('n=32 name=Two-Words title=Other', 'cannot name a Python module'), ('n=32 name=class title=Other', 'cannot name a Python module'),
     ('n=0 name=other title=Other', 'not a chapter number'), ('n=abc name=other title=Other', 'not a chapter number'), ('n=32 name=other', 'title='), ('', 'write: make chapter n=31')])
-def test_what_the_scaffold_refuses(followed, shell, arguments, words):
+def test_what_the_scaffold_refuses(copied, shell, arguments, words):
     "One clear sentence, another exit code, and nothing was written."
-    before = sorted(Book(followed).files)
-    code, said = shell(f'make chapter {arguments}', followed)
+    before = sorted(Book(copied).files)
+    code, said = shell(f'make chapter {arguments}', copied)
     assert code and words in said and 'No chapter was started' in said and 'Traceback' not in said
-    assert sorted(Book(followed).files) == before
+    assert sorted(Book(copied).files) == before
 
 
 @needs_make
 @pytest.mark.parametrize('file, good, bad', [('tools/chapter.md', 'rises = ', 'rises = 1 / 0 + '), ('tools/nbfilter.py', 'import ast\n', 'import ast\n1 / 0\n')], ids=['as it runs', 'as it is listed'])
-def test_a_scaffold_that_fails_leaves_nothing(followed, shell, file, good, bad):
+def test_a_scaffold_that_fails_leaves_nothing(copied, shell, file, good, bad):
     "When a step raises, early or late, the tree is as it was."
     state = 'git status --porcelain --untracked-files=all && git diff && cat llm_from_scratch/_modidx.py'
-    before = shell(state, followed)
-    text = (followed/file).read_text(encoding='utf-8')
+    before = shell(state, copied)
+    text = (copied/file).read_text(encoding='utf-8')
     assert good in text
     try:
-        (followed/file).write_text(text.replace(good, bad, 1), encoding='utf-8')
-        code, said = shell('make chapter n=32 name=broken title=Broken', followed)
-    finally: (followed/file).write_text(text, encoding='utf-8')
+        (copied/file).write_text(text.replace(good, bad, 1), encoding='utf-8')
+        code, said = shell('make chapter n=32 name=broken title=Broken', copied)
+    finally: (copied/file).write_text(text, encoding='utf-8')
     assert code and 'ZeroDivisionError' in said
-    assert shell(state, followed) == before
-    assert not (followed/'.work'/'32_broken.md').exists()
+    assert shell(state, copied) == before
+    assert not (copied/'.work'/'32_broken.md').exists()
 
 
 # The line in _quarto.yml ------------------------------------------------------------------------------------------
@@ -180,8 +249,8 @@ def test_the_real_contents_take_every_chapter_of_the_map():
 # Git --------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def clone(repository, shell, tmp_path):
-    "A clone with the hooks, in which only the house rule about filler is asked (the rest has its own tests)."
+def clone(shell, tmp_path):
+    "A clone of the small book with the hooks."
     code, said = shell(f'git clone -q {REPOSITORY} clone && cd clone && "$VENV"/{Path(sys.executable).parent.name}/python tools/hooks.py', tmp_path)
     assert code == 0 and 'merge cell by cell' in said, said
     return tmp_path/'clone'
@@ -299,11 +368,12 @@ def test_the_site_is_published_only_after_both_builders_agree():
 
 # The guide --------------------------------------------------------------------------------------------------------
 
-def test_the_guide_names_targets_and_files_that_exist():
+@of_the_whole_tree
+def test_the_guide_names_targets_and_files_that_exist(whole):
     targets = set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M))
     assert set(re.findall(r'^make ([a-z]+)|`make ([a-z]+)', GUIDE, re.M)) <= {pair for t in targets for pair in ((t, ''), ('', t))}
     assert {f for f in re.findall(r'`((?:tools|tests|\.github)/[\w./]+\.\w+)`', GUIDE) if not (ROOT/f).exists()} == set()
 
 
 def test_the_guide_states_the_tolerance_that_is_used():
-    assert nb.RELATIVE == 1e-3 and '0.1\n%' in GUIDE or '0.1 %' in GUIDE
+    assert nb.RELATIVE == 1e-3 and re.search(r'\b0\.1\s%', GUIDE)

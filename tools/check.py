@@ -753,12 +753,11 @@ def words(book):
 # The command ------------------------------------------------------------------------------------------------------
 
 def mend(root):
-    "Mend what needs no thought: clean every notebook, write the library, its index and the symbol index."
+    "Mend what needs no thought: clean every notebook, write the library and what lists its names and chapters."
     sys.path.insert(0, str(root/'tools'))
     import nb
     for path in Book(root).paths: nb.clean(path)
     nb.export_all()
-    subprocess.run([sys.executable, str(root/'tools'/'nbfilter.py'), '--symbols'], check=True)
 
 
 def report(book, names=None):

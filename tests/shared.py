@@ -1,0 +1,28 @@
+"What several test modules use: work that is done once per session, and the words of a PDF."
+import os, shutil
+
+from filelock import FileLock
+
+
+def once(factory, name, make):
+    """The folder that `make(folder)` fills, once per session: the first process that asks fills it, the others wait and read.
+
+    Who changes what lies in it works on a copy. A `make` that raises is asked again by the next one, and raises there too.
+    """
+    root = factory.getbasetemp().parent if 'PYTEST_XDIST_WORKER' in os.environ else factory.getbasetemp()
+    folder, done = root/name, root/f'{name}.done'
+    with FileLock(root/f'{name}.lock'):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+def pdf_words(path):
+    "The words of a PDF, with one blank between them."
+    import pypdfium2
+    pdf = pypdfium2.PdfDocument(path)
+    try: return ' '.join(' '.join(page.get_textpage().get_text_range() for page in pdf).split())
+    finally: pdf.close()
