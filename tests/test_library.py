@@ -91,20 +91,12 @@ def import_each(*arguments, **options):
     return {name: (done.returncode, done.stdout + done.stderr) for name, done in alone.items()}
 
 
-@pytest.fixture(scope='module')
-def imported(installed): return import_each(installed, MODULES, TOOLS + EXTRAS, needed=['numpy', 'torch'])
+def test_importing_needs_no_extra_asks_for_none_and_prints_nothing(installed):
+    assert import_each(installed, MODULES, TOOLS + EXTRAS, needed=['numpy', 'torch']) == {module: (0, '') for module in MODULES}
 
 
-@pytest.fixture(scope='module')
-def imported_without_torch(installed): return import_each(installed, WITHOUT_TORCH, [*TOOLS, *EXTRAS, 'torch'])
-
-
-@pytest.mark.parametrize('module', MODULES)
-def test_importing_needs_no_extra_asks_for_none_and_prints_nothing(imported, module): assert imported[module] == (0, '')
-
-
-@pytest.mark.parametrize('module', WITHOUT_TORCH)
-def test_importing_needs_no_torch_and_does_not_ask_for_it(imported_without_torch, module): assert imported_without_torch[module] == (0, '')
+def test_importing_needs_no_torch_and_does_not_ask_for_it(installed):
+    assert import_each(installed, WITHOUT_TORCH, [*TOOLS, *EXTRAS, 'torch']) == {module: (0, '') for module in WITHOUT_TORCH}
 
 
 def test_an_import_of_what_is_missing_would_be_seen(installed):
@@ -154,6 +146,7 @@ def test_one_version_everywhere(wheel):
     assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], cited['version'], latest] == [version] * 4
 
 
+@pytest.mark.long(12)
 def test_the_types_are_clean():
     done = run(sys.executable, '-m', 'basedpyright', '--pythonpath', sys.executable, '--outputjson', cwd=ROOT)      # what is installed here, whatever the folder is called
     report = json.loads(done.stdout)
