@@ -15,15 +15,14 @@ from llm_from_scratch.attention import (BACKENDS, Cache, HeadView, MultiHeadAtte
 from llm_from_scratch.positions import Alibi, Rope
 
 INPUTS = ['llm_from_scratch/__init__.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/tensors.py', 'llm_from_scratch/data.py']
+pytestmark = pytest.mark.usefixtures('one_thread')
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 inf = math.inf
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def one_seed(): torch.manual_seed(0)
 
 
 def random(seed, *shapes, dtype=torch.float64):

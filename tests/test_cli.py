@@ -27,6 +27,7 @@ ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'C
 for name in ('PYTHONIOENCODING', 'PYTHONUNBUFFERED'): ENVIRONMENT.pop(name, None)      # the command must flush what it says
 TINY = '--preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
 WITHOUT_EXAMPLES = {'info'}
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and pipes as POSIX has them')
 
 

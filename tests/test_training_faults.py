@@ -12,7 +12,7 @@ from llm_from_scratch.training import DamagedCheckpoint, append_line, checkpoint
 
 INPUTS = ['llm_from_scratch/*.py', 'tests/test_training.py', 'tests/killed_training.py']
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
+pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
 
 # Killed -----------------------------------------------------------------------------------------------------------
