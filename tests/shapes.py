@@ -1,4 +1,4 @@
-"Thousands of calls of one model need not all have their shapes checked: `with unchecked():` leaves that out where the same calls were checked before."
+"Types and shapes of thousands of calls need not all be checked: `with unchecked():` leaves that out, where the same calls were checked before."
 from contextlib import contextmanager
 
 from jaxtyping import config
