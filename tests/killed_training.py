@@ -2,9 +2,10 @@
 
     killed_training.py FOLDER POINTS SEED
 
-Started by test_training_faults.py. One interpreter imports torch; every run is a fork of it. Half of the runs die by their own hand
-in a function of the library drawn at random, at a line of it drawn at random, so that each step of saving is met; the other half are
-killed from outside, a random time after the log has reached a random step, however busy the machine is.
+Started by test_training_faults.py. One interpreter imports torch and trains once, which brings the parts of torch that are imported late;
+every run is a fork of it, and costs a twentieth of a second. Half of the runs die by their own hand at a random line: the first of them
+in each function that saves, the others in functions of the library drawn at random; the other half are killed from outside, a random
+time after the log has reached a random step, however busy the machine is.
 """
 import json, logging, os, random, shutil, signal, sys, time
 from collections import Counter
@@ -17,6 +18,7 @@ from llm_from_scratch import data, training
 from llm_from_scratch.tensors import Dropout, Embedding, Linear, cross_entropy
 from llm_from_scratch.training import TrainConfig, Trainer, latest_checkpoint, loader_for, read_log
 
+SAVING = ['save_checkpoint', 'write_tensors', '_thin', '_write_state', '_cut_log', '_discard']
 WATCHED = {training.__file__, data.__file__}
 
 
@@ -112,12 +114,13 @@ def main(home, points, seed):
     torch.set_num_threads(1)
     logging.disable()
     draw = random.Random(seed)
+    train(home/'warm')
     lines, seconds = measure(home/'whole')
     expected, deaths, resumed, where = remains(home/'whole'), 0, 0, set()
     for i in range(points):
-        folder, killed = home/f'run{i}', True
-        while killed and (deaths < i + 1 or draw.random() < .3):       # at least one death for each run
-            name = draw.choice(sorted(lines))
+        folder, killed, before = home/f'run{i}', True, deaths
+        while killed and (deaths == before or draw.random() < .3):       # at least one death for each run
+            name = SAVING[i // 2] if i // 2 < len(SAVING) and deaths == before else draw.choice(sorted(lines))
             killed = live(folder, fuse=(name, draw.randint(1, lines[name]))) if i % 2 else live(folder, step=draw.randrange(14), delay=draw.random() * seconds / 14)
             deaths += killed
             resumed += killed and latest_checkpoint(folder) is not None

@@ -15,15 +15,14 @@ from llm_from_scratch.attention import (BACKENDS, Cache, HeadView, MultiHeadAtte
 from llm_from_scratch.positions import Alibi, Rope
 
 INPUTS = ['llm_from_scratch/__init__.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/tensors.py', 'llm_from_scratch/data.py']
+pytestmark = pytest.mark.usefixtures('one_thread')
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 inf = math.inf
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def one_seed(): torch.manual_seed(0)
 
 
 def random(seed, *shapes, dtype=torch.float64):
@@ -102,19 +101,16 @@ def test_a_row_that_may_look_nowhere_gives_zeros(backend, sunk, biased, dtype):
     assert all(s.isfinite().all() for s in slopes)
 
 
-# The compiler cannot see through the shape checker, so these two run in a process of their own.
+# The compiler cannot see through the shape checker, so these run in a process of their own, one after another.
 
-def in_fresh_process(code):
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-FLEX = """
-import torch, warnings
+START = """
+import json, sys, torch, traceback, warnings
 from llm_from_scratch.attention import MultiHeadAttention, attention
-from llm_from_scratch.positions import Rope
-warnings.simplefilter('ignore'); torch.set_num_threads(1); torch.manual_seed(0)
+from llm_from_scratch.positions import Alibi, Rope
+warnings.simplefilter('ignore'); torch.set_num_threads(1)
+"""
+
+PARTS = {'flex against manual': """
 q, k, v, bias, sinks = (torch.randn(s) for s in ((2, 4, 3, 8), (2, 2, 7, 8), (2, 2, 7, 8), (4, 3, 7), (4,)))
 mask = torch.rand(2, 3, 7) < 0.5
 mask[0, 1] = False
@@ -125,38 +121,52 @@ with torch.no_grad():
         flex = attention(q, k, v, m, backend='flex', **options)
         torch.testing.assert_close(flex, attention(q, k, v, m, backend='manual', **options), atol=1e-5, rtol=1e-5)
         if m is not None: assert not flex[0, :, 1].any()
+""", 'flex compiles': """
+with torch.no_grad():
     layer = MultiHeadAttention(64, 4, 2, rotary=Rope(16), window=5, backend='flex').eval()      # compiled on a CPU: no sinks, no gradients
     x, at = torch.randn(2, 16, 64), torch.arange(16)
-    compiled = torch.compile(layer, fullgraph=True)(x, at)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)(x, at)
     layer.backend = 'manual'
     torch.testing.assert_close(compiled, layer(x, at), atol=1e-5, rtol=1e-5)
-"""
-
-
-def test_flex_against_manual_plain_and_compiled():
-    pytest.importorskip('torch.nn.attention.flex_attention')
-    in_fresh_process(FLEX)
-
-
-COMPILE = """
-import torch
-from llm_from_scratch.attention import MultiHeadAttention
-from llm_from_scratch.positions import Alibi, Rope
-torch.set_num_threads(1); torch.manual_seed(0)
+""", 'the layer compiles': """
 x, at = torch.randn(2, 7, 16), torch.arange(7)
 for part in ({'rotary': Rope(4), 'qk_norm': True}, {'position_bias': Alibi(4), 'sinks': True, 'window': 3}):
     layer = MultiHeadAttention(16, 4, 2, **part)
     results = []
-    for f in (layer, torch.compile(layer, fullgraph=True, backend='aot_eager')):
+    for f in (layer, torch.compile(layer, fullgraph=True, backend=compiler)):
         layer.zero_grad()
         y = f(x, at)
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+"""}
+
+EACH = """
+compiler, parts = json.loads(sys.argv[1])
+found = {}
+for name, code in parts.items():
+    torch.manual_seed(0); torch._dynamo.reset()
+    try: exec(code, dict(globals())); found[name] = 'as promised'
+    except Exception: found[name] = traceback.format_exc()[-3000:]
+print(json.dumps(found))
 """
 
 
-def test_compiles_without_a_break(): in_fresh_process(COMPILE)
+def alone(compiler):
+    "What became of each part, in a process without the shape checker."
+    pytest.importorskip('torch.nn.attention.flex_attention')
+    done = subprocess.run([sys.executable, '-c', START + EACH, json.dumps([compiler, PARTS])], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_flex_against_manual_and_compiled_without_a_break():
+    "With the whole compiler but for the C++ at its end."
+    assert alone('aot_eager') == dict.fromkeys(PARTS, 'as promised')
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code(): assert alone('inductor') == dict.fromkeys(PARTS, 'as promised')
 
 
 def test_fast_path_makes_no_mask(monkeypatch):

@@ -1,5 +1,5 @@
 """Chapter 3 beyond its own cells: peers on fuzzed Unicode, the real GPT-2, streams cut anywhere, and files that break."""
-import itertools, json, os, pickle, random, signal, subprocess, sys, time
+import itertools, json, os, pickle, random, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -107,10 +107,10 @@ def test_against_tokenizers(own, hf, text):
 
 
 @settings(max_examples=200)
-@given(text=spicy)
+@given(text=spicy.filter(lambda text: '<|end|>!' not in text))
 def test_special_tokens_against_tokenizers(own, hf, text):
     hf.encode_special_tokens = False
-    if '<|end|>!' not in text: assert hf.encode(text).ids == own.encode(text, allowed_special='all')
+    assert hf.encode(text).ids == own.encode(text, allowed_special='all')
 
 
 @pytest.fixture(scope='module')
@@ -227,7 +227,7 @@ def test_files_texts_and_workers_train_the_same(tmp_path):
 
 def test_workers_without_a_main_guard_say_so(tmp_path):
     (tmp_path/'script.py').write_text('from llm_from_scratch.bpe import BPETokenizer\nBPETokenizer.train("some text", 260, workers=2)\n')
-    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPATH': str(Path(bpe.__file__).parent.parent)})
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, capture_output=True, text=True, timeout=600, env={**os.environ, 'PYTHONPATH': str(Path(bpe.__file__).parent.parent)})
     assert done.returncode and '__main__' in done.stderr.strip().splitlines()[-1]
 
 
@@ -364,10 +364,20 @@ def test_a_surrogate_is_named_wherever_it_comes_in(own, tmp_path):
     with pytest.raises(ValueError, match='position 70002'): list(own.encode_iterable(['x ' * 35_001, '\udfff']))
 
 
-def test_a_million_letters_take_seconds(gpt2):
-    start = time.perf_counter()
-    ids = gpt2.encode('a' * 1_000_000)
-    assert len(ids) < 500_000 and time.perf_counter() - start < 60          # rescanning would take days
+class Counted(dict):
+    "A table that counts how often it is asked."
+    asked = 0
+    def get(self, *key): self.asked += 1; return super().get(*key)
+    def __getitem__(self, key): self.asked += 1; return super().__getitem__(key)
+
+
+@pytest.mark.parametrize('n', [1_000, 30_000])
+def test_work_grows_with_the_length_of_a_piece(n):
+    "One look at each pair, two more after each merge, one for each id; to scan again after each merge would be a look at every pair each time."
+    tokenizer = BPETokenizer.train('a' * 4096, 266)                # twos, fours, eights …
+    tokenizer._cache = bpe._Cache(Counted(tokenizer.vocab))
+    ids = tokenizer.encode('a' * n)
+    assert n <= tokenizer._cache.ranks.asked <= 4 * n and len(ids) < n / 100 and tokenizer.decode(ids) == 'a' * n
 
 
 @given(texts=st.lists(texts, max_size=5), allowed=st.sampled_from([(), ('<|end|>',), 'all']))
@@ -416,31 +426,32 @@ def test_truncation_anywhere_is_named(tmp_path):
 def test_flipped_bits_are_named_or_harmless(tmp_path):
     path, tokenizer = tmp_path/'t.json', small()
     tokenizer.save(path)
-    whole = path.read_bytes()
+    whole, named = path.read_bytes(), 0
     for at in range(len(whole)):
         damaged = bytearray(whole)
         damaged[at] ^= 1 << (at * 5 % 8)
         path.write_bytes(damaged)
         try: assert BPETokenizer.load(path) == tokenizer
-        except ValueError as e: assert 't.json is not a saved BPETokenizer' in str(e)
+        except ValueError as e: assert 't.json is not a saved BPETokenizer' in str(e); named += 1
+    assert named > .95 * len(whole)
 
 
 def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path):
     path, versions = tmp_path/'t.json', [small(260), small(264)]
     versions[0].save(path)
-    program = ('import sys, pickle\nfrom pathlib import Path\none, two = pickle.loads(Path(sys.argv[2]).read_bytes())\nprint("ready", flush=True)\n'
+    program = ('import sys, pickle\nfrom pathlib import Path\none, two = pickle.loads(Path(sys.argv[2]).read_bytes())\n'
                'while True:\n    two.save(sys.argv[1]); one.save(sys.argv[1])\n')
     (tmp_path/'versions').write_bytes(pickle.dumps(versions))
-    rng, seen = random.Random(0), set()
+    rng = random.Random(0)
     for _ in range(8):
-        writer = subprocess.Popen([sys.executable, '-c', program, str(path), str(tmp_path/'versions')], stdout=subprocess.PIPE)
-        writer.stdout.readline()
-        time.sleep(rng.uniform(0.005, 0.05))
-        writer.send_signal(getattr(signal, 'SIGKILL', signal.SIGTERM)); writer.wait(); writer.stdout.close()
-        found = BPETokenizer.load(path)
-        assert found in versions
-        seen.add(found.vocab_size)
-    assert seen
+        before = path.stat().st_mtime_ns
+        writer = subprocess.Popen([sys.executable, '-c', program, str(path), str(tmp_path/'versions')])
+        try:
+            while path.stat().st_mtime_ns == before: assert writer.poll() is None, 'the writer stopped by itself'; time.sleep(.001)
+            time.sleep(rng.uniform(0.005, 0.05))
+            assert writer.poll() is None, 'the writer stopped by itself'
+        finally: writer.kill(); writer.wait()
+        assert BPETokenizer.load(path) in versions
 
 
 # The library ------------------------------------------------------------------------------------------------------
@@ -463,7 +474,7 @@ def test_each_tokenizer_is_found_by_its_file(tmp_path):
     for made in (CharTokenizer.train(texts), WordTokenizer.train(texts), SpacedWordTokenizer.train(texts, special_tokens=['<end>']), BPETokenizer.train(texts, 260)):
         made.save(tmp_path/'tokenizer.json')
         again = load_tokenizer(tmp_path)
-        assert load_tokenizer(tmp_path/'tokenizer.json') == again or isinstance(made, BPETokenizer)
+        assert load_tokenizer(tmp_path/'tokenizer.json') == again == made
         assert type(again) is type(made) and again.encode('Once a hat.') == made.encode('Once a hat.') and again.vocab_size == made.vocab_size
     made.to_hf(tmp_path)
     assert load_tokenizer(tmp_path).encode('Once a hat.') == made.encode('Once a hat.')

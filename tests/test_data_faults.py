@@ -10,6 +10,7 @@ from llm_from_scratch.text import CharTokenizer
 
 INPUTS = ['llm_from_scratch/data.py', 'llm_from_scratch/text.py']
 ROOT = Path(data.__file__).parent.parent
+pytestmark = pytest.mark.portable
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from llm_from_scratch.text import SPACED_PATTERN, CharTokenizer, SpacedWordToken
 INPUTS = ['llm_from_scratch/evaluation.py', 'llm_from_scratch/gpt.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/blocks.py',
           'llm_from_scratch/tensors.py', 'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py', 'llm_from_scratch/storyland.py', 'llm_from_scratch/data.py', 'llm_from_scratch/models/*/*']
 END = '<|endoftext|>'
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
 
 def opinionated(vocab_size=40, context_length=32, dropout=0.0):

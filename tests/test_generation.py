@@ -4,6 +4,7 @@ import itertools, math, random, re
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from shapes import unchecked
 
 from llm_from_scratch.attention import Cache
 from llm_from_scratch.bpe import BPETokenizer
@@ -14,7 +15,7 @@ from llm_from_scratch.text import CharTokenizer, WordTokenizer
 
 INPUTS = ['llm_from_scratch/generation.py', 'llm_from_scratch/gpt.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/blocks.py',
           'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py']
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
 
 def opinionated(positions='rope', vocab_size=40, context_length=32, **options):
@@ -180,22 +181,26 @@ MODELS = {**{name: {'positions': name} for name in ('learned', 'rope', 'alibi', 
 @pytest.mark.parametrize('name', MODELS)
 def test_a_row_does_not_depend_on_the_others_nor_on_a_cache(name):
     model = opinionated(**MODELS[name])
-    rows = generate(model, RAGGED, 20, WARM, seed=3)
-    assert generate(model, RAGGED, 20, WARM, seed=3, cache=None) == rows
-    assert generate(model, RAGGED[::-1], 20, WARM, seed=row_seeds(3, 4)[::-1]) == rows[::-1]
-    for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows):
-        assert generate(model, [prompt], 20, WARM, seed=[seed])[0] == row
-    assert len({tuple(row) for row in generate(model, [[1, 2, 3]] * 4, 20, WARM)}) == 4      # rows draw by themselves
+    for cache in ({}, {'cache': None}): generate(model, RAGGED, 3, WARM, **cache)              # with every shape checked
+    with unchecked():
+        rows = generate(model, RAGGED, 20, WARM, seed=3)
+        assert generate(model, RAGGED, 20, WARM, seed=3, cache=None) == rows
+        assert generate(model, RAGGED[::-1], 20, WARM, seed=row_seeds(3, 4)[::-1]) == rows[::-1]
+        for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows, strict=True):
+            assert generate(model, [prompt], 20, WARM, seed=[seed])[0] == row
+        assert len({tuple(row) for row in generate(model, [[1, 2, 3]] * 4, 20, WARM)}) == 4    # rows draw by themselves
 
 
 @pytest.mark.parametrize('name', ['learned', 'rope', 'alibi'])
 @pytest.mark.parametrize('limit', [1, 5, 8])
 def test_sliding_is_the_same_alone_in_a_batch_and_with_a_cache(name, limit):
     model, options = opinionated(name), dict(overflow='slide', context_length=limit)
-    rows = generate(model, RAGGED, 30, WARM, seed=3, **options)
-    assert generate(model, RAGGED, 30, WARM, seed=3, cache=None, **options) == rows
-    for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows):
-        assert generate(model, [prompt], 30, WARM, seed=[seed], **options)[0] == row
+    for cache in ({}, {'cache': None}): generate(model, RAGGED, limit + 2, WARM, **options, **cache)       # with every shape checked
+    with unchecked():
+        rows = generate(model, RAGGED, 30, WARM, seed=3, **options)
+        assert generate(model, RAGGED, 30, WARM, seed=3, cache=None, **options) == rows
+        for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows, strict=True):
+            assert generate(model, [prompt], 30, WARM, seed=[seed], **options)[0] == row
 
 
 def test_sliding_reads_what_it_says():
@@ -254,9 +259,10 @@ def test_a_model_in_training_is_left_as_it_was():
 
 def test_rows_end_by_themselves():
     model = opinionated('rope', vocab_size=6)
-    rows = generate(model, RAGGED[:1] * 30, 25, end_token=5)
+    with unchecked(): rows = generate(model, RAGGED[:1] * 30, 25, end_token=5)
     assert all(5 not in row[:-1] for row in rows) and any(len(row) < 25 for row in rows) and all(row[-1] == 5 or len(row) == 25 for row in rows)
-    for row, seed in zip(rows, row_seeds(0, 30)): assert generate(model, RAGGED[:1], 25, end_token=5, seed=[seed])[0] == row
+    with unchecked():
+        for row, seed in zip(rows, row_seeds(0, 30), strict=True): assert generate(model, RAGGED[:1], 25, end_token=5, seed=[seed])[0] == row
     steps = list(generate_steps(model, RAGGED[:1] * 30, 25, end_token=5))
     for i, row in enumerate(rows): assert [step[i] for step in steps] == row + [None] * (len(steps) - len(row))
 
@@ -337,9 +343,10 @@ def test_streamed_text_is_the_text_of_the_tokens():
     tokenizer = BPETokenizer.train('the cat sat on the mat é 😀 ' * 4, 290)
     model = opinionated('rope', vocab_size=tokenizer.vocab_size)
     ids = tokenizer.encode('the cat')
-    for seed in range(5):
-        row, = generate(model, [ids], 20, seed=seed)
-        assert ''.join(stream(model, tokenizer, 'the cat', 20, seed=seed)) == tokenizer.decode(row)
+    with unchecked():
+        for seed in range(5):
+            row, = generate(model, [ids], 20, seed=seed)
+            assert ''.join(stream(model, tokenizer, 'the cat', 20, seed=seed)) == tokenizer.decode(row)
     words = WordTokenizer.train(['the cat sat on the mat . ' * 3], special_tokens=('<end>',))
     row, = generate(opinionated('rope', vocab_size=words.vocab_size), [words.encode('the cat')], 9)
     assert ''.join(stream(opinionated('rope', vocab_size=words.vocab_size), words, 'the cat', 9)) == ' ' + words.decode(row)
@@ -361,10 +368,10 @@ def test_beam_search_against_everything(alpha, end, n=4, V=4):
     model = opinionated('rope', vocab_size=V)
     scores = {}
     for length in range(1, n + 1):
-        for ids in itertools.product(range(V), repeat=length):
-            if end in ids[:-1] or (length < n and ids[-1] != end): continue
-            with torch.no_grad(): log_p = model(torch.tensor([[1, 2, *ids]]))[0, 1:-1].log_softmax(-1)
-            scores[ids] = float(sum(row[i] for row, i in zip(log_p, ids))) / length**alpha
+        every = [ids for ids in itertools.product(range(V), repeat=length) if end not in ids[:-1] and (length == n or ids[-1] == end)]
+        if not every: continue
+        with torch.no_grad(): log_p = model(torch.tensor([[1, 2, *ids] for ids in every]))[:, 1:-1].log_softmax(-1)
+        for ids, rows in zip(every, log_p, strict=True): scores[ids] = float(sum(row[i] for row, i in zip(rows, ids, strict=True))) / length**alpha
     exact_ = sorted(scores.items(), key=lambda item: -item[1])
     found = beam_search(model, [1, 2], V**n, n, alpha, end_token=end)
     assert [tuple(ids) for ids, _ in found] == [ids for ids, _ in exact_]
@@ -376,7 +383,8 @@ def test_beam_search_against_everything(alpha, end, n=4, V=4):
 def test_one_beam_is_greedy():
     for name in ('learned', 'alibi'):
         model = opinionated(name)
-        for prompt in RAGGED: assert beam_search(model, prompt, 1, 12)[0][0] == generate(model, [prompt], 12, Sampler(temperature=0))[0]
+        with unchecked():
+            for prompt in RAGGED: assert beam_search(model, prompt, 1, 12)[0][0] == generate(model, [prompt], 12, Sampler(temperature=0))[0]
 
 
 def test_beam_search_says_what_cannot_work():

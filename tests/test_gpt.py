@@ -1,5 +1,5 @@
 "Chapter 9 beyond its chapter: judges of the whole model, weight maps that do not fit, real weights, counts, memory, compilation."
-import copy, math, pickle, struct, subprocess, sys
+import copy, math, pickle, struct
 from dataclasses import replace
 from itertools import accumulate
 
@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
+from shapes import unchecked
 from torch.nn import functional as F
 
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
@@ -19,6 +20,7 @@ from llm_from_scratch.storyland import stories
 
 INPUTS = ['llm_from_scratch/__init__.py', *(f'llm_from_scratch/{name}.py' for name in ('tensors', 'text', 'bpe', 'storyland', 'positions', 'attention', 'blocks', 'data', 'gpt', 'figures')),
           'llm_from_scratch/models/*/*']
+pytestmark = pytest.mark.usefixtures('one_thread')
 LLAMA = dict(positions='rope', norm='rmsnorm', feed_forward='swiglu', bias=False)
 
 
@@ -128,7 +130,8 @@ def test_gradients_numerically_in_float64(options):
     names, values = zip(*made.named_parameters())
 
     def loss(*values): return torch.func.functional_call(made, dict(zip(names, values)), (ids[:, :-1], ids[:, 1:]))
-    assert torch.autograd.gradcheck(loss, values, fast_mode=True, atol=1e-7)
+    loss(*values)                                                            # with every shape checked
+    with unchecked(): assert torch.autograd.gradcheck(loss, values, fast_mode=True, atol=1e-7)
 
 
 def test_loss_is_that_of_the_logits():
@@ -187,11 +190,12 @@ def test_a_batch_is_learned_by_heart(options):
     made, ids = GPT(GPTConfig(32, 12, 32, 2, 4, **options), generator=seeded()), some_ids(32, (4, 13))
     ids[:, 0] = torch.arange(4)                     # the first token says which row it is
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, weight_decay=0.0)
-    for _ in range(80):
-        loss = made(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with unchecked():
+        for _ in range(80):
+            loss = made(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     assert loss < 0.05
 
 
@@ -306,7 +310,7 @@ def test_counts_of_presets(name):
 @pytest.mark.parametrize('name', ['nano', 'small', 'gpt2', 'llama-1.1b', 'llama-260k'])
 def test_flops_against_torch(name):
     from torch.utils.flop_counter import FlopCounterMode
-    config, T = PRESETS[name], 128
+    config, T = replace(PRESETS[name], n_layers=min(3, PRESETS[name].n_layers)), 128
     with torch.device('meta'):
         made, ids = GPT(replace(config, backend='manual')), torch.zeros(2, T, dtype=torch.long)
         with FlopCounterMode(display=False) as training: made(ids, ids).backward()
@@ -316,15 +320,16 @@ def test_flops_against_torch(name):
 
 
 @pytest.mark.parametrize('config, batch_size', [(PRESETS['nano'], 4), (PRESETS['tiny'], 8), (PRESETS['small'], 2), (PRESETS['llama-260k'], 4),
-                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 8)])
+                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 4)])
 def test_memory_against_the_allocator(config, batch_size):
     def train():
         made = GPT(config)
         optimizer, ids = torch.optim.AdamW(made.parameters(), fused=True), torch.zeros(batch_size, config.context_length, dtype=torch.long)
-        for _ in range(2):
-            made(ids, ids).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        with unchecked():
+            for _ in range(2):
+                made(ids, ids).backward()
+                optimizer.step()
+                optimizer.zero_grad()
     peak, estimate = max(memory_over_time(train)), estimate_memory(config, batch_size)
     assert isinstance(estimate, MemoryEstimate) and abs(estimate.training / peak - 1) < 0.1
     assert estimate.training == max(estimate.moments.values()) and estimate.inference == estimate.parameters + estimate.cache
@@ -424,7 +429,7 @@ def test_real_weights_tell_a_story(shared_data):
     made = GPT(config)
     load_weights(made, tensors, META_WEIGHTS)
     ids, pieces = torch.tensor([[1]]), read_pieces(folder/'tok512.bin')
-    with torch.no_grad():
+    with torch.no_grad(), unchecked():
         for _ in range(130): ids = torch.cat([ids, made(ids)[:, -1].argmax(-1, keepdim=True)], 1)
     text = b''.join(b'\n' if pieces[i] == b'<0x0A>' else pieces[i] for i in ids[0, 1:].tolist()).decode().strip()
     assert text.startswith(STORY)
@@ -470,7 +475,9 @@ def test_the_generator_draws_every_weight():
             torch.manual_seed(noise)
             made.append(GPT(config, generator=seeded(3)))
         assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in made))), positions
-    assert made[0].config.positions != 'learned' or made[0].position_embedding.weight.std() < 0.03
+        table = getattr(made[0], 'position_embedding', None)
+        assert (positions == 'learned') == hasattr(table, 'weight')
+        if positions == 'learned': assert 0.01 < table.weight.std() < 0.03
 
 
 @settings(max_examples=20)
@@ -567,11 +574,6 @@ def test_the_embedded_model_knows_its_world():
     for story in stories(40, seed=77, split='test'):
         ids = words.encode(story.text)
         assert words.decode(ids) == story.text and len(ids) < made.config.context_length
-        with torch.no_grad(): above += float(made(torch.tensor([[end, *ids]]), torch.tensor([[*ids, end]]))) * (len(ids) + 1) + story.log_probability
+        with torch.no_grad(), unchecked(): above += float(made(torch.tensor([[end, *ids]]), torch.tensor([[*ids, end]]))) * (len(ids) + 1) + story.log_probability
         n += len(ids) + 1
     assert 0.01 < above / n < 0.08
-
-
-def test_import_does_not_bring_the_judge():
-    code = 'import sys, llm_from_scratch.gpt; assert "transformers" not in sys.modules and "matplotlib" not in sys.modules'
-    subprocess.run([sys.executable, '-c', code], check=True)

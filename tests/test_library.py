@@ -1,5 +1,5 @@
 """The library as someone gets it who only wants the library: a wheel, installed alone, imported, typed."""
-import json, re, shutil, subprocess, sys, zipfile
+import json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from email.parser import Parser
 
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
-WITHOUT_TORCH = ['text', 'bpe', 'storyland', 'cli']
+WITHOUT_TORCH = ['text', 'bpe', 'storyland', 'data', 'figures', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
 EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
 
@@ -41,42 +41,74 @@ def installed(wheel, tmp_path_factory):
 
 
 IMPORT = '''
-import sys
-sys.path.insert(0, {folder!r})
+import json, os, sys, tempfile
+folder, missing, needed, modules, then = json.loads(sys.argv[1])
+sys.path.insert(0, folder)
 class Missing:
+    "Some packages are not installed; whoever asks for one without need is noted."
+    asked = []
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {missing!r}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if name.partition(".")[0] in missing:
+            self.asked.append(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-import llm_from_scratch.{module} as module
-assert module.__file__.startswith({folder!r}), module.__file__
+for name in needed: __import__(name)               # once, for all modules
+Missing.asked.clear()
+def load(name):
+    module = __import__(f"llm_from_scratch.{name}", fromlist=["x"])
+    assert module.__file__.startswith(folder), module.__file__
+    exec(then)
+    return f"asked for {Missing.asked}" if Missing.asked and not then else ""
+found = {}
+for name in modules:                               # each in a process that has imported no other
+    with tempfile.TemporaryFile() as said:
+        if len(modules) == 1: print(load(name), end=""); break
+        pid = os.fork()
+        if not pid:
+            os.dup2(said.fileno(), 1); os.dup2(said.fileno(), 2)
+            try: print(load(name), end="", flush=True); os._exit(0)
+            except BaseException as e: print(repr(e), flush=True); os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.seek(0)
+        found[name] = status, said.read().decode()
+else: print(json.dumps(found))
 '''
 
 
-def import_alone(folder, module, missing, then=''):
-    "Import a module in a new process in which some packages are not installed."
-    return run(sys.executable, '-c', IMPORT.format(folder=str(folder), module=module, missing=missing) + then, cwd=folder)
+def import_alone(folder, modules, missing, needed=(), then=''):
+    "Import modules in a new process in which some packages are not installed, each in a fork of it."
+    return run(sys.executable, '-c', IMPORT, json.dumps([str(folder), missing, needed, modules, then]), cwd=folder)
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_importing_needs_no_extra_and_prints_nothing(installed, module):
-    done = import_alone(installed, module, TOOLS + EXTRAS)
-    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+def import_each(*arguments, **options):
+    "The status and the words of the import of each module."
+    folder, modules, *rest = arguments
+    if hasattr(os, 'fork'):
+        done = import_alone(*arguments, **options)
+        assert done.returncode == 0, done.stderr
+        return {name: tuple(found) for name, found in json.loads(done.stdout).items()}
+    alone = {name: import_alone(folder, [name], *rest, **options) for name in modules}
+    return {name: (done.returncode, done.stdout + done.stderr) for name, done in alone.items()}
 
 
-@pytest.mark.parametrize('module', WITHOUT_TORCH)
-def test_importing_needs_no_torch(installed, module):
-    if module not in MODULES: pytest.skip(f'the chapter of {module} is not written yet')
-    done = import_alone(installed, module, [*TOOLS, *EXTRAS, 'torch'], 'assert "torch" not in sys.modules')
-    assert done.returncode == 0, done.stderr
+def test_importing_needs_no_extra_asks_for_none_and_prints_nothing(installed):
+    assert import_each(installed, MODULES, TOOLS + EXTRAS, needed=['numpy', 'torch']) == {module: (0, '') for module in MODULES}
+
+
+def test_importing_needs_no_torch_and_does_not_ask_for_it(installed):
+    assert import_each(installed, WITHOUT_TORCH, [*TOOLS, *EXTRAS, 'torch']) == {module: (0, '') for module in WITHOUT_TORCH}
 
 
 def test_an_import_of_what_is_missing_would_be_seen(installed):
-    done = import_alone(installed, 'figures', TOOLS + EXTRAS, 'import matplotlib')
+    done = import_alone(installed, ['figures'], TOOLS + EXTRAS, then='import matplotlib')
     assert done.returncode and 'matplotlib' in done.stderr
+    (installed/'llm_from_scratch'/'curious.py').write_text('try: import transformers\nexcept ImportError: pass\n', encoding='utf-8')
+    try: assert import_each(installed, ['curious', 'text'], TOOLS + EXTRAS) == {'curious': (0, "asked for ['transformers']"), 'text': (0, '')}
+    finally: (installed/'llm_from_scratch'/'curious.py').unlink()
 
 
 def test_a_figure_without_its_extra_names_it(installed):
-    done = import_alone(installed, 'figures', TOOLS + EXTRAS, 'module.use_style()')
+    done = import_alone(installed, ['figures'], TOOLS + EXTRAS, then='module.use_style()')
     assert done.returncode and "pip install 'llm-from-scratch[plots]'" in done.stderr
 
 
@@ -114,8 +146,9 @@ def test_one_version_everywhere(wheel):
     assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], cited['version'], latest] == [version] * 4
 
 
+@pytest.mark.long(12)
 def test_the_types_are_clean():
-    done = run(sys.executable, '-m', 'basedpyright', '--outputjson', cwd=ROOT)
+    done = run(sys.executable, '-m', 'basedpyright', '--pythonpath', sys.executable, '--outputjson', cwd=ROOT)      # what is installed here, whatever the folder is called
     report = json.loads(done.stdout)
     assert report['summary']['filesAnalyzed'] >= len(MODULES)
     assert not report['summary']['errorCount'], [f"{d['file']}:{d['range']['start']['line'] + 1}: {d['message']}" for d in report['generalDiagnostics'] if d['severity'] == 'error']
@@ -125,7 +158,7 @@ def test_the_types_reach_someone_else(installed, tmp_path):
     "A checker that sees only the installed wheel finds a wrong call, so the types travel with it."
     (tmp_path/'use.py').write_text('from llm_from_scratch.figures import graph_svg\ngraph_svg({"a": "a"}, [], width="wide")\n', encoding='utf-8')
     (tmp_path/'pyrightconfig.json').write_text(json.dumps({'extraPaths': [str(installed)], 'typeCheckingMode': 'basic', 'include': ['use.py']}), encoding='utf-8')
-    done = run(sys.executable, '-m', 'basedpyright', '--outputjson', cwd=tmp_path)
+    done = run(sys.executable, '-m', 'basedpyright', '--pythonpath', sys.executable, '--outputjson', cwd=tmp_path)
     messages = [d['message'] for d in json.loads(done.stdout)['generalDiagnostics'] if d['severity'] == 'error']
     assert len(messages) == 1 and 'width' in messages[0], messages
 

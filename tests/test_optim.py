@@ -12,7 +12,7 @@ from llm_from_scratch.optim import (LR_ADJUSTMENTS, QUINTIC, SCHEDULES, AdamW, M
 
 INPUTS = ['llm_from_scratch/__init__.py', *(f'llm_from_scratch/{m}.py' for m in ('optim', 'tensors', 'positions', 'attention', 'blocks', 'gpt', 'data', 'text'))]
 SHAPES = (5, 7), (7,), (3, 2, 4), (), (1, 1), (16, 3)
-torch.set_num_threads(1)       # small tensors: two cores would wait for each other
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):

@@ -13,6 +13,7 @@ from llm_from_scratch.positions import (POSITIONS, ROPE_SCALINGS, Alibi, Learned
                                         alibi_slopes, half_to_interleaved, interleaved_to_half, position_scheme, rope_frequencies, sinusoidal)
 
 INPUTS = ['llm_from_scratch/__init__.py', 'llm_from_scratch/tensors.py', 'llm_from_scratch/positions.py']
+pytestmark = pytest.mark.usefixtures('one_thread')
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LAYOUTS = ['half', 'interleaved']
 layouts = pytest.mark.parametrize('layout', LAYOUTS)
@@ -178,8 +179,8 @@ def test_equal_tables_are_made_once():
 
 def test_angles_are_exact_far_out():
     "In 32 bits the angle of position 1,000,000 would be off by up to 0.03."
-    x, t = numbers(1, 1, 1, 64), torch.tensor([1_000_003])
-    for layout in LAYOUTS: close(Rope(64, layout=layout, context_length=8)(x, t).double(), by_definition(x, t, layout=layout), 1e-5)
+    x, t = numbers(1, 1, 1, 8), torch.tensor([1_000_003])
+    for layout in LAYOUTS: close(Rope(8, layout=layout, context_length=8)(x, t).double(), by_definition(x, t, layout=layout), 1e-5)
 
 
 # ---- scaling ----

@@ -93,6 +93,10 @@ BROKEN = [
     ('vacuous', [code('assert True')], ['asserts a constant']),
     ('vacuous', [code('assert (x == 1, "message")')], ['tuple']),
     ('vacuous', [code('assert x == x')], ['with itself']),
+    ('vacuous', [code('y = 1\nassert x == 1 and y == 2 or z')], ['line 2', '`x == 1 and y == 2` is joined to `or`']),
+    ('vacuous', [code('#| timing\n%matplotlib inline\nassert all(z or "é" in x and\n           (y == 2) for x in zs)', stream('1'))], ['line 3', 'is joined to `or`']),
+    ('vacuous', [code('assert (x == 1  # ) or (\n        and y or z)')], ['line 1', 'is joined to `or`']),
+    ('vacuous', [code('with pytest.raises((TypeError, Exception)): f()')], ['line 1', 'any error']),
     ('vacuous', [code('def test_it():\n    x = f(1)\n    print(x)')], ['`test_it` asserts nothing']),
     ('figures', [code('plot()', IMAGE)], ['without a label', 'fig-x-']),
     ('figures', [code(FIGURE.replace('#| fig-alt: "A rising line."\n', ''), IMAGE)], ['fig-x-a', 'no alt text']),
@@ -148,6 +152,9 @@ FINE = [
     ('vacuous', [code('assert x == 2\nassert f(1) == f(1)\nassert x != x')]),
     ('vacuous', [code('def test_it():\n    holds(f)\n\ndef holds(f):\n    assert f(1) == 1')]),
     ('vacuous', [code('%timeit f()\nx == 2')]),
+    ('vacuous', [code('assert (x == 1 and y == 2) or z\nassert "é" in x or (  # why\n    (a) and b\n)\nassert x and (y or z) and f(a and b, c or d)\nassert "a and b or c" in x')]),
+    ('vacuous', [code('if a and b or c: f()\nassert f(1) == 1')]),
+    ('vacuous', [code('with pytest.raises(Exception, match="too many"): f()\nwith pytest.raises((KeyError, ValueError)): f()')]),
     ('figures', [code(FIGURE, IMAGE)]),
     ('figures', [code('#| hide\nplot()', IMAGE)]),
     ('figures', [code('#| code-summary: "Solution"\n#| fig-alt: "A line."\nplot()', IMAGE)]),
@@ -193,7 +200,7 @@ def test_a_sentence_that_code_will_write_is_no_code_to_the_reader(book):
 @pytest.mark.parametrize('text, words', [
     ('def test_a():\n    f(1) == 1\n', 'asserts nothing'), ('def test_a():\n    f(1)\n', '`test_a` asserts nothing'), ('def test_a():\n    assert True\n', 'constant'), ('def test_a():\n    subprocess.run(["false"], check=False)\n', 'asserts nothing'),
     ('import pytest\ndef test_a():\n    pytest.skip()\n    assert x\n', 'without a reason'), ('import pytest\n@pytest.mark.skip\ndef test_a(): assert x\n', 'without a reason'),
-    ('import pytest\n@pytest.mark.skipif(x, reason="")\ndef test_a(): assert x\n', 'without a reason')])
+    ('import pytest\n@pytest.mark.skipif(x, reason="")\ndef test_a(): assert x\n', 'without a reason'), ('def test_a():\n    assert f(1) == 1 and "é" in x or f(2)\n', 'joined to `or`')])
 def test_tests_are_held_to_the_rule(book, text, words):
     found = book.write('tests/test_x.py', text).finds('vacuous')
     assert any(f.startswith('tests/test_x.py: line') and words in f for f in found), found

@@ -20,7 +20,7 @@ from llm_from_scratch.training import (
 
 INPUTS = ['llm_from_scratch/*.py']
 ROOT = Path(training.__file__).parent.parent
-torch.set_num_threads(1)
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
 
 def make(folder=None, d_model=8, dropout=.2, validation=True, **settings):

@@ -70,9 +70,14 @@ class Cell:
     def directives(self): return {m[1] for m in map(BARE.match, self.head) if m}
 
     @cached_property
+    def plain_code(self):
+        "The code with each magic turned into `pass`."
+        return re.sub(r'^(\s*)[%!].*$', r'\1pass', self.body, flags=re.M)
+
+    @cached_property
     def tree(self):
-        "The code parsed; None where it does not (a magic, or an error on purpose)."
-        try: return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', self.body, flags=re.M))
+        "The code parsed; None where it does not (an error on purpose)."
+        try: return ast.parse(self.plain_code)
         except SyntaxError: return None
 
     @property
@@ -305,6 +310,24 @@ def empty_assertions(tree):
               and ast.dump(test.left) == ast.dump(test.comparators[0])): yield node, 'compares a value with itself'
 
 
+def mixed_conditions(tree, text):
+    "`a and b or c` inside an assertion, without parentheses around `a and b`: it holds wherever `c` does, whatever `a` and `b` are."
+    lines = text.split('\n')
+    def at(line, column): return sum(len(above) + 1 for above in lines[:line - 1]) + len(lines[line - 1].encode()[:column].decode())
+    for node in (n for a in ast.walk(tree) if isinstance(a, ast.Assert) for n in ast.walk(a)):
+        if not (isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)): continue
+        for part in (p for p in node.values if isinstance(p, ast.BoolOp)):
+            before, after = text[:at(part.lineno, part.col_offset)], text[at(part.end_lineno, part.end_col_offset):]
+            if not (re.search(r'\((?:\s|\\|#.*\n)*$', before) and re.match(r'(?:\s|\\|#.*\n)*\)', after)): yield part
+
+
+def errors_of_any_kind(tree):
+    "`raises(Exception)` without `match`."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and called(node) == 'raises' and not any(k.arg == 'match' for k in node.keywords):
+            if {ast.unparse(e) for a in node.args[:1] for e in getattr(a, 'elts', [a])} & {'Exception', 'BaseException'}: yield node
+
+
 def reasonless_skips(tree):
     "Skips that do not say why."
     for node in ast.walk(tree):
@@ -319,12 +342,14 @@ def reasonless_skips(tree):
 @rule
 def vacuous(book):
     "No vacuous test: a check that cannot fail promises what nobody looked at."
-    places = [(c.where, c.tree, displayed(c) if c.tree else None, len(c.head)) for c in book.code] + [(name, tree, None, 0) for name, tree in book.tests.items()]
-    for where, tree, shown, above in places:
+    places = [(c.where, c.tree, c.plain_code, displayed(c) if c.tree else None, len(c.head)) for c in book.code]
+    for where, tree, text, shown, above in places + [(name, tree, book.texts[name], None, 0) for name, tree in book.tests.items()]:
         if tree is None: continue
         def line(node): return f'{where}: line {node.lineno + above}'
         for node in dropped_comparisons(tree, shown): yield f'{line(node)}: `{ast.unparse(node)[:60]}` compares and asserts nothing; write `assert` before it'
         for node, what in empty_assertions(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` {what}; assert what the code computes'
+        for node in mixed_conditions(tree, text): yield f'{line(node)}: `{ast.unparse(node)[:60]}` is joined to `or` without parentheses; write them, or assert each part separately'
+        for node in errors_of_any_kind(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` passes with any error, a misspelt name in the test included; name the kind, or say `match=`'
         for node in reasonless_skips(tree): yield f'{line(node)}: a skip without a reason; say `reason="needs ..."`'
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith('test_') and not checks(node, book.checkers):
