@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = 'llm_from_scratch'
 EVERYTHING = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
-SHARED = ['tests/conftest.py', 'tests/inputs.py', 'constraints.txt', 'pyproject.toml']
+SHARED = ['tests/conftest.py', 'tests/inputs.py', 'tests/costs.py', 'constraints.txt', 'pyproject.toml']
 SOURCES = ['_quarto.yml', 'settings.ini', '*.qmd', '*.bib', 'nbs/*', 'nbs/images/*', 'tools/*', 'tools/theme/*']
 
 
@@ -71,7 +71,7 @@ def imported(path):
     found, ahead = set(), {path}
     while ahead:
         found.add(path := ahead.pop())
-        if path.suffix in ('.py', '.ipynb'): ahead |= named(path) - found
+        if path.suffix in ('.py', '.ipynb') and path.relative_to(ROOT).as_posix() not in SHARED: ahead |= named(path) - found
     if ROOT/LIBRARY/'bpe.py' in found: found |= set((ROOT/LIBRARY/'models').glob('*/*'))           # `load_tokenizer` opens them
     return frozenset(p for p in found if p.suffix != '.ipynb')
 

@@ -20,7 +20,7 @@ from llm_from_scratch.generation import Sampler, stream
 from llm_from_scratch.gpt import GPT, GPTConfig, load_tokenizer
 from llm_from_scratch.training import TrainConfig, Trainer, checkpoints, read_log
 
-INPUTS = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/command.ipynb']
+INPUTS = ['nbs/command.ipynb']
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, '-m', 'llm_from_scratch.cli']
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '80'}

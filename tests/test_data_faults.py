@@ -8,7 +8,7 @@ from llm_from_scratch import data
 from llm_from_scratch.data import HEADER_SIZE, MAGIC, TokenFile, TokenHeader, check_crc, read_header
 from llm_from_scratch.text import CharTokenizer
 
-INPUTS = ['llm_from_scratch/data.py', 'llm_from_scratch/text.py']
+INPUTS = []
 ROOT = Path(data.__file__).parent.parent
 pytestmark = pytest.mark.portable
 

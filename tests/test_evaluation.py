@@ -16,8 +16,7 @@ from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.storyland import SIZES, continuations, narrator, recall, stories
 from llm_from_scratch.text import SPACED_PATTERN, CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
-INPUTS = ['llm_from_scratch/evaluation.py', 'llm_from_scratch/gpt.py', 'llm_from_scratch/attention.py', 'llm_from_scratch/positions.py', 'llm_from_scratch/blocks.py',
-          'llm_from_scratch/tensors.py', 'llm_from_scratch/bpe.py', 'llm_from_scratch/text.py', 'llm_from_scratch/storyland.py', 'llm_from_scratch/data.py', 'llm_from_scratch/models/*/*']
+INPUTS = []
 END = '<|endoftext|>'
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 

@@ -5,7 +5,7 @@ from matplotlib import pyplot as plt
 
 from llm_from_scratch.figures import COLORS, SVG, heatmap, use_style
 
-INPUTS = ['llm_from_scratch/figures.py']
+INPUTS = []
 
 
 @pytest.fixture(autouse=True)

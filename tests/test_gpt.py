@@ -18,8 +18,7 @@ from llm_from_scratch.gpt import (GPT, GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS
 from llm_from_scratch.positions import POSITIONS, RopeScaling
 from llm_from_scratch.storyland import stories
 
-INPUTS = ['llm_from_scratch/__init__.py', *(f'llm_from_scratch/{name}.py' for name in ('tensors', 'text', 'bpe', 'storyland', 'positions', 'attention', 'blocks', 'data', 'gpt', 'figures')),
-          'llm_from_scratch/models/*/*']
+INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
 LLAMA = dict(positions='rope', norm='rmsnorm', feed_forward='swiglu', bias=False)
 

@@ -12,7 +12,7 @@ from llm_from_scratch import positions as module
 from llm_from_scratch.positions import (POSITIONS, ROPE_SCALINGS, Alibi, LearnedPositions, PositionScheme, Rope, RopeScaling, SinusoidalPositions,
                                         alibi_slopes, half_to_interleaved, interleaved_to_half, position_scheme, rope_frequencies, sinusoidal)
 
-INPUTS = ['llm_from_scratch/__init__.py', 'llm_from_scratch/tensors.py', 'llm_from_scratch/positions.py']
+INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LAYOUTS = ['half', 'interleaved']

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ['README.md', 'index.qmd', 'llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/results/storyland_small.json']
+INPUTS = ['README.md', 'index.qmd', 'nbs/results/storyland_small.json']
 
 
 @pytest.mark.parametrize('page', ['README.md', 'index.qmd'])

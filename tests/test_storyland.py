@@ -12,7 +12,7 @@ from llm_from_scratch.storyland import (
     arithmetic, can_begin, continuations, cross_entropy_of, entropy, entropy_floor, follow, instructions, kl_divergence, labels, log_probability, narrator, preferences,
     questions, read, recall, split_of, stories, tell, walk)
 
-INPUTS = ['llm_from_scratch/storyland.py']
+INPUTS = []
 
 sizes = st.sampled_from(sorted(SIZES))
 seeds = st.integers(0, 10**9)

@@ -13,7 +13,7 @@ from llm_from_scratch import tensors
 from llm_from_scratch.tensors import (DeviceReport, Dropout, Embedding, Linear, Value, best_device, check_device, cross_entropy, linear,
                                       log_softmax, logsumexp, seed_all, softmax)
 
-INPUTS = ['llm_from_scratch/__init__.py', 'llm_from_scratch/tensors.py', 'llm_from_scratch/figures.py']
+INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
 inf = math.inf
 

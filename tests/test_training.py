@@ -18,7 +18,7 @@ from llm_from_scratch.training import (
     OPTIMIZERS, LivePlot, SpikeDetector, TensorBoard, TrainConfig, Trainer, World, accumulate, checkpoints, choose_precision, compiled, evaluate, generator_states,
     latest_checkpoint, load_checkpoint, loader_for, missing_compiler, plot_history, predict_run, read_log, restore_generators, save_checkpoint, write_tensors)
 
-INPUTS = ['llm_from_scratch/*.py']
+INPUTS = []
 ROOT = Path(training.__file__).parent.parent
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 

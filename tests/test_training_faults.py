@@ -10,7 +10,7 @@ from test_training import make, same_model
 from llm_from_scratch import training
 from llm_from_scratch.training import DamagedCheckpoint, append_line, checkpoints, latest_checkpoint, load_checkpoint, read_log, save_checkpoint
 
-INPUTS = ['llm_from_scratch/*.py', 'tests/test_training.py', 'tests/killed_training.py']
+INPUTS = ['imports:tests/killed_training.py']
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
