@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from html import escape
 from typing import Any, Protocol, runtime_checkable
 
@@ -437,7 +436,7 @@ _SCRIPT = """<script>
   }
   slider.addEventListener('input', () => show(+slider.value));
   live.hidden = false; root.classList.add('hv-on'); show(+slider.value);
-})(document.getElementById("VIEW"));
+})(document.querySelector(".head-view:not(.hv-on)"));     // the next one on the page
 </script>"""
 
 # %% ../nbs/07_attention.ipynb #dc41dc9d
@@ -470,11 +469,10 @@ def head_view(
                          f"got {len(tokens)} tokens and {len(names)} names")
     weights, start = weights.detach().float().cpu(), range(T)[position]
     data = _data(tokens, names, weights)
-    view = "hv-" + sha256(data.encode()).hexdigest()[:10]
     maps = "".join(f"<figure>{_map_svg(w, name)}<figcaption>{escape(name)}</figcaption>"
                    "</figure>" for w, name in zip(weights, names))
     return HeadView(
-        f'<div class="head-view" id="{view}">{_STYLE}<div class="hv-maps">{maps}</div>'
+        f'<div class="head-view">{_STYLE}<div class="hv-maps">{maps}</div>'
         f'<div class="hv-live" hidden><label>Who reads: <input type="range" min="0" '
         f'max="{T - 1}" value="{start}"> <output></output></label></div>'
-        f'<script type="application/json">{data}</script>{_SCRIPT.replace("VIEW", view)}</div>')
+        f'<script type="application/json">{data}</script>{_SCRIPT}</div>')
