@@ -103,7 +103,7 @@ def shell(repository, venv, tmp_path_factory):
     settings = {**mine, **PERSON, **clone, 'HOME': str(home), 'VENV': venv.as_posix(), 'PYTHON': Path(sys.executable).as_posix()}
 
     def run(script, where, **more):
-        done = subprocess.run(['bash', '-c', script], cwd=where, env={**settings, **more}, capture_output=True, text=True, encoding='utf-8', timeout=600)
+        done = subprocess.run(['bash', '-c', script], cwd=where, env={**settings, **more}, capture_output=True, text=True, encoding='utf-8', timeout=1800)
         return done.returncode, done.stdout + done.stderr
     return run
 

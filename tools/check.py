@@ -24,6 +24,12 @@ TEMPLATE = 'tools/chapter.md'             # what tools/scaffold.py starts a chap
 RULES = {}
 
 
+@cache
+def walk(tree):
+    "Every node of a tree: most rules ask, so the answer is kept."
+    return tuple(ast.walk(tree))
+
+
 def rule(check):
     "Register a house rule: a function from a `Book` to sentences `where: what is wrong; how to mend it`."
     RULES[check.__name__] = check
@@ -239,7 +245,7 @@ def checked_names(book):
 
 
 def identifiers(tree):
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Name): yield node.id
         elif isinstance(node, ast.Attribute): yield node.attr
         elif isinstance(node, ast.keyword) and node.arg: yield node.arg
@@ -249,7 +255,7 @@ def identifiers(tree):
 
 def checks(tree, checkers=frozenset()):
     "Whether some statement in here can fail a test: an assertion, an expected error, a call of a function that asserts."
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Assert) or isinstance(node, ast.Raise) and 'AssertionError' in ast.unparse(node): return True
         if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_(call|output)$', called(node))): return True
         if isinstance(node, ast.keyword) and node.arg == 'check' and getattr(node.value, 'value', False) is True: return True    # subprocess.run(..., check=True)
@@ -268,7 +274,7 @@ def called(call): return call.func.attr if isinstance(call.func, ast.Attribute) 
 
 def checking_functions(trees):
     "The names of functions that assert, themselves or through another."
-    functions = {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    functions = {n.name: n for tree in trees for n in walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
     found = set()
     while True:
         more = {name for name, node in functions.items() if name not in found and checks(node, found)}
@@ -276,7 +282,7 @@ def checking_functions(trees):
         found |= more
 
 
-def has_call(node): return any(isinstance(n, (ast.Call, ast.Await)) for n in ast.walk(node))
+def has_call(node): return any(isinstance(n, (ast.Call, ast.Await)) for n in walk(node))
 
 
 COMPARING = {'equal', 'allclose', 'isclose', 'array_equal', 'isinstance', 'issubclass'}
@@ -291,7 +297,7 @@ def is_comparison(node):
 
 def dropped_comparisons(tree, shown=None):
     "Comparisons whose result nobody looks at; `shown` is the expression that the notebook displays."
-    return [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and n is not shown and is_comparison(n.value)]
+    return [n for n in walk(tree) if isinstance(n, ast.Expr) and n is not shown and is_comparison(n.value)]
 
 
 def displayed(cell):
@@ -302,7 +308,7 @@ def displayed(cell):
 
 def empty_assertions(tree):
     "Assertions that hold whatever the code does."
-    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Assert)):
+    for node in (n for n in walk(tree) if isinstance(n, ast.Assert)):
         test = node.test
         if isinstance(test, ast.Constant) and test.value: yield node, 'asserts a constant'
         elif isinstance(test, ast.Tuple) and test.elts: yield node, 'asserts a tuple, which is always true (drop the parentheses)'
@@ -330,12 +336,12 @@ def errors_of_any_kind(tree):
 
 def reasonless_skips(tree):
     "Skips that do not say why."
-    for node in ast.walk(tree):
-        name = ast.unparse(node.func if isinstance(node, ast.Call) else node) if isinstance(node, (ast.Call, ast.Attribute)) else ''
-        if isinstance(node, ast.Call) and name in ('pytest.skip', 'pytest.xfail', 'pytest.mark.skip', 'pytest.mark.skipif', 'pytest.mark.xfail'):
+    for node in walk(tree):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) and called(node) in ('skip', 'xfail', 'skipif') else ''
+        if name in ('pytest.skip', 'pytest.xfail', 'pytest.mark.skip', 'pytest.mark.skipif', 'pytest.mark.xfail'):
             given = [k.value for k in node.keywords if k.arg in ('reason', 'msg')] + (node.args if not name.endswith('skipif') else [])
             if not any(not (isinstance(v, ast.Constant) and not v.value) for v in given): yield node
-    for node in (d for n in ast.walk(tree) for d in getattr(n, 'decorator_list', [])):
+    for node in (d for n in walk(tree) for d in getattr(n, 'decorator_list', [])):
         if ast.unparse(node) in ('pytest.mark.skip', 'pytest.mark.xfail'): yield node
 
 
@@ -351,7 +357,7 @@ def vacuous(book):
         for node in mixed_conditions(tree, text): yield f'{line(node)}: `{ast.unparse(node)[:60]}` is joined to `or` without parentheses; write them, or assert each part separately'
         for node in errors_of_any_kind(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` passes with any error, a misspelt name in the test included; name the kind, or say `match=`'
         for node in reasonless_skips(tree): yield f'{line(node)}: a skip without a reason; say `reason="needs ..."`'
-        for node in ast.walk(tree):
+        for node in walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith('test_') and not checks(node, book.checkers):
                 yield f'{line(node)}: `{node.name}` asserts nothing; assert what it promises, or drop it'
 
@@ -371,7 +377,7 @@ def exported(book):
         for node in cell.tree.body:
             if not isinstance(node, QUIET) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
                 yield f'{cell.where}: `{ast.unparse(node).splitlines()[0][:60]}` would run on import; move it to a cell of its own, without `#| export`'
-        for node in ast.walk(cell.tree):
+        for node in walk(cell.tree):
             if isinstance(node, ast.ImportFrom) and node.names[0].name == '*': yield f'{cell.where}: `{ast.unparse(node)}`; name what is imported'
             if isinstance(node, ast.Call) and ast.unparse(node.func) == 'print' and not any(k.arg == 'file' for k in node.keywords):
                 yield f'{cell.where}: exported code prints; return the text, or use `logging`'
@@ -469,7 +475,7 @@ def references(book):
 
 
 def docstrings(tree):
-    return [doc for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(n))]
+    return [doc for n in walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(n))]
 
 
 def slug(heading):
