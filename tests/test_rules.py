@@ -186,7 +186,7 @@ def test_the_rule_leaves_alone(book, rule, cells): assert book.notebook(*cells).
 
 
 def test_every_rule_is_tried_both_ways():
-    apart = {'machine', 'step', 'anatomy'}                       # these have tests of their own below
+    apart = {'machine', 'step', 'anatomy', 'classes'}                       # these have tests of their own below
     assert {c[0] for c in BROKEN} | apart == set(check.RULES) == {c[0] for c in FINE} | apart
 
 
@@ -290,6 +290,14 @@ def test_a_module_edited_by_hand(in_step):
 def test_a_notebook_that_was_not_exported(in_step):
     in_step.notebook(md('# X {#sec-x}'), code('#| default_exp x'), code(DEFINED + '\n\ndef third(x: int) -> int:\n    "A third."\n    return x // 3'))
     assert sorted(f.partition(':')[0] for f in in_step.finds('step')) == ['llm_from_scratch/_modidx.py', 'llm_from_scratch/x.py']
+
+
+@pytest.mark.parametrize('text, words', [
+    ('class _Half: pass\nclass Whole(_Half): pass\n', 'class _Half has one heir'), ('class Whole: pass\nclass Whole(Whole): x = 1\n', 'class Whole stands 2 times'),
+    ('class _Base: pass\nclass One(_Base): pass\nclass Two(_Base): pass\n', None), ('class Base: pass\nclass Heir(Base): pass\n', None)])
+def test_one_class_is_one_statement(book, text, words):
+    found = book.write('llm_from_scratch/x.py', text).finds('classes')
+    assert found == [] if words is None else len(found) == 1 and words in found[0]
 
 
 def test_a_module_without_a_notebook(in_step): one(in_step.write('llm_from_scratch/stray.py', 'x = 1\n').finds('step'), 'stray.py', 'no notebook exports it')
