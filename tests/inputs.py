@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = 'llm_from_scratch'
 EVERYTHING = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
+FRONT = ROOT/LIBRARY/'__init__.py'                    # loads a module when one of its names is asked for
 SHARED = ['tests/conftest.py', 'tests/inputs.py', 'tests/costs.py', 'constraints.txt', 'pyproject.toml']
 SOURCES = ['_quarto.yml', 'settings.ini', '*.qmd', '*.bib', 'nbs/*', 'nbs/images/*', 'tools/*', 'tools/theme/*']
 
@@ -71,7 +72,8 @@ def imported(path):
     found, ahead = set(), {path}
     while ahead:
         found.add(path := ahead.pop())
-        if path.suffix in ('.py', '.ipynb') and path.relative_to(ROOT).as_posix() not in SHARED: ahead |= named(path) - found
+        leaf = path == FRONT or path.relative_to(ROOT).as_posix() in SHARED
+        if path.suffix in ('.py', '.ipynb') and not leaf: ahead |= named(path) - found
     if ROOT/LIBRARY/'bpe.py' in found: found |= set((ROOT/LIBRARY/'models').glob('*/*'))           # `load_tokenizer` opens them
     return frozenset(p for p in found if p.suffix != '.ipynb')
 
@@ -96,6 +98,11 @@ def imports(code, path):
 
 
 def library_files(name):
-    "What `from llm_from_scratch import name` reads: a module, or, for a name that the package hands on, perhaps any."
-    one = ROOT/LIBRARY/f'{name}.py'
-    return {ROOT/LIBRARY/'__init__.py', *([one] if one.exists() else (ROOT/LIBRARY).glob('[!_]*.py'))}
+    "What `from llm_from_scratch import name` reads: a module, or the one that the package takes the name from."
+    return {FRONT, ROOT/LIBRARY/f'{front().get(name, name)}.py'}
+
+
+@cache
+def front():
+    "The module of each name that the package itself offers."
+    return {alias.name: n.module for n in ast.walk(ast.parse(FRONT.read_text(encoding='utf-8'))) if isinstance(n, ast.ImportFrom) and n.level for alias in n.names}

@@ -1,5 +1,5 @@
 """The library as someone gets it who only wants the library: a wheel, installed alone, imported, typed."""
-import json, os, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from email.parser import Parser
 
@@ -166,3 +166,22 @@ def test_the_types_reach_someone_else(installed, tmp_path):
 def test_both_licences_are_there():
     text = (ROOT/'LICENSE').read_text(encoding='utf-8')
     for words in ('Apache License\n', 'Version 2.0, January 2004', 'END OF TERMS AND CONDITIONS', 'CC BY 4.0', 'https://creativecommons.org/licenses/by/4.0/legalcode'): assert words in text
+
+
+# The front of the package -----------------------------------------------------------------------------------------
+
+def test_what_the_package_offers_is_what_its_modules_have():
+    import llm_from_scratch as package
+    for name in package.__all__: assert getattr(package, name) is getattr(sys.modules[f'llm_from_scratch.{package._HOME[name]}'], name)
+    assert set(package.__all__) == set(package._HOME) <= set(dir(package))
+    said = ast.parse((ROOT/'llm_from_scratch'/'__init__.py').read_text(encoding='utf-8'))
+    typed = {alias.name for n in ast.walk(said) if isinstance(n, ast.ImportFrom) and n.level for alias in n.names}
+    assert typed == set(package.__all__)                               # what type checkers see
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"): package.nothing
+
+
+def test_the_tokenizer_at_the_front_needs_no_torch(installed):
+    "A name loads its own module and no other."
+    script = f'import sys; sys.path.insert(0, {str(installed)!r})\nfrom llm_from_scratch import BPETokenizer, stories\nassert not {{"torch", "llm_from_scratch.gpt"}} & set(sys.modules)'
+    done = run(sys.executable, '-c', script, cwd=installed)
+    assert done.returncode == 0, done.stderr

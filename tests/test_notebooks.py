@@ -119,6 +119,10 @@ def test_inputs_follow_the_imports():
     assert any(p.suffix == '.safetensors' for p in inputs.imported(inputs.ROOT/'tests'/'test_gpt.py'))
 
 
+def test_a_name_of_the_package_leads_to_its_module_alone():
+    assert {p.stem for p in inputs.library_files('BPETokenizer')} == {'__init__', 'bpe'} and {p.stem for p in inputs.library_files('gpt')} == {'__init__', 'gpt'}
+
+
 def test_a_change_of_training_concerns_few_notebooks():
     assert {p.stem for p in NOTEBOOKS if 'training' in library(p)} == {'11_training', 'command'}
 
