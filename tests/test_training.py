@@ -2,12 +2,14 @@
 import json, logging, math, os, subprocess, sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
+from together import same_model, together
 from torch import nn
 
 from llm_from_scratch import training
@@ -31,10 +33,6 @@ def make(folder=None, d_model=8, dropout=.2, validation=True, **settings):
     ids = np.random.default_rng(0).integers(0, 19, 300)
     held_out = loader_for(config, ids[:80], 6, shuffle=False) if validation else None
     return Trainer(model, config, loader_for(config, ids, 6), held_out, folder, world=World())
-
-
-def same_model(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
 
 
 # Configuration ----------------------------------------------------------------------------------------------------
@@ -168,18 +166,34 @@ def test_muon_needs_matrices_and_something_else():
 
 # Budgets and ends -------------------------------------------------------------------------------------------------
 
-def test_budgets_end_a_run():
+@pytest.fixture
+def steps_of_a_second(monkeypatch):
+    "A trainer on a clock of its own: each forward pass in training takes a second."
+    now = [100.0]
+    monkeypatch.setattr(training, 'time', SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
+    def begin(folder=None, seconds=4.5):
+        made = make(folder, validation=False, steps=None, seconds=seconds)
+        made.model.register_forward_pre_hook(lambda *_: now.append(now.pop() + 1))
+        return made
+    return begin
+
+
+def test_budgets_end_a_run(steps_of_a_second):
     per_step = 4 * 6
     assert make(steps=None, tokens=5 * per_step - 3).fit().step in (5, 6)
     assert make(steps=3, tokens=10**6).fit().reason == 'steps'
-    result = make(steps=None, seconds=.2).fit()
-    assert result.reason == 'seconds' and .2 <= result.seconds < 5
+    result = steps_of_a_second().fit()
+    assert (result.reason, result.step, result.seconds) == ('seconds', 5, 5.0)
 
 
-def test_seconds_count_across_interruptions(tmp_path):
-    first = make(tmp_path, steps=None, seconds=.2).fit()
-    again = make(tmp_path, steps=None, seconds=.2)
-    assert again.resume() == first.step and again.fit().step == first.step
+def test_seconds_count_across_interruptions(tmp_path, steps_of_a_second):
+    first = steps_of_a_second(tmp_path)
+    first.listeners.append(lambda r: r['step'] == 2 and first.stop('interrupted'))
+    assert first.fit().step == 2
+    again = steps_of_a_second(tmp_path)
+    assert again.resume() == 2 and again.fit().step == 5
+    once_more = steps_of_a_second(tmp_path)
+    assert once_more.resume() == 5 and once_more.fit().step == 5
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
@@ -295,47 +309,19 @@ def test_every_generator_is_put_back():
 
 # Two processes ----------------------------------------------------------------------------------------------------
 
-TOGETHER = '''
-import json, os, sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from test_training import together
-from llm_from_scratch.training import join_world
-with join_world("cpu") as world: together(world, sys.argv[2])
-'''
+TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0']
 
 
-def together(world, folder):
-    "What each of several processes does: train, then go on from the middle in another folder."
-    import copy
-    def fresh(dropout, folder=None):
-        config = TrainConfig(steps=8, batch_size=5, micro_batch_size=1, lr=.01, precision='float32', save_every=4, eval_every=4, eval_batches=2)
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(vocab_size=19, context_length=6, d_model=8, n_layers=1, n_heads=2, dropout=dropout))
-        ids = np.random.default_rng(0).integers(0, 19, 299)
-        return Trainer(model, config, loader_for(config, ids, 6, world), loader_for(config, ids[:80], 6, world, shuffle=False), folder, world=world)
-    plain = fresh(0).fit()
-    random = fresh(.3, f'{folder}/dropout'); random.fit()
-    again = fresh(.3, f'{folder}/dropout')
-    again.resume(step=4); again.fit()
-    stopped = fresh(0)
-    if world.rank == world.size - 1: stopped.listeners, stopped.log = [], lambda r: stopped.history.append(r) or (r['step'] == 3 and stopped.stop('interrupted'))
-    ended = stopped.fit()
-    found = {'loss': plain.column('loss')[1], 'validation': plain.column('validation')[1], 'same': same_model(again, random), 'ended': [ended.reason, ended.step],
-             'losses': [r['loss'] for r in again.history] == [r['loss'] for r in random.history]}
-    Path(f'{folder}/rank{world.rank}.json').write_text(json.dumps(found))
-
-
-def test_two_processes_learn_what_one_does(tmp_path):
-    script = tmp_path/'together.py'
-    script.write_text(TOGETHER)
+@pytest.mark.parametrize('start', [pytest.param([], id='forked', marks=pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork; torchrun is tried with the slow tests')),
+                                   pytest.param(TORCHRUN, id='torchrun', marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does(tmp_path, start):
     env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0', '--rdzv-backend=c10d',
-                           '--rdzv-endpoint=127.0.0.1:0', script, str(Path(__file__).parent), tmp_path], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *start, Path(__file__).with_name('together.py'), tmp_path], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (tmp_path/'one').mkdir()
     together(World(), tmp_path/'one')
     one, *two = (json.loads((tmp_path/name).read_text()) for name in ('one/rank0.json', 'rank0.json', 'rank1.json'))
+    assert (one['world'], *(found['world'] for found in two)) == (1, 2, 2)
     for found in two:
         np.testing.assert_allclose(found['loss'], one['loss'], atol=1e-5)
         np.testing.assert_allclose(found['validation'], one['validation'], atol=1e-5)
@@ -392,7 +378,6 @@ def test_progress_plots_and_tensorboard(capsys, monkeypatch):
 
 
 def test_tensorboard_hears_numbers(monkeypatch, tmp_path):
-    from types import SimpleNamespace
     said = []
     writer = lambda folder: SimpleNamespace(add_scalar=lambda *args: said.append(args))
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=writer))

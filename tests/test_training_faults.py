@@ -28,9 +28,9 @@ def kill(folder, points, seed):
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='runs are forked, to be killed by the dozen')
-def test_killed_at_25_random_points_a_run_ends_as_if_nothing_had_happened(tmp_path):
-    found = kill(tmp_path, 26, 0)
-    assert found['deaths'] >= 26 and found['resumed'] >= 10 and len(found['where']) >= 10 and set(SAVING) <= set(found['where']), found
+def test_killed_at_20_points_a_run_ends_as_if_nothing_had_happened(tmp_path):
+    found = kill(tmp_path, 20, 0)
+    assert found['deaths'] >= 20 and found['resumed'] >= 10 and set(SAVING) < set(found['where']), found
 
 
 @pytest.mark.slow
