@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from shapes import unchecked
 
 from llm_from_scratch import cli
 from llm_from_scratch.data import BatchLoader, TokenFile
@@ -56,6 +57,12 @@ def call(monkeypatch, capfd, tmp_path):
             status = cli.main([*map(str, words)])
         return (*capfd.readouterr(), status)
     return run
+
+
+@pytest.fixture
+def quick():
+    "Without checks of types and shapes, for texts of many tokens; `test_a_story_comes_piece_by_piece` and `test_a_run_from_start_to_story` check them."
+    with unchecked(): yield
 
 
 @pytest.fixture(scope='module')
@@ -146,8 +153,8 @@ def test_an_error_is_one_sentence(call, words, said, status):
 
 
 def test_an_error_through_a_real_process():
-    done = typed('generate', '--model', 'nowhere')
-    assert (done.returncode, done.stdout, done.stderr.count(b'\n')) == (1, b'', 1) and done.stderr.startswith(b'llmfs: there is no model')
+    done = typed('tokenizer', 'encode', '--tokenizer', 'nowhere', 'a')
+    assert (done.returncode, done.stdout, done.stderr.count(b'\n')) == (1, b'', 1) and done.stderr.startswith(b'llmfs: there is no tokenizer')
     assert typed('generat').returncode == 2
 
 
@@ -258,7 +265,7 @@ def test_nobody_reads_at_all(words):
 
 # Generation -----------------------------------------------------------------------------------------------------
 
-def test_a_story(call):
+def test_a_story(call, quick):
     short = '--max-new-tokens', 25
     out, err, status = call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)
     assert (err, status) == ('', 0) and out.startswith('Once upon a time ') and out.endswith('\n') and len(out) > 60 and cli.END not in out
@@ -272,12 +279,12 @@ def test_a_story(call):
         'prompt': 'Once upon a time', 'text': out.removeprefix('Once upon a time').removesuffix('\n'), 'seed': 3}
 
 
-def test_a_text_ends_where_the_model_ends_it(call):
+def test_a_text_ends_where_the_model_ends_it(call, quick):
     out = call('generate', '--temperature', 0, '--max-new-tokens', 300)[0]
     assert cli.END not in out and 30 < len(out.split()) < 200 and out.endswith(('.\n', '!\n'))
 
 
-def test_how_words_are_chosen_can_be_said(call):
+def test_how_words_are_chosen_can_be_said(call, quick):
     def said(*words): return call('generate', '--prompt', 'Once upon a time', '--max-new-tokens', 12, *words)[0]
     assert said('--temperature', 0) == said('--temperature', 0, '--seed', 9) == said('--top-k', 1, '--seed', 5)
     first = said('--temperature', 0).removeprefix('Once upon a time').split()[0]
@@ -288,7 +295,7 @@ def test_how_words_are_chosen_can_be_said(call):
     assert call('generate', '--max-new-tokens', 0)[0] == '\n'
 
 
-def test_the_context_may_run_over(call, data):
+def test_the_context_may_run_over(call, quick, data):
     assert call('train', '--data', data, *TINY, '--steps', 1)[2] == 0                    # a context of 16
     options = '--model', 'run', '--prompt', 'Once upon a time', '--temperature', 0, '--max-new-tokens', 40
     end = load_tokenizer('run').special_tokens[cli.END]

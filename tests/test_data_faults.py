@@ -141,7 +141,7 @@ try:
         while True: file.append([2] * 1000)
 except OSError as e: print("stopped:", type(e).__name__)
 '''
-    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert out.stdout == 'stopped: OSError\n', out.stderr
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
