@@ -1,5 +1,6 @@
 """Each notebook is executed once, in a fork of one warm process, and that run serves every check."""
 import json
+import time
 
 import forks
 import inputs
@@ -92,17 +93,37 @@ def test_another_capability_is_another_environment(monkeypatch):
     assert nb.environment() != here
 
 
-@pytest.mark.skipif(not forks.CAN_FORK, reason='kernels are forked on Linux alone')
+def notebook(path, *sources):
+    "A notebook with these code cells, in a file."
+    cells = [{'cell_type': 'code', 'id': f'c{i}', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': s} for i, s in enumerate(sources)]
+    path.write_text(json.dumps({'cells': cells, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
+    return path
+
+
+only_with_forks = pytest.mark.skipif(not forks.CAN_FORK, reason='kernels are forked on Linux alone')
+
+
+@only_with_forks
 def test_a_forked_kernel_is_a_fresh_one(forked, tmp_path):
     "It computes in several threads, draws what a new process draws, knows no module of tools/, and its end is waited for."
-    book = tmp_path/'trial.ipynb'
-    book.write_text(json.dumps({'cells': [{'cell_type': 'code', 'id': f'c{i}', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': s} for i, s in enumerate([
-        'import os, sys, torch\nprint("forks" in sys.modules, os.getcwd())', 'x = torch.ones(400, 400) @ torch.ones(400, 400)\nx.sum().item(), torch.initial_seed()',
-        'print("llm_from_scratch" in sys.modules)'])], 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
+    book = notebook(tmp_path/'trial.ipynb', 'import os, sys, torch\nprint("forks" in sys.modules, os.getcwd())',
+                    'x = torch.ones(400, 400) @ torch.ones(400, 400)\nx.sum().item(), torch.initial_seed()', 'print("llm_from_scratch" in sys.modules)')
     before = forks.spent()
     said = [''.join(o.get('text', o.get('data', {}).get('text/plain', '')) for o in c.outputs) for c in nb.run(book).cells]
     assert said[0] == f'False {tmp_path}\n' and said[1].startswith('(64000000.0, ') and said[2] == 'False\n'
     assert forks.spent() > before
+
+
+@only_with_forks
+def test_a_kernel_ends_with_the_warm_process_and_the_next_one_starts_another(forked, tmp_path):
+    from nbclient.exceptions import DeadKernelError
+    lost = notebook(tmp_path/'lost.ipynb', 'import os, signal, time\nopen("pid", "w").write(str(os.getpid()))\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(600)')
+    with pytest.raises(DeadKernelError): nb.run(lost)
+    import psutil
+    pid, end = int((tmp_path/'pid').read_text()), time.monotonic() + 60
+    while psutil.pid_exists(pid) and time.monotonic() < end: time.sleep(0.2)
+    assert not psutil.pid_exists(pid)
+    assert nb.run(notebook(tmp_path/'next.ipynb', 'print(6 * 7)')).cells[0].outputs[0].text == '42\n'
 
 
 # What a test depends on -------------------------------------------------------------------------------------------

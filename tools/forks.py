@@ -58,7 +58,7 @@ def become_kernel(arguments, env, cwd):
     os.chdir(cwd)
     sys.argv = ['ipykernel_launcher', *arguments]
     from ipykernel.kernelapp import IPKernelApp
-    try: IPKernelApp.launch_instance()
+    try: IPKernelApp.launch_instance(parent_handle=os.getppid())       # a kernel ends with the process it came from
     finally: os._exit(0)
 
 
