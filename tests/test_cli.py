@@ -372,9 +372,9 @@ def test_a_file_of_settings_changes_a_run_that_goes_on(data, call, tmp_path):
 
 
 def test_held_out_batches_are_always_the_same_and_in_order(data, tmp_path, monkeypatch):
-    from llm_from_scratch.training import World
+    from llm_from_scratch.training import ProcessGroup
     monkeypatch.chdir(tmp_path)
-    made, _ = cli._trainer(TrainConfig(steps=1, batch_size=2), GPTConfig(1, 16, 16, 1, 2), data, tmp_path/'run', World())
+    made, _ = cli._trainer(TrainConfig(steps=1, batch_size=2), GPTConfig(1, 16, 16, 1, 2), data, tmp_path/'run', ProcessGroup())
     plain = BatchLoader(TokenFile.open(data/'validation.tok'), 16, 2, shuffle=False)
     for step in range(3): assert made.validation.batch(step)[0].equal(plain.batch(step)[0])
     assert not made.train.batch(0)[0].equal(BatchLoader(TokenFile.open(data/'train.tok'), 16, 2, shuffle=False).batch(0)[0])
