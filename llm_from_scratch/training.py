@@ -325,7 +325,8 @@ class Precision:
         self.name, why = choose_precision(name, self.device)
         _log.info("precision %s: %s", self.name, why)
         self.scales = self.name == "float16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scales)  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(                # type: ignore[attr-defined]
+            self.device.type, enabled=self.scales)
 
     def autocast(self) -> AbstractContextManager[Any]:
         "The context in which the model runs."
@@ -350,9 +351,11 @@ class Precision:
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
+        "The decision, and where the scaler is."
         return {"name": self.name, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Decide as the run that was saved had decided."
         if state["name"] != self.name: self._choose(state["name"])
         if state["scaler"]: self.scaler.load_state_dict(dict(state["scaler"]))
 
@@ -441,10 +444,12 @@ class Generators:
         self.states, self.running = generator_states(self.model), False
 
     def state_dict(self) -> dict[str, Any]:
+        "The states of every rank; all processes call this together."
         mine = generator_states(self.model) if self.running else self.states
         return {"ranks": self.world.gather(mine)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Take this rank's states, if as many processes wrote them."
         ranks = state["ranks"]
         same = len(ranks) == self.world.size
         self.states = ranks[self.world.rank] if same else None
@@ -630,9 +635,12 @@ class ProcessGroup:
         "One item from each process, in the order of their ranks."
         return [item]
 
-    def state_dict(self) -> dict[str, int]: return {"size": self.size}
+    def state_dict(self) -> dict[str, int]:
+        "How many processes there are."
+        return {"size": self.size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        "Warn if another number of processes wrote the checkpoint."
         if state["size"] != self.size:
             _log.warning("saved by %d processes, resumed by %d: dropout will "
                          "draw other numbers", state["size"], self.size)
@@ -731,7 +739,7 @@ class TrainResult:
 
 # %% ../nbs/11_training.ipynb #d0dfe7d8
 class Trainer:
-    """Trains a model: `fit` runs to the end, `resume` goes on after a kill.
+    """Trains a model: `fit` runs to the end, `resume` goes on after a crash.
 
     It makes the steps; whatever else a run needs, a `Callback` does."""
     def __init__(
@@ -886,10 +894,14 @@ class Trainer:
         return next(c for c in self.callbacks if isinstance(c, kind))
 
     @property
-    def best(self) -> tuple[float, int] | None: return self.find(Evaluator).best
+    def best(self) -> tuple[float, int] | None:
+        "The lowest validation loss, and its step."
+        return self.find(Evaluator).best
 
     @property
-    def history(self) -> list[dict[str, Any]]: return self.find(RunLog).history
+    def history(self) -> list[dict[str, Any]]:
+        "The records of all steps so far."
+        return self.find(RunLog).history
 
     def parts(self) -> dict[str, Any]:
         "Whatever has a state, by name."
@@ -917,7 +929,9 @@ class Trainer:
         self.seconds = own["seconds"]
 
     @property
-    def model_config(self) -> Any: return getattr(self.model, "config", None)
+    def model_config(self) -> Any:
+        "The configuration of the model, if it has one."
+        return getattr(self.model, "config", None)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         "Put back everything that a checkpoint holds, if it is of this run."
@@ -1225,6 +1239,7 @@ class Interrupts(Callback):
     def close(self, trainer: Trainer) -> None:
         while self.before: signal.signal(*self.before.popitem())
 
+# %% ../nbs/11_training.ipynb #82653a2c
 class ProgressBar(Callback):
     "A bar with the loss, tokens per second and the time left."
     bar: Any = None
@@ -1274,10 +1289,12 @@ class OptimizerMemory:
                            for p in group["params"]}) for o in optimizers]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
+        "Parameter → what is remembered of it → tensor."
         return {name: dict(o.state[p]) if p in o.state else {}
                 for o, owned in self.owned for name, p in owned.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        "Put it back. ValueError if a name is missing or unknown."
         known = {name for _, owned in self.owned for name in owned}
         missing, unknown = sorted(known - {*state}), sorted({*state} - known)
         if missing or unknown:

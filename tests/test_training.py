@@ -349,3 +349,165 @@ def test_tensorboard_hears_numbers(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=writer))
     TensorBoard(tmp_path)({'step': 3, 'loss': 1.5, 'event': 'nan'})
     assert said == [('loss', 1.5, 3)]
+
+
+# Parts: callbacks, losses, documents ------------------------------------------------------------------------------
+
+class Average(Callback):
+    "A moving average of the weights: tensors and a number to be saved."
+    name = 'ema'
+    def __init__(self): self.weights, self.seen = {}, 0
+
+    def step(self, trainer, record):
+        self.seen += 1
+        for name, p in trainer.model.named_parameters():
+            self.weights[name] = .9 * self.weights.get(name, p.detach()) + .1 * p.detach()
+        record['seen'] = self.seen
+
+    def state_dict(self): return {'weights': self.weights, 'seen': self.seen}
+    def load_state_dict(self, state): self.weights, self.seen = dict(state['weights']), state['seen']
+
+
+def test_a_callback_of_the_user_is_saved_and_resumed(tmp_path):
+    whole, cut, again = Average(), Average(), Average()
+    make(steps=6, parts={'callbacks': [whole]}).fit()
+    half = make(tmp_path, steps=6, parts={'callbacks': [cut], 'listeners': [lambda r: r['step'] == 3 and half.stop('interrupted')]})
+    half.fit()
+    made = make(tmp_path, steps=6, parts={'callbacks': [again]})
+    assert made.resume() == 3 and again.seen == 3 and all(torch.equal(v, again.weights[k]) for k, v in cut.weights.items())
+    result = made.fit()
+    assert result.column('seen')[1] == [1, 2, 3, 4, 5, 6] and all(torch.equal(v, again.weights[k]) for k, v in whole.weights.items())
+    with pytest.raises(ValueError, match="two callbacks are called 'ema'"): make(parts={'callbacks': [Average(), Average()]})
+
+
+def test_hooks_are_called_in_their_order_and_close_whatever_happens():
+    heard = []
+    class Ear(Callback):
+        def begin(self, trainer): heard.append('begin')
+        def judge(self, trainer, record): heard.append(f"judge {trainer.step} {record['loss'] > 0}"); return 'enough' if record['step'] == 2 else None
+        def step(self, trainer, record):
+            heard.append(f"step {record.get('event')} {record.get('message')}")
+            if self.fails: raise KeyError
+        def end(self, trainer): heard.append('end')
+        def close(self, trainer): heard.append('close')
+        fails = False
+    ear, before = Ear(), None
+    made = make(steps=2, parts={'callbacks': [ear]})
+    made.listeners.append(lambda r: before.update(made.model.state_dict()) if r['step'] == 1 else None)
+    before = {}
+    made.fit()
+    assert heard == ['begin', 'judge 0 True', 'step None None', 'judge 1 True', 'step skipped enough', 'end', 'close']
+    heard.clear(); ear.fails = True
+    with pytest.raises(KeyError): make(steps=2, parts={'callbacks': [ear]}).fit()
+    assert heard == ['begin', 'judge 0 True', 'step None None', 'close']
+
+
+def test_a_judge_that_says_no_leaves_the_weights():
+    class No(Callback):
+        def judge(self, trainer, record): return 'no'
+    made, fresh = make(parts={'callbacks': [No()]}), make()
+    assert made.fit().step == 6 and same_model(made, fresh) and {r['message'] for r in made.history} == {'no'}
+
+
+def test_another_loss_needs_no_other_trainer():
+    def doubled(model, batch): return 2 * lm_loss(model, batch)
+    twice, once = make(steps=1, dropout=0, parts={'loss': doubled}), make(steps=1, dropout=0)
+    assert twice.fit().history[0]['loss'] == pytest.approx(2 * once.fit().history[0]['loss'])
+    assert twice.history[0]['gradient'] == pytest.approx(2 * once.history[0]['gradient'], rel=1e-5)
+    assert twice.best[0] == pytest.approx(2 * evaluate(twice.model, twice.validation, 2)[0] / evaluate(twice.model, twice.validation, 2)[1])
+
+
+class TestOptimizerMemory:
+    def memory(self, name='adamw'):
+        made = make(steps=2, optimizer=name); made.fit()
+        return made, OptimizerMemory(made.model, made.optimizers)
+
+    @pytest.mark.parametrize('name', sorted(OPTIMIZERS))
+    def test_it_is_kept_by_the_name_of_the_parameter(self, name):
+        made, memory = self.memory(name)
+        state = memory.state_dict()
+        assert set(state) == {n for n, _ in made.model.named_parameters()}
+        for n, p in made.model.named_parameters():
+            assert all(t is state[n][k] for o in made.optimizers if p in o.state for k, t in o.state[p].items()) and state[n]
+        other = make(steps=2, optimizer=name)
+        OptimizerMemory(other.model, other.optimizers).load_state_dict(dict(reversed(state.items())))     # in any order
+        for n, entry in OptimizerMemory(other.model, other.optimizers).state_dict().items():
+            assert all(torch.equal(t, state[n][k]) for k, t in entry.items()) and entry.keys() == state[n].keys()
+
+    def test_what_is_missing_or_left_over_is_named(self):
+        _, memory = self.memory()
+        state = memory.state_dict()
+        with pytest.raises(ValueError, match=r"missing \['norm.bias'\], unknown \['norm.shift'\]"):
+            memory.load_state_dict({('norm.shift' if n == 'norm.bias' else n): entry for n, entry in state.items()})
+
+
+@given(st.recursive(st.one_of(st.integers(), st.text(max_size=3), st.none(), st.builds(lambda n: torch.full((n,), 1.5), st.integers(0, 3))),
+                    lambda inner: st.dictionaries(st.text('ab', min_size=1, max_size=2), inner, max_size=3), max_leaves=8))
+def test_a_state_is_split_and_joined(state):
+    tensors, rest = split_state(state, 'top')
+    def same(a, b):
+        if isinstance(a, torch.Tensor): return torch.equal(a, b)
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a) if isinstance(a, dict) else a == b
+    assert same(join_state(tensors, json.loads(json.dumps(rest))), state)
+
+
+def test_a_state_that_would_not_come_back_is_refused():
+    with pytest.raises(ValueError, match="two tensors of a state are called 'a.b'"): split_state({'a': {'b': torch.ones(1)}, 'a.b': torch.ones(1)})
+    with pytest.raises(TypeError, match='strings, got 3'): split_state({3: 4})
+
+
+def test_a_checkpoint_of_an_older_version_is_named(tmp_path):
+    save_checkpoint(tmp_path, 4, {'model': {'w': torch.ones(1)}}, {'tokens': 96})
+    with pytest.raises(ValueError, match='step-00000004 was written by an older version'): make(tmp_path).resume()
+
+
+def test_a_state_of_a_callback_that_is_gone_is_said(tmp_path, caplog):
+    make(tmp_path, steps=2, parts={'callbacks': [Average()]}).fit()
+    with caplog.at_level(logging.WARNING): assert make(tmp_path, steps=2).resume() == 2
+    assert 'has a state of ema' in caplog.text
+
+
+@pytest.mark.parametrize('positions', ['learned', 'rope'])
+def test_documents_in_a_row_are_as_they_are_alone(tmp_path, positions):
+    from llm_from_scratch.data import TokenFile
+    from llm_from_scratch.text import CharTokenizer
+    letters, draw = CharTokenizer.train(['abcdefghijklmnopqrs']), np.random.default_rng(1)
+    texts = [''.join(chr(97 + i) for i in draw.integers(0, 19, n)) for n in (3, 5, 2, 9, 4, 6, 7, 3, 8, 5)]
+    file = TokenFile.from_texts(tmp_path/'x.tok', texts, letters, end=None)
+    config = TrainConfig(steps=2, batch_size=3, document_mask=True, precision='float32', eval_batches=2)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=letters.vocab_size, context_length=8, d_model=8, n_layers=2, n_heads=2, positions=positions))
+    for parameter in model.parameters(): parameter.data.mul_(8)                     # so that attention matters
+    loader = loader_for(config, file, 8)
+    made = Trainer(model, config, loader, loader, world=ProcessGroup())
+    x, y = loader.batch(0)
+    segments = loader.segments(0)
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for row, (ids, targets) in enumerate(zip(x, y)):
+            for document in segments[row].unique():
+                here = segments[row] == document
+                kept = targets[here] != IGNORE
+                if kept.any(): total, n = total + float(model(ids[here][None], targets[here][None])) * int(kept.sum()), n + int(kept.sum())
+    plain = float(model(x, y).detach())
+    record = made.train_step()
+    assert record['loss'] == pytest.approx(total / n, rel=1e-5) and record['loss'] != pytest.approx(plain, rel=1e-3)
+    assert evaluate(model, loader, 1, segments=True)[0] != pytest.approx(evaluate(model, loader, 1)[0], rel=1e-4)
+
+
+def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do():
+    result = make(steps=4).fit()
+    assert all(r['tokens_per_second'] > 0 and 0 < r['mfu'] < 1.5 for r in result.history)
+    assert sum(24 / r['tokens_per_second'] for r in result.history) == pytest.approx(result.seconds, rel=.05)
+    speed = matrix_speed(torch.device('cpu'), torch.float32)
+    assert speed == matrix_speed(torch.device('cpu'), torch.float32) > 1e6                        # measured once
+    from llm_from_scratch.gpt import flops_per_token
+    for r in result.history: assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(make().model.config, 6) / speed, abs=1e-3)
+
+
+def test_each_batch_is_fetched_once_and_the_next_one_early():
+    made, asked = make(steps=3, validation=False), []
+    batch = made.train.batch
+    made.train.batch = lambda step: asked.append((step, made.step)) or batch(step)
+    made.fit()
+    assert asked == [(0, 0), (1, 0), (2, 1), (3, 2)] and made.train.step == 3
