@@ -360,7 +360,9 @@ def test_a_signal_ends_the_run_after_its_step(data, call, monkeypatch, number, s
         if self.step == 2: signal.raise_signal(number)
         return step(self)
     monkeypatch.setattr(Trainer, 'train_step', asked)
-    out, err, ended = call('train', '--data', data, *TINY, '--steps', 9)
+    before = signal.signal(number, signal.default_int_handler)            # also where these tests run with Ctrl-C ignored
+    try: out, err, ended = call('train', '--data', data, *TINY, '--steps', 9)
+    finally: signal.signal(number, before)
     assert (out, ended) == ('', status) and 'llmfs train --out run --resume goes on' in err
     assert [path.name for path in checkpoints('run')] == ['step-00000003']
 

@@ -33,7 +33,7 @@ class StopAt(Callback):
 
     def step(self, trainer, record):
         if (trainer.world.rank, trainer.step) != (self.rank, self.at): return
-        if self.sent: signal.raise_signal(signal.SIGINT)
+        if self.sent: signal.raise_signal(signal.SIGTERM)
         else: trainer.stop('interrupted', 'I have seen enough')
 
 

@@ -215,8 +215,16 @@ def test_a_spike_is_treated_as_configured(wish, reason, steps):
 
 # Ctrl-C -----------------------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def signals():
+    "Signals as a terminal sends them, also where these tests run with Ctrl-C ignored."
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler), signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL)}
+    yield
+    for number, handler in before.items(): signal.signal(number, handler)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step_and_it_can_be_resumed(tmp_path, number):
+def test_a_signal_ends_the_run_after_the_step_and_it_can_be_resumed(tmp_path, number, signals):
     whole = make(steps=8); whole.fit()
     made = make(tmp_path, steps=8)
     made.listeners.append(lambda r: r['step'] == 3 and signal.raise_signal(number))
@@ -229,7 +237,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_be_resumed(tmp_path, nu
     assert same_model(again, whole)
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once(signals):
     made = make(steps=8)
     def impatient(record):
         for _ in range(2): signal.raise_signal(signal.SIGINT)
