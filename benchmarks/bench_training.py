@@ -14,7 +14,7 @@ from llm_from_scratch.data import BatchLoader
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.optim import AdamW, clip_grad_norm, param_groups
 from llm_from_scratch.text import CharTokenizer
-from llm_from_scratch.training import TrainConfig, Trainer, World, evaluate, save_checkpoint
+from llm_from_scratch.training import ProcessGroup, TrainConfig, Trainer, evaluate, save_checkpoint
 
 PLACES = [Path(__file__).resolve().parents[2]/'shared'/'data'/name for name in ('tinyshakespeare.txt', 'tinyshakespeare/input.txt')]
 T, STEPS, SPRINT, GOAL = 64, 2_000, 125, 1.88
@@ -48,7 +48,7 @@ def course(kind, data, steps, goal=None, every=5):
     "Train; seconds of the steps alone, steps made, and the loss on the held-out part. Ends early where the goal is reached (in the last quarter)."
     train, held, V = data
     model, config = recipe(kind, V, steps)
-    trainer = Trainer(model, config, BatchLoader(train, T, config.batch_size), world=World())
+    trainer = Trainer(model, config, BatchLoader(train, T, config.batch_size), world=ProcessGroup())
     measure = BatchLoader(held, T, 128, shuffle=False)
 
     def loss(): return (lambda total, n: total / n)(*evaluate(model, measure, len(measure)))
@@ -81,7 +81,7 @@ def overhead(quick):
     ids = np.random.default_rng(0).integers(256, size=200_000)
     model = [GPT(GPTConfig(256, 128, 128, 4, 4), generator=torch.Generator().manual_seed(0)) for _ in 'ab']
     config = TrainConfig(steps=10_000, batch_size=16, precision='float32')
-    trainer, loader = Trainer(model[0], config, BatchLoader(ids, 128, 16), world=World()), BatchLoader(ids, 128, 16)
+    trainer, loader = Trainer(model[0], config, BatchLoader(ids, 128, 16), world=ProcessGroup()), BatchLoader(ids, 128, 16)
     optimizer = AdamW(param_groups(model[1], config.weight_decay), lr=1e-3, betas=config.betas)
 
     def bare(step):

@@ -518,11 +518,12 @@ def _train(
       llmfs train --seconds 120 --optimizer muon --batch-size 8 --lr 0.01
       llmfs train --data data --out run --steps 2000 --schedule wsd
       llmfs train --out run --resume"""
-    from llm_from_scratch.training import checkpoints, join_world
+    from llm_from_scratch.distributed import join_processes
+    from llm_from_scratch.training import checkpoints
     if not resume and checkpoints(out):
         raise FileExistsError(f"{out} holds a run already: --resume goes on with it, "
                               "another --out begins a new one")
-    with join_world(device) as world:
+    with join_processes(device) as world:
         trainer, table = _trainer(settings, shape, data, out, world)
         if resume: trainer.resume(skip_damaged=skip_damaged)
         if world.is_main: _note(_outlook(trainer))

@@ -3,27 +3,29 @@
 # %% ../nbs/11_training.ipynb #86e9e64b
 from __future__ import annotations
 
-import base64, importlib.util, json, logging, math, os, random, secrets, shutil, signal
-import statistics, struct, time, zlib
+import base64, importlib.util, json, logging, math, os, random, secrets
+import shutil, signal, statistics, struct, time, zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .data import IGNORE, BatchLoader, _sync_folder, replacing
-from .gpt import _check_fields
-from .optim import SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups
+from .data import (
+    IGNORE, BatchLoader, _sync_folder, document_mask, document_positions, replacing)
+from .gpt import GPTConfig, _check_fields, flops_per_token
+from .optim import (
+    SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
 from .tensors import best_device, seed_all
 
 if TYPE_CHECKING:
@@ -32,32 +34,60 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'PRECISIONS', 'REASONS', 'evaluate', 'TrainConfig', 'planned_steps', 'share_of_peak', 'count_targets',
-           'accumulate', 'bfloat16_speed', 'choose_precision', 'missing_compiler', 'compiled', 'SpikeDetector',
-           'generator_states', 'restore_generators', 'write_tensors', 'save_checkpoint', 'DamagedCheckpoint',
-           'Checkpoint', 'checkpoints', 'latest_checkpoint', 'load_checkpoint', 'World', 'join_world', 'loader_for',
-           'Trainer', 'TrainResult', 'append_line', 'read_log', 'Prediction', 'predict_run', 'plot_history', 'LivePlot',
-           'TensorBoard']
+__all__ = ['OPTIMIZERS', 'PRECISIONS', 'REASONS', 'lm_loss', 'evaluate', 'TrainConfig', 'planned_steps', 'lr_multiplier',
+           'count_targets', 'accumulate', 'matrix_speed', 'bfloat16_speed', 'choose_precision', 'Precision',
+           'missing_compiler', 'compiled', 'SpikeDetector', 'generator_states', 'restore_generators', 'Generators',
+           'write_tensors', 'save_checkpoint', 'DamagedCheckpoint', 'Checkpoint', 'checkpoints', 'latest_checkpoint',
+           'load_checkpoint', 'ProcessGroup', 'loader_for', 'Callback', 'TrainResult', 'Trainer', 'Batches', 'Budget',
+           'SpikeGuard', 'Evaluator', 'EarlyStopping', 'Throughput', 'append_line', 'read_log', 'RunLog', 'Checkpoints',
+           'Interrupts', 'ProgressBar', 'usual_callbacks', 'OptimizerMemory', 'split_state', 'join_state',
+           'split_parts', 'Prediction', 'predict_run', 'plot_history', 'LivePlot', 'TensorBoard']
 
 # %% ../nbs/11_training.ipynb #15cf680e
+def lm_loss(
+    model: nn.Module,                 # called as model(inputs, targets)
+    batch: Sequence[Tensor],          # inputs, targets, and maybe segments
+) -> Float[Tensor, ""]:
+    "The mean cross-entropy loss of a batch, in nats per target."
+    inputs, targets, *segments = batch
+    if not segments: return model(inputs, targets)
+    return model(inputs, targets, mask=document_mask(*segments),
+                 positions=document_positions(*segments))
+
+def _fetch(loader: BatchLoader, step: int, segments: bool) -> tuple[Tensor, ...]:
+    "The batch of a step, with its segments if they are asked for."
+    batch = tuple(loader.batch(step))
+    return (*batch, loader.segments(step)) if segments else batch
+
+def _move(
+    batch: Sequence[Tensor], device: torch.device,
+) -> tuple[Tensor, ...]:
+    "The batch on a device; a GPU copies pinned memory while it computes."
+    if device.type != "cuda": return tuple(t.to(device) for t in batch)
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+
+# %% ../nbs/11_training.ipynb #70927096
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,                 # called as model(inputs, targets): the mean surprise
+    model: nn.Module,
     loader: BatchLoader,              # of validation text
-    n_batches: int = 16,              # how many of its batches to read, from the first on
+    n_batches: int = 16,              # how many to read, from the first on
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[float, int]:               # sum of the surprise in nats, number of targets
-    "Surprise at held-out targets, with dropout off; the model's mode is left as it was."
+    *,
+    loss: Callable[..., Tensor] = lm_loss,
+    segments: bool = False,           # keep documents apart
+) -> tuple[float, int]:               # sum of the loss, number of targets
+    "Loss on held-out text, with dropout off; the model's mode stays."
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    surprise, counted = 0.0, 0
+    total, counted = 0.0, 0
     for step in range(n_batches):
-        x, y = (t.to(device) for t in loader.batch(step))
-        if not (n := int((y != IGNORE).sum())): continue
-        with autocast(): surprise += float(model(x, y)) * n
+        batch = _move(_fetch(loader, step, segments), device)
+        if not (n := int((batch[1] != IGNORE).sum())): continue
+        with autocast(): total += float(loss(model, batch)) * n
         counted += n
     model.train(was_training)
-    return surprise, counted
+    return total, counted
 
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
@@ -84,6 +114,7 @@ class TrainConfig:
 
     precision: str = "auto"             # a name in `PRECISIONS`
     compile: bool = False               # fuse the model's operations, where a compiler is found
+    document_mask: bool = False         # attention stays within a document
     seed: int = 0                       # of dropout and whatever else draws at random
     eval_every: int | None = None       # steps between evaluations; None: only at the end
     eval_batches: int = 16              # batches that an evaluation reads
@@ -156,8 +187,10 @@ def _check_choices(c: TrainConfig) -> None:
     if c.micro_batch_size is not None and c.micro_batch_size > c.batch_size:
         raise ValueError(f"micro_batch_size {c.micro_batch_size} is more than "
                          f"batch_size {c.batch_size}")
-    if not isinstance(c.compile, bool):
-        raise ValueError(f"compile must be True or False, got {c.compile!r}")
+    for name in "compile", "document_mask":
+        if not isinstance(getattr(c, name), bool):
+            raise ValueError(f"{name} must be True or False, "
+                             f"got {getattr(c, name)!r}")
     for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
                         ("precision", PRECISIONS), ("on_nan", ("stop", "skip")),
                         ("on_spike", ("ignore", "skip", "stop")),
@@ -202,8 +235,8 @@ def planned_steps(config: TrainConfig, loader: BatchLoader) -> int | None:
     known = [config.steps, config.tokens and math.ceil(config.tokens / per_step)]
     return min((n for n in known if n), default=None)
 
-def share_of_peak(config: TrainConfig, step: int, total: int) -> float:
-    "The learning rate of a step as a share of its peak."
+def lr_multiplier(config: TrainConfig, step: int, total: int) -> float:
+    "The learning rate of a step, divided by its peak."
     options: dict[str, Any] = {"decay": config.decay} if config.schedule == "wsd" else {}
     return SCHEDULES[config.schedule](step, total, peak=1.0, warmup=config.warmup,
                                       floor=config.floor, **options)
@@ -214,46 +247,55 @@ def count_targets(targets: Int[Tensor, "B T"]) -> int:
     return int((targets != IGNORE).sum())
 
 def accumulate(
-    model: nn.Module,                      # called as model(inputs, targets): the mean surprise
-    x: Int[Tensor, "B T"],
-    y: Int[Tensor, "B T"],
+    model: nn.Module,
+    batch: Sequence[Tensor],               # inputs, targets, and what else `loss` needs
     micro_batch_size: int | None = None,   # rows at once; None: all
     *,
+    loss: Callable[..., Tensor] = lm_loss, # of model and batch: a mean over targets
     total: float | None = None,            # targets of the batch, where others have a part
     backward: Callable[[Tensor], Any] = Tensor.backward,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Float[Tensor, ""]:                    # this part of the batch's loss
-    "Add up the gradients of a batch a few rows at a time, @eq-training-accumulation."
-    rows, total = micro_batch_size or len(x), total or max(1, count_targets(y))
-    loss = torch.zeros((), device=x.device)
-    for start in range(0, len(x), rows):
-        inputs, targets = x[start:start + rows], y[start:start + rows]
+    "Gradient accumulation over micro-batches, @eq-training-accumulation."
+    n = len(batch[0])
+    rows, total = micro_batch_size or n, total or max(1, count_targets(batch[1]))
+    found = torch.zeros((), device=batch[0].device)
+    for start in range(0, n, rows):
+        inputs, targets, *more = (t[start:start + rows] for t in batch)
         counted = count_targets(targets)
         if not counted: targets = targets.clamp(min=0)     # any target: its weight is 0
-        with _silent(model, start + rows < len(x)):
-            with autocast(): part = model(inputs, targets) * (counted / total)
+        with _silent(model, start + rows < n):
+            with autocast():
+                part = loss(model, (inputs, targets, *more)) * (counted / total)
             backward(part)
-        loss += part.detach()
-    return loss
+        found += part.detach()
+    return found
 
 def _silent(model: nn.Module, silent: bool) -> AbstractContextManager[Any]:
-    "Processes that train together need to talk once per batch, after its last rows."
-    together = isinstance(model, DistributedDataParallel)
-    return model.no_sync() if silent and together else nullcontext()
+    "Processes that train together all-reduce once per batch, after its last rows."
+    return getattr(model, "no_sync", nullcontext)() if silent else nullcontext()
 
 # %% ../nbs/11_training.ipynb #f985edf0
+@lru_cache
+def matrix_speed(
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    size: int | None = None,
+) -> float:
+    "Floating-point operations per second of a matrix product: the best of three."
+    size = size or (4096 if device.type == "cuda" else 384)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()                               # wait for the result
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[1:])                    # the first one warms up
+
 def bfloat16_speed(device: torch.device, size: int = 192) -> float:
     "How many times as fast as float32 this device multiplies matrices of bfloat16."
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, device=device, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()                           # wait for the result
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])                    # the first one warms up
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+    return (matrix_speed(device, torch.bfloat16, size)
+            / matrix_speed(device, torch.float32, size))
 
 def choose_precision(
     name: str,                        # a name in `PRECISIONS`
@@ -271,6 +313,51 @@ def choose_precision(
     speed = bfloat16_speed(device)
     chosen = "bfloat16" if speed > 1.3 else "float32"
     return chosen, f"bfloat16 is {speed:.2g} times as fast as float32 on this {device.type}"
+
+# %% ../nbs/11_training.ipynb #b03ffa54
+class Precision:
+    "The number format of a run: where to cast, and how `float16` scales."
+    def __init__(self, name: str, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._choose(name)
+
+    def _choose(self, name: str) -> None:
+        self.name, why = choose_precision(name, self.device)
+        _log.info("precision %s: %s", self.name, why)
+        self.scales = self.name == "float16"
+        self.scaler = torch.amp.GradScaler(                # type: ignore[attr-defined]
+            self.device.type, enabled=self.scales)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        "The context in which the model runs."
+        dtype = PRECISIONS[self.name]
+        if dtype in (None, torch.float32): return nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        "Gradients of the loss, scaled where the format needs that."
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        "Gradients as they would be without the factor."
+        for optimizer in optimizers: self.scaler.unscale_(optimizer)
+
+    def update(
+        self, optimizers: Sequence[torch.optim.Optimizer], skip: bool = False,
+    ) -> None:
+        "Move the weights, unless the step is skipped; adapt the factor."
+        if not skip:
+            for optimizer in optimizers: self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        "The decision, and where the scaler is."
+        return {"name": self.name, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Decide as the run that was saved had decided."
+        if state["name"] != self.name: self._choose(state["name"])
+        if state["scaler"]: self.scaler.load_state_dict(dict(state["scaler"]))
 
 # %% ../nbs/11_training.ipynb #175c7705
 def missing_compiler(device: torch.device | str) -> str | None:
@@ -337,6 +424,35 @@ def restore_generators(model: nn.Module, states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([*map(_decode, states["cuda"])])
     for name, generator in _own_generators(model).items():
         generator.set_state(_decode(states["own"][name]))
+
+# %% ../nbs/11_training.ipynb #51d1ebc4
+class Generators:
+    "Where the random generators of a run are, on each process that takes part."
+    def __init__(self, model: nn.Module, world: ProcessGroup) -> None:
+        self.model, self.world = model, world
+        self.states: Any = None            # None: not begun
+        self.running = False
+
+    def begin(self, seed: int) -> None:
+        "Start from the seed, or from where the run left them."
+        self.running = True
+        if self.states is None: seed_all((seed + self.world.rank) % 2**32)
+        else: restore_generators(self.model, self.states)
+
+    def rest(self) -> None:
+        "Note where they are; the run pauses."
+        self.states, self.running = generator_states(self.model), False
+
+    def state_dict(self) -> dict[str, Any]:
+        "The states of every rank; all processes call this together."
+        mine = generator_states(self.model) if self.running else self.states
+        return {"ranks": self.world.gather(mine)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Take this rank's states, if as many processes wrote them."
+        ranks = state["ranks"]
+        same = len(ranks) == self.world.size
+        self.states = ranks[self.world.rank] if same else None
 
 # %% ../nbs/11_training.ipynb #09f9c4ac
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16",
@@ -496,401 +612,111 @@ def _offer(path: Path, problem: Exception) -> str:
 
 # %% ../nbs/11_training.ipynb #4b1b97cf
 @dataclass(frozen=True)
-class World:
-    "The processes that train together, and which of them this one is."
+class ProcessGroup:
+    "The processes that train together, here one; the protocol of all others."
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
-        "Whether this is the process that writes files and speaks."
+        "Whether this is rank 0, the process that writes files."
         return self.rank == 0
 
-    def sum(self, *numbers: float) -> list[float]:
-        "Each number summed over all processes."
-        if self.size == 1: return [float(n) for n in numbers]
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+    def wrap(self, model: nn.Module) -> nn.Module:
+        "The model as it runs: its gradients are those of all processes."
+        return model
 
-    def most(self, number: int) -> int:
-        "The largest number that any process has."
-        if self.size == 1: return number
-        largest = torch.tensor(number, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
+    def reduce(self, *numbers: float) -> list[float]:
+        "Each number summed over all processes, in one all-reduce."
+        return [float(n) for n in numbers]
 
     def gather(self, item: Any) -> list[Any]:
         "One item from each process, in the order of their ranks."
-        if self.size == 1: return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
-        return items
+        return [item]
+
+    def state_dict(self) -> dict[str, int]:
+        "How many processes there are."
+        return {"size": self.size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        "Warn if another number of processes wrote the checkpoint."
+        if state["size"] != self.size:
+            _log.warning("saved by %d processes, resumed by %d: dropout will "
+                         "draw other numbers", state["size"], self.size)
+
+# %% ../nbs/11_training.ipynb #8d4f3a00
+World = ProcessGroup       # the name under which stored experiments know it
 
 # %% ../nbs/11_training.ipynb #6d01e35c
-@contextmanager
-def join_world(device: torch.device | str | None = None) -> Iterator[World]:
-    "Meet the other processes that `torchrun` started; without it, a world of one."
-    if "WORLD_SIZE" not in os.environ:
-        yield World(device=torch.device(device or best_device()))
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
-    if on_gpu: torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    here = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    try: yield World(dist.get_rank(), dist.get_world_size(), here)
-    finally: dist.destroy_process_group()
-
-# %% ../nbs/11_training.ipynb #48c4a67a
 def loader_for(
     config: TrainConfig,
     data: Any,                        # a `TokenFile`, or one row of ids
     context_length: int,
-    world: World | None = None,       # whose rank reads its rows of each batch
+    world: ProcessGroup | None = None,  # its rank reads its rows
     **options: Any,                   # of `BatchLoader`
 ) -> BatchLoader:
-    "A `BatchLoader` for this run: its batch size, its seed, this process's rows."
-    world = world or World()
-    options = {"seed": config.seed, **options}
-    return BatchLoader(data, context_length, config.batch_size, rank=world.rank,
-                       world_size=world.size, **options)
+    "A `BatchLoader` for this run: its batch size, its seed, this rank's rows."
+    world = world or ProcessGroup()
+    options = {"seed": config.seed,
+               "cross_documents": not config.document_mask, **options}
+    return BatchLoader(data, context_length, config.batch_size,
+                       rank=world.rank, world_size=world.size, **options)
 
-# %% ../nbs/11_training.ipynb #d0dfe7d8
-class Trainer:
-    """Trains a model, and survives: `fit` runs to the end, `resume` goes on after a kill.
-
-    The model is called as `model(inputs, targets)` and returns their mean surprise."""
-    config: TrainConfig; model: nn.Module; world: World
-
-    def _prepare(self, precision: str) -> None:
-        "Choose the precision, fuse the model, join the other processes."
-        self.precision, why = choose_precision(precision, self.world.device)
-        _log.info("precision %s: %s", self.precision, why)
-        self.scaler = torch.amp.GradScaler(                    # type: ignore[attr-defined]
-            self.world.device.type, enabled=self.precision == "float16")
-        ready = compiled(self.model, self.world.device) if self.config.compile else self.model
-        if self.world.size > 1: ready = DistributedDataParallel(ready)
-        self._ready = ready                # the model as it runs: the same weights
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        "The context in which the model runs in the chosen precision."
-        dtype = PRECISIONS[self.precision]
-        if dtype in (None, torch.float32): return nullcontext()
-        return torch.autocast(self.world.device.type, dtype)
-
-    def __init__(
-        self,
-        model: nn.Module,                  # called as model(inputs, targets): the mean surprise
-        config: TrainConfig,
-        train: BatchLoader,
-        validation: BatchLoader | None = None,
-        folder: str | os.PathLike[str] | None = None,   # for checkpoints and the log
-        *,
-        world: World | None = None,        # see `join_world`; None: this process alone
-        listeners: Sequence[Callable[[dict[str, Any]], Any]] = (),  # hear what is logged
-    ) -> None:
-        _check_loader(config, train, world or World())
-        share_of_peak(config, 0, planned_steps(config, train) or 1 << 40)   # does it fit?
-        self.config, self.train, self.validation = config, train, validation
-        self.folder = None if folder is None else Path(folder)
-        self.listeners = list(listeners)
-        self.world = world or World(device=best_device())
-        self.model = model.to(self.world.device)
-        self.optimizers = OPTIMIZERS[config.optimizer](self.model, config)
-        self._peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
-        self.step = self.tokens = self.skipped = self.waited = 0
-        self.seconds, self.best = 0.0, None
-        self.history: list[dict[str, Any]] = []
-        self.spikes = SpikeDetector(config.spike_sigmas)
-        self._reason, self._message = "", ""
-        self._saved = self._clock = 0.0    # the last step saved, when the clock was last read
-        self._generators: Any = None       # where they stand between calls of `fit`
-        self._prepare(config.precision)
-
-    def _judge(self, loss: float) -> tuple[float | None, dict[str, Any]]:
-        "Clip the gradient; its length, and what is wrong with the step if anything is."
-        if not math.isfinite(loss): return None, self._trouble("nan", f"the loss is {loss}")
-        for optimizer in self.optimizers: self.scaler.unscale_(optimizer)
-        try: norm = float(clip_grad_norm(self.model.named_parameters(),
-                                         self.config.clip or math.inf))
-        except ValueError as e:
-            if self.scaler.is_enabled(): return None, self._overflow()
-            return None, self._trouble("nan", str(e))
-        if self.config.on_spike != "ignore" and self.spikes.is_spike(loss):
-            self.scaler.update()
-            return norm, self._trouble("spike", f"the loss is {loss:.4g}, the last ones "
-                                       f"allow {self.spikes.limit():.4g}")
-        return norm, {}
-
-    def _overflow(self) -> dict[str, Any]:
-        "float16 has overflowed: the scaler takes a smaller factor, and the step is left out."
-        self.scaler.update()
-        self.skipped += 1
-        if self.skipped >= 40: self.stop("nan", f"step {self.step + 1}: float16 overflows, "
-                                         f"however small the factor")
-        return {"event": "overflow"}
-
-    def _trouble(self, kind: str, what: str) -> dict[str, Any]:
-        "Leave the step out, and end the run if the configuration says so."
-        self.skipped += 1
-        message = f"step {self.step + 1}: {what}; the weights stay as they were"
-        _log.warning(message)
-        wish = self.config.on_nan if kind == "nan" else self.config.on_spike
-        if wish == "stop": self.stop(kind, message)
-        elif self.skipped >= self.config.max_skips:
-            self.stop(kind, f"{message}, for {self.skipped} steps in a row")
-        return {"event": kind, "message": message}
-
-    def stop(self, reason: str, message: str = "") -> None:
-        "End the run after this step; of several reasons the gravest is kept."
-        if REASONS.index(reason) < REASONS.index(self._reason): return
-        self._reason, self._message = reason, message
-
-    def set_learning_rate(self) -> float:
-        "Give every group its peak times the schedule; the share of the peak is returned."
-        share = share_of_peak(self.config, self.step, self.planned_steps())
-        for optimizer, peaks in zip(self.optimizers, self._peaks):
-            for group, peak in zip(optimizer.param_groups, peaks): group["lr"] = share * peak
-        return share
-
-    def planned_steps(self) -> int:
-        "How many steps the budgets allow; with seconds alone, at the speed so far."
-        c, known = self.config, planned_steps(self.config, self.train)
-        if known is not None: return known
-        guess = round(self.step * (c.seconds or 0) / max(self.seconds, 1e-9))
-        return max(self.step + 1, c.warmup + (c.decay or 0), guess)
-
-    def train_step(self) -> dict[str, Any]:
-        "Read a batch, find the gradient, judge it, move the weights: what is to be logged."
-        x, y = (t.to(self.world.device) for t in self.train.batch(self.train.step))
-        self.train.step += 1
-        total, = self.world.sum(count_targets(y))
-        share = self.set_learning_rate()
-        part = accumulate(
-            self._ready, x, y, self.config.micro_batch_size, total=total / self.world.size,
-            backward=self._backward, autocast=self.autocast)
-        loss = self.world.sum(float(part))[0] / self.world.size
-        norm, trouble = self._judge(loss)
-        if not trouble: self._update()
-        for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
-        self.step += 1; self.tokens += int(total)
-        return {"step": self.step, "loss": loss, "lr": share * self.config.lr,
-                "gradient": norm, "tokens": self.tokens, **trouble}
-
-    def _backward(self, loss: Tensor) -> None: self.scaler.scale(loss).backward()
-
-    def _update(self) -> None:
-        for optimizer in self.optimizers: self.scaler.step(optimizer)
-        self.scaler.update()
-        self.skipped = 0
-
-    def state(self) -> dict[str, Any]:
-        "Everything a run needs to go on, apart from tensors, for JSON; all processes must ask."
-        return {"config": asdict(self.config), "precision": self.precision,
-                "tokens": self.tokens, "seconds": self.seconds, "best": self.best,
-                "skipped": self.skipped, "waited": self.waited,
-                "losses": list(self.spikes.losses), "scaler": self.scaler.state_dict(),
-                "train": self.train.state_dict(), "data": _describe(self.train),
-                "model": _model_config(self.model),
-                "generators": self.world.gather(generator_states(self.model))}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        "The weights, and what the optimizers remember."
-        memory = {f"{i}.{index}.{key}": torch.as_tensor(value)
-                  for i, optimizer in enumerate(self.optimizers)
-                  for index, entry in optimizer.state_dict()["state"].items()
-                  for key, value in entry.items()}
-        return {"model": self.model.state_dict(), "optimizer": memory}
-
-    def save(self) -> None:
-        "Write a checkpoint. Where the disk refuses, the run goes on or ends as configured."
-        self._saved = self.step
-        if self.folder is None: return
-        state = self.state()
-        if not self.world.is_main: return
-        try: save_checkpoint(self.folder, self.step, self.tensors(), state, self.config.keep,
-                             self.best[1] if self.best else None)
-        except OSError as e: self._save_error(e)
-
-    def _save_error(self, error: OSError) -> None:
-        found = latest_checkpoint(self.folder or ".")
-        message = (f"step {self.step}: cannot save: {error.strerror or error}; the last "
-                   f"checkpoint is {found.name if found else 'not there'}")
-        _log.warning(message)
-        if self.config.on_save_error == "stop": self.stop("save error", message)
-
-    def log(self, record: dict[str, Any]) -> None:
-        "Remember what a step has measured: in the history, in log.jsonl, with every listener."
-        self.history.append(record)
-        if not self.world.is_main: return
-        if self.folder is not None:
-            try: append_line(self.folder / "log.jsonl", record)
-            except OSError as e: self._save_error(e)
-        for listener in self.listeners: listener(record)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        "Put back everything that `state` and `tensors` gave."
-        state = checkpoint.state
-        self._check_same(state)
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        _restore_optimizers(self.optimizers, checkpoint.tensors["optimizer"])
-        if state["precision"] != self.precision: self._prepare(state["precision"])
-        self.train.load_state_dict(state["train"])
-        self.step = self._saved = checkpoint.step
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self.skipped, self.waited = state["skipped"], state["waited"]
-        self.best = state["best"] and (state["best"][0], state["best"][1])
-        self.spikes.losses.extend(state["losses"])
-        if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
-        mine = state["generators"]
-        if len(mine) == self.world.size: self._generators = mine[self.world.rank]
-        else: _log.warning("saved by %d processes, resumed by %d: dropout will draw other "
-                           "numbers", len(mine), self.world.size)
-
-    def _check_same(self, state: Mapping[str, Any]) -> None:
-        "Other data or another model would make another run; another configuration is reported."
-        parts = ("data", _describe(self.train)), ("model", _model_config(self.model))
-        for name, mine in parts:
-            for key in {**(mine or {}), **(state[name] or {})}:
-                was, now = (state[name] or {}).get(key), (mine or {}).get(key)
-                if was != now: raise ValueError(f"the checkpoint was made with another {name}: "
-                                                f"{key} was {was!r} and is {now!r}")
-        for key, now in json.loads(self.config.to_json()).items():
-            if (was := state["config"].get(key)) != now:
-                _log.warning("resumed with another %s: it was %r and is %r", key, was, now)
-
-    def resume(
-        self,
-        folder: str | os.PathLike[str] | None = None,  # another run's; None: this run's own
-        step: int | None = None,                       # of the checkpoint; None: the latest
-        skip_damaged: bool = False,                    # take the newest one that is whole
-    ) -> int:                                          # steps already made; 0 if none
-        "Take up the last checkpoint; if damaged, `DamagedCheckpoint` offers the one before."
-        home = Path(folder or self.folder or ".")
-        found = [p for p in checkpoints(home) if step is None or int(p.name[5:]) == step]
-        if step is not None and not found:
-            raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
-        while found:
-            try: self.restore(load_checkpoint(found.pop()))
-            except DamagedCheckpoint as e:
-                if not (skip_damaged and found): raise
-                _log.warning(str(e))
-            else: break
-        self._restore_log(home)
-        return self.step
-
-    def _restore_log(self, home: Path) -> None:
-        self.history = read_log(home / "log.jsonl", self.step)
-        if not (self.folder and home == self.folder and self.world.is_main): return
-        _cut_log(home / "log.jsonl", self.history)
-        for path in checkpoints(home):
-            if int(path.name[5:]) > self.step: _set_aside(path)
-
-    def _begin(self) -> None:
-        "Put the generators where they belong: at the seed, or where they stood."
-        self._reason = self._message = ""
-        if self._generators is None: seed_all((self.config.seed + self.world.rank) % 2**32)
-        else: restore_generators(self.model, self._generators)
-
-    def _tick(self) -> None:
-        "Count the time since the clock was last read; the main process's clock holds for all."
-        now = time.perf_counter()
-        passed = now - self._clock if self.world.is_main else 0.0
-        self.seconds, self._clock = self.seconds + self.world.sum(passed)[0], now
-
-    def result(self) -> TrainResult:
-        "How the run stands."
-        ends = self._message or f"{self.step:,} steps, {self.tokens:,} tokens"
-        return TrainResult(self._reason, f"ended by {self._reason}: {ends}", self.step,
-                           self.tokens, self.seconds, self.best, self.history)
-
-    def _due(self, every: int | None) -> bool:
-        return self._budget() != "" if every is None else (
-            self.step % every == 0 or self._budget() != "")
-
-    def _is_best(self) -> bool: return self.best is not None and self.best[1] == self.step
-
-    def _evaluate(self, record: dict[str, Any]) -> None:
-        "Measure the validation loss; note a new best, or that we have waited longer for one."
-        if self.validation is None: return
-        found = evaluate(self.model, self.validation, self.config.eval_batches, self.autocast)
-        surprise, counted = self.world.sum(*found)
-        record["validation"] = loss = surprise / max(1, counted)
-        if self.best is None or loss < self.best[0]:
-            self.best, self.waited = (loss, self.step), 0
-        else: self.waited += 1
-        if self.config.patience and self.waited >= self.config.patience:
-            self.stop("patience", f"step {self.step}: no better validation loss "
-                      f"than {self.best[0]:.4f} at step {self.best[1]}")
-
-    def _budget(self) -> str:
-        "The budget that is used up, if one is."
-        c = self.config
-        if c.steps and self.step >= c.steps: return "steps"
-        if c.tokens and self.tokens >= c.tokens: return "tokens"
-        if c.seconds and self.seconds >= c.seconds: return "seconds"
-        return ""
-
-    def _finished(self) -> bool:
-        "Whether any process has a reason to stop; then all have it."
-        if spent := self._budget(): self.stop(spent)
-        self._reason = REASONS[self.world.most(REASONS.index(self._reason))]
-        return self._reason != ""
-
-    def fit(
-        self,
-        progress: bool = False,            # show a bar
-    ) -> TrainResult:
-        "Train until a budget is used up, and say how it ended."
-        self._begin()
-        self._clock = time.perf_counter()
-        self._ready.train()
-        with _listening(self), self._bar(progress) as bar:
-            while not self._finished():
-                record = self.train_step()
-                self._tick()
-                if self._due(self.config.eval_every): self._evaluate(record)
-                self.log(record | {"seconds": round(self.seconds, 4)})
-                if self._due(self.config.save_every) or self._is_best(): self.save()
-                bar(record)
-        if self._saved != self.step: self.save()
-        self._generators = generator_states(self.model)
-        return self.result()
-
-    @contextmanager
-    def _bar(self, show: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-        "A progress bar with the loss, tokens per second and the time left."
-        if not (show and self.world.is_main):
-            yield lambda record: None
-            return
-        from tqdm.auto import tqdm
-        with tqdm(total=self.planned_steps(), initial=self.step, unit="step") as bar:
-            def update(record: dict[str, Any]) -> None:
-                bar.total = self.planned_steps()
-                speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f}"
-                bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": speed},
-                                refresh=False)
-                bar.update()
-            yield update
-
-# %% ../nbs/11_training.ipynb #56d3ca93
-def _check_loader(config: TrainConfig, train: BatchLoader, world: World) -> None:
-    "A loader that reads other batches than the configuration says trains another model."
+def _check_loader(
+    config: TrainConfig, train: BatchLoader, world: ProcessGroup,
+) -> None:
+    "A loader that reads other batches than configured trains another model."
     if train.plan.batch_size != config.batch_size:
-        raise ValueError(f"the loader's batches have {train.plan.batch_size} rows, "
-                         f"the configuration says batch_size={config.batch_size}")
+        raise ValueError(
+            f"the loader's batches have {train.plan.batch_size} rows, "
+            f"the configuration says batch_size={config.batch_size}")
     rows = train.plan.rows
     expected = range(world.rank * config.batch_size // world.size,
                      (world.rank + 1) * config.batch_size // world.size)
     if rows != expected:
-        raise ValueError(f"rank {world.rank} of {world.size} must read rows {expected}, "
-                         f"its loader reads {rows}: make it with loader_for")
+        raise ValueError(
+            f"rank {world.rank} of {world.size} must read rows {expected}, "
+            f"its loader reads {rows}: make it with loader_for")
 
-# %% ../nbs/11_training.ipynb #b6744a16
-REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted", "spike", "nan",
-           "save error")              # why a run ends; of several reasons the last one counts
+# %% ../nbs/11_training.ipynb #48c4a67a
+class Callback:
+    """Takes part in a run at fixed moments; every hook is optional.
+
+    What it remembers goes into checkpoints by its `state_dict`, under its `name`."""
+    @property
+    def name(self) -> str:
+        "What its state is called in a checkpoint; one of a name in a run."
+        return type(self).__name__
+
+    def begin(self, trainer: Trainer) -> None:
+        "Before the first step of a call of `fit`."
+
+    def judge(self, trainer: Trainer, record: dict[str, Any]) -> str | None:
+        "After the backward pass; a returned sentence skips the update."
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        "After each step; what is added to `record` is logged."
+
+    def end(self, trainer: Trainer) -> None:
+        "After the last step, if no exception ended the run."
+
+    def close(self, trainer: Trainer) -> None:
+        "At the very end, whatever happened: give back what `begin` took."
+
+    def resumed(self, trainer: Trainer, folder: Path) -> None:
+        "After `resume` has restored the run from this folder."
+
+    def state_dict(self) -> dict[str, Any]:
+        "Tensors and what JSON can hold, in nested dictionaries."
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Put back what `state_dict` gave."
+
+# %% ../nbs/11_training.ipynb #0fc25276
+REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted",
+           "spike", "nan", "save error")     # the most severe comes last
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -900,29 +726,406 @@ class TrainResult:
     step: int
     tokens: int
     seconds: float
-    best: tuple[float, int] | None    # lowest validation loss in nats per token, and its step
-    history: list[dict[str, Any]]     # what was logged, a dictionary for each step
+    best: tuple[float, int] | None    # lowest validation loss (nats), its step
+    history: list[dict[str, Any]]     # what was logged, one record a step
 
     def __str__(self) -> str: return self.message
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         "The steps at which `name` was logged, and its values."
-        rows = [(r["step"], r[name]) for r in self.history if r.get(name) is not None]
+        rows = [(r["step"], r[name]) for r in self.history
+                if r.get(name) is not None]
         return [step for step, _ in rows], [value for _, value in rows]
 
-# %% ../nbs/11_training.ipynb #6ad98319
-def _describe(loader: BatchLoader) -> dict[str, Any]:
-    "Enough to notice that a run would go on with other data."
-    plan = loader.plan
-    return {"tokens": len(loader.ids), "batch_size": plan.batch_size, "shuffle": plan.shuffle,
-            "context_length": loader.context_length, "seed": int(plan._seed[0])}
+# %% ../nbs/11_training.ipynb #d0dfe7d8
+class Trainer:
+    """Trains a model: `fit` runs to the end, `resume` goes on after a crash.
 
-def _model_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return json.loads(config.to_json()) if hasattr(config, "to_json") else None
+    It makes the steps; whatever else a run needs, a `Callback` does."""
+    def __init__(
+        self,
+        model: nn.Module,                  # whatever `loss` calls
+        config: TrainConfig,
+        train: BatchLoader,
+        validation: BatchLoader | None = None,
+        folder: str | os.PathLike[str] | None = None,   # checkpoints, log
+        *,
+        world: ProcessGroup | None = None,      # None: this process alone
+        loss: Callable[..., Tensor] = lm_loss,  # of model and batch: a mean
+        callbacks: Sequence[Callback] = (),     # beside the usual ones
+        listeners: Sequence[Callable[[dict[str, Any]], Any]] = (),
+    ) -> None:
+        _check_loader(config, train, world or ProcessGroup())
+        lr_multiplier(config, 0, planned_steps(config, train) or 1 << 40)
+        self.config, self.train, self.validation = config, train, validation
+        self.folder = None if folder is None else Path(folder)
+        self.world = world or ProcessGroup(device=best_device())
+        device = self.world.device
+        self.model, self.loss = model.to(device), loss
+        self.ready = self.world.wrap(
+            compiled(self.model, device) if config.compile else self.model)
+        self.precision = Precision(config.precision, device)
+        self.optimizers = OPTIMIZERS[config.optimizer](self.model, config)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups]
+                      for optimizer in self.optimizers]
+        self.generators = Generators(self.model, self.world)
+        self.batches = Batches(train, device, config.document_mask)
+        self.counted = -1, 0.0             # a step, and its targets everywhere
+        self.step = self.tokens = 0
+        self.seconds, self.clock = 0.0, time.perf_counter()
+        self.reason, self.message = "", ""
+        self.ending = self.spent = False   # the last step, by a budget
+        self.listeners = list(listeners)   # called with each record
+        self.callbacks = usual_callbacks(config, callbacks)
+
+    def train_step(self) -> dict[str, Any]:
+        "Gradient, one all-reduce, judgment, update; what is to be logged."
+        targets, batch = self._targets(), self.batches.at(self.train.step)[1]
+        multiplier = self.set_learning_rate()
+        part = accumulate(
+            self.ready, batch, self.config.micro_batch_size, loss=self.loss,
+            total=targets / self.world.size,
+            backward=self.precision.backward, autocast=self.precision.autocast)
+        self.train.step += 1
+        loss = self._share(part)
+        record = {"step": self.step + 1, "loss": loss,
+                  "lr": multiplier * self.config.lr, **self._clip(),
+                  "tokens": self.tokens + int(targets)}
+        judged = [callback.judge(self, record) for callback in self.callbacks]
+        skip = next(filter(None, judged), "")
+        self.precision.update(self.optimizers, skip=skip != "")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens = record["step"], record["tokens"]
+        if skip: record = {"event": "skipped", **record, "message": skip}
+        return record | {"seconds": round(self.seconds, 4)}
+
+    def set_learning_rate(self) -> float:
+        "Give every group its peak times the schedule's multiplier; return it."
+        multiplier = lr_multiplier(self.config, self.step, self.planned_steps())
+        for optimizer, peaks in zip(self.optimizers, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = multiplier * peak
+        return multiplier
+
+    def planned_steps(self) -> int:
+        "How many steps the budgets allow; of seconds alone, at this speed."
+        c, known = self.config, planned_steps(self.config, self.train)
+        if known is not None: return known
+        guess = round(self.step * (c.seconds or 0) / max(self.seconds, 1e-9))
+        return max(self.step + 1, c.warmup + (c.decay or 0), guess)
+
+    def _targets(self) -> float:
+        "Targets of the batch at hand, of all processes."
+        step, targets = self.counted
+        if step != self.train.step:                # the first step of a run
+            targets, = self.world.reduce(self.batches.at(self.train.step)[0])
+        return targets
+
+    def _share(self, part: Tensor) -> float:
+        "One all-reduce: loss, time, targets of the next batch, wish to stop."
+        upcoming = self.batches.at(self.train.step)[0]    # while others compute
+        mine, now = float(part), time.perf_counter()
+        passed = now - self.clock if self.world.is_main else 0.0
+        wishes = [float(reason == self.reason) for reason in REASONS[1:]]
+        loss, passed, targets, *wishes = self.world.reduce(
+            mine, passed, upcoming, *wishes)
+        self.clock, self.seconds = now, self.seconds + passed
+        self.counted = self.train.step, targets
+        for reason, asked in zip(REASONS[1:], wishes):
+            if asked: self.stop(reason, agreed=True)
+        return loss / self.world.size
+
+    def stop(
+        self, reason: str, message: str = "",
+        agreed: bool = False,     # every process calls this at the same step
+    ) -> None:
+        """End the run after this step, of several reasons for the most severe.
+
+        A stop that one process asks for reaches the others with the next step."""
+        if REASONS.index(reason) >= REASONS.index(self.reason):
+            known = self.message if reason == self.reason else ""
+            self.reason, self.message = reason, message or known
+        self.ending |= agreed or self.world.size == 1
+
+    def _clip(self) -> dict[str, Any]:
+        "Bound the gradient; its norm, or which parameter's is not finite."
+        self.precision.unscale(self.optimizers)
+        named = self.model.named_parameters()
+        try: norm = clip_grad_norm(named, self.config.clip or math.inf)
+        except ValueError as e: return {"gradient": None, "fault": str(e)}
+        return {"gradient": float(norm)}
+
+    def fit(
+        self,
+        progress: bool = False,            # show a bar
+    ) -> TrainResult:
+        "Train until something stops the run, and say how it ended."
+        bar = [ProgressBar()] if progress and self.world.is_main else []
+        callbacks = [*self.callbacks, *bar]
+        self.reason, self.message, self.ending, self.spent = "", "", False, False
+        self.generators.begin(self.config.seed)
+        self.clock = time.perf_counter()
+        self.ready.train()
+        try:
+            for callback in callbacks: callback.begin(self)
+            while not self.ending:
+                record = self.train_step()
+                for callback in callbacks: callback.step(self, record)
+            for callback in callbacks: callback.end(self)
+        finally:
+            for callback in callbacks: callback.close(self)
+        self.generators.rest()
+        return self.result()
+
+    def result(self) -> TrainResult:
+        "How the run stands."
+        ends = self.message or f"{self.step:,} steps, {self.tokens:,} tokens"
+        return TrainResult(
+            self.reason, f"ended by {self.reason}: {ends}", self.step,
+            self.tokens, self.seconds, self.best, self.history)
+
+    def due(self, every: int | None) -> bool:
+        "Whether something is to be done after this step, or it is the last."
+        return self.spent or (every is not None and self.step % every == 0)
+
+    def find(self, kind: type[Any]) -> Any:
+        "The callback of this class."
+        return next(c for c in self.callbacks if isinstance(c, kind))
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        "The lowest validation loss, and its step."
+        return self.find(Evaluator).best
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        "The records of all steps so far."
+        return self.find(RunLog).history
+
+    def parts(self) -> dict[str, Any]:
+        "Whatever has a state, by name."
+        return {"model": self.model,
+                "optimizer": OptimizerMemory(self.model, self.optimizers),
+                "data": self.train, "precision": self.precision,
+                "generators": self.generators, "world": self.world,
+                **{callback.name: callback for callback in self.callbacks}}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        "Everything a run needs to go on; all processes call this together."
+        own = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        return {"trainer": own} | {name: s for name, s in states.items() if s}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        "Put back what `state_dict` gave. ValueError for another model's state."
+        own, parts = state["trainer"], self.parts()
+        for name in sorted({*state} - {*parts, "trainer"}):
+            _log.warning("the checkpoint has a state of %s, which this run "
+                         "does not have: it is left out", name)
+        for name, part in parts.items():
+            if name in state: part.load_state_dict(state[name])
+        self.step, self.tokens = own["step"], own["tokens"]
+        self.seconds = own["seconds"]
+
+    @property
+    def model_config(self) -> Any:
+        "The configuration of the model, if it has one."
+        return getattr(self.model, "config", None)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        "Put back everything that a checkpoint holds, if it is of this run."
+        if "parts" not in checkpoint.state:
+            raise ValueError(f"{checkpoint.path.name} was written by an older "
+                             "version of this library and cannot be resumed")
+        _check_same(checkpoint.state["about"], _about(self))
+        self.load_state_dict({
+            name: join_state(checkpoint.tensors.get(name, {}), rest)
+            for name, rest in checkpoint.state["parts"].items()})
+
+    def resume(
+        self,
+        folder: str | os.PathLike[str] | None = None,  # None: its own
+        step: int | None = None,           # of the checkpoint; None: the latest
+        skip_damaged: bool = False,        # take the newest one that is whole
+    ) -> int:                              # steps already made; 0 if none
+        "Resume the last checkpoint; a `DamagedCheckpoint` names the one before."
+        home = Path(folder or self.folder or ".")
+        found = [path for path in checkpoints(home)
+                 if step is None or int(path.name[5:]) == step]
+        if step is not None and not found:
+            raise FileNotFoundError(
+                f"there is no checkpoint of step {step} in {home}")
+        while found:
+            try: self.restore(load_checkpoint(found.pop()))
+            except DamagedCheckpoint as e:
+                if not (skip_damaged and found): raise
+                _log.warning(str(e))
+            else: break
+        for callback in self.callbacks: callback.resumed(self, home)
+        return self.step
+
+# %% ../nbs/11_training.ipynb #56d3ca93
+class Batches:
+    "The batches of a run, on its device, and how many targets each has."
+    def __init__(
+        self, loader: BatchLoader, device: torch.device, segments: bool,
+    ) -> None:
+        self.loader, self.device, self.segments = loader, device, segments
+        self._ready: tuple[int, int, tuple[Tensor, ...]] | None = None
+
+    def at(self, step: int) -> tuple[int, tuple[Tensor, ...]]:
+        "The targets that count and the batch; fetched once, early or late."
+        if self._ready is None or self._ready[0] != step:
+            batch = _fetch(self.loader, step, self.segments)
+            counted = count_targets(batch[1])         # still on the CPU
+            self._ready = step, counted, _move(batch, self.device)
+        return self._ready[1:]
+
+# %% ../nbs/11_training.ipynb #b6744a16
+class Budget(Callback):
+    "Ends a run after so many steps, tokens or seconds."
+    def __init__(
+        self, steps: int | None = None, tokens: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        self.limits = {"steps": steps, "tokens": tokens, "seconds": seconds}
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.begin(trainer)
+
+    def begin(self, trainer: Trainer) -> None:
+        used = trainer.step, trainer.tokens, trainer.seconds
+        for (name, limit), n in zip(self.limits.items(), used):
+            if limit is None or n < limit: continue
+            trainer.spent = True
+            return trainer.stop(name, agreed=True)
+
+# %% ../nbs/11_training.ipynb #991e7c84
+class SpikeGuard(Callback):
+    "Skips a step whose loss or gradient is NaN or infinite, or a spike."
+    def __init__(
+        self, on_nan: str = "stop", on_spike: str = "ignore",
+        sigmas: float = 6.0, max_skips: int = 10,
+    ) -> None:
+        self.wishes = {"nan": on_nan, "spike": on_spike}
+        self.detector, self.max_skips = SpikeDetector(sigmas), max_skips
+        self.skipped = 0                               # steps in a row
+
+    def judge(self, trainer: Trainer, record: dict[str, Any]) -> str | None:
+        loss, fault = record["loss"], record.pop("fault", None)
+        if not math.isfinite(loss):
+            record["gradient"] = None
+            return self.skip(trainer, record, "nan", f"the loss is {loss}")
+        if fault and trainer.precision.scales:
+            return self.overflow(trainer, record)
+        if fault: return self.skip(trainer, record, "nan", fault)
+        if self.wishes["spike"] == "ignore": return None
+        if not self.detector.is_spike(loss): return None
+        what = (f"the loss is {loss:.4g}, the last ones allow "
+                f"{self.detector.limit():.4g}")
+        return self.skip(trainer, record, "spike", what)
+
+    def skip(
+        self, trainer: Trainer, record: dict[str, Any], kind: str, what: str,
+    ) -> str:
+        "Skip the step; end the run if so configured, or after too many."
+        self.skipped += 1
+        record["event"] = kind
+        message = (f"step {record['step']}: {what}; "
+                   "the weights stay as they were")
+        _log.warning(message)
+        if self.wishes[kind] == "stop": trainer.stop(kind, message, agreed=True)
+        elif self.skipped >= self.max_skips:
+            trainer.stop(kind, f"{message}, for {self.skipped} steps in a row",
+                         agreed=True)
+        return message
+
+    def overflow(self, trainer: Trainer, record: dict[str, Any]) -> str:
+        "The scaler will take a smaller factor; only if that never helps, stop."
+        self.skipped += 1
+        record["event"] = "overflow"
+        message = f"step {record['step']}: float16 overflows"
+        if self.skipped >= 40:
+            trainer.stop("nan", f"{message}, however small the factor",
+                         agreed=True)
+        return message
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if "event" not in record: self.skipped = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "losses": list(self.detector.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped = state["skipped"]
+        self.detector.losses.clear()
+        self.detector.losses.extend(state["losses"])
 
 # %% ../nbs/11_training.ipynb #10e93192
-def append_line(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+class Evaluator(Callback):
+    "Measures the validation loss, and knows the best one and its step."
+    def __init__(self, every: int | None = None, batches: int = 16) -> None:
+        self.every, self.batches = every, batches
+        self.best: tuple[float, int] | None = None
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.validation is None or not trainer.due(self.every): return
+        found = evaluate(
+            trainer.model, trainer.validation, self.batches,
+            trainer.precision.autocast, loss=trainer.loss,
+            segments=trainer.config.document_mask)
+        total, counted = trainer.world.reduce(*found)
+        record["validation"] = loss = total / max(1, counted)
+        if self.best is None or loss < self.best[0]:
+            self.best = loss, trainer.step
+
+    def state_dict(self) -> dict[str, Any]: return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"] and (state["best"][0], state["best"][1])
+
+class EarlyStopping(Callback):
+    "Ends a run after so many evaluations in a row without a new best."
+    def __init__(self, patience: int | None = None) -> None:
+        self.patience, self.waited = patience, 0
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if "validation" not in record: return
+        loss, step = trainer.best
+        self.waited = 0 if step == trainer.step else self.waited + 1
+        if self.patience and self.waited >= self.patience:
+            trainer.stop("patience", f"step {trainer.step}: no better "
+                         f"validation loss than {loss:.4f} at step {step}",
+                         agreed=True)
+
+    def state_dict(self) -> dict[str, Any]: return {"waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.waited = state["waited"]
+
+# %% ../nbs/11_training.ipynb #6cf40431
+class Throughput(Callback):
+    "Adds tokens per second to each record, and MFU for a model of ours."
+    def begin(self, trainer: Trainer) -> None:
+        self.before, self.speed = (trainer.seconds, trainer.tokens), 0.0
+        config, length = trainer.model_config, trainer.train.context_length
+        if not isinstance(config, GPTConfig): return
+        name, device = trainer.precision.name, trainer.world.device
+        peak = matrix_speed(device, PRECISIONS[name]) * trainer.world.size
+        self.speed = peak / flops_per_token(config, length)   # tokens/s at most
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        seconds, tokens = self.before
+        self.before = trainer.seconds, trainer.tokens
+        speed = (trainer.tokens - tokens) / max(trainer.seconds - seconds, 1e-9)
+        record["tokens_per_second"] = round(speed, 1)
+        if self.speed: record["mfu"] = round(speed / self.speed, 4)
+
+# %% ../nbs/11_training.ipynb #bfadfe61
+def append_line(
+    path: str | os.PathLike[str], record: Mapping[str, Any],
+) -> None:
     "Add one JSON line to a log."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -933,13 +1136,14 @@ def read_log(
     path: str | os.PathLike[str],
     until: int | None = None,         # the last step that counts
 ) -> list[dict[str, Any]]:
-    "The records of a log, without those after `until` or a line that a kill cut short."
+    "The records of a log up to a step, without a line that a kill cut short."
     records = []
-    try: lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    try: text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError: return []
-    for line in lines:
+    for line in text.splitlines():
         with suppress(ValueError): records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict) and (until is None or r["step"] <= until)]
+    return [r for r in records if isinstance(r, dict)
+            and (until is None or r["step"] <= until)]
 
 def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     "Put a log back to these records."
@@ -947,44 +1151,214 @@ def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     with replacing(path) as file:
         for record in records: file.write((json.dumps(record) + "\n").encode())
 
-# %% ../nbs/11_training.ipynb #bfadfe61
-def _restore_optimizers(
-    optimizers: Sequence[torch.optim.Optimizer], memory: Mapping[str, Tensor],
-) -> None:
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in memory.items():
-            owner, index, key = name.split(".", 2)
-            if int(owner) == i: state.setdefault(int(index), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+# %% ../nbs/11_training.ipynb #4b2b83c5
+class RunLog(Callback):
+    "Keeps every record in memory and in log.jsonl, and tells the listeners."
+    def __init__(self) -> None: self.history: list[dict[str, Any]] = []
 
-# %% ../nbs/11_training.ipynb #bac06ce2
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        if not trainer.world.is_main: return
+        if trainer.folder is not None:
+            try: append_line(trainer.folder / "log.jsonl", record)
+            except OSError as e: _cannot_save(trainer, e)
+        for listener in trainer.listeners: listener(record)
+
+    def resumed(self, trainer: Trainer, folder: Path) -> None:
+        self.history = read_log(folder / "log.jsonl", trainer.step)
+        if trainer.world.is_main and folder == trainer.folder:
+            _cut_log(folder / "log.jsonl", self.history)
+
+def _cannot_save(trainer: Trainer, error: OSError) -> None:
+    "The disk is full or gone: end the run, or go on, as configured."
+    found = latest_checkpoint(trainer.folder or ".")
+    message = (f"step {trainer.step}: cannot save: "
+               f"{error.strerror or error}; the last checkpoint is "
+               f"{found.name if found else 'not there'}")
+    _log.warning(message)
+    if trainer.config.on_save_error == "stop":
+        trainer.stop("save error", message)
+
+# %% ../nbs/11_training.ipynb #4433f1cd
+class Checkpoints(Callback):
+    "Saves a run when that is due; the newest few and the best one stay."
+    def __init__(self, every: int | None = None, keep: int = 3) -> None:
+        self.every, self.keep, self.saved = every, keep, 0
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        is_best = trainer.best is not None and trainer.best[1] == trainer.step
+        if trainer.due(self.every) or is_best: self.save(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        if self.saved != trainer.step: self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        "Write a checkpoint, where there is a folder; all processes call this."
+        self.saved = trainer.step
+        if trainer.folder is None: return
+        tensors, state = split_parts(trainer.state_dict())
+        if not trainer.world.is_main: return
+        best = trainer.best[1] if trainer.best else None
+        state = {"about": _about(trainer), "parts": state}
+        try: save_checkpoint(trainer.folder, trainer.step, tensors, state,
+                             self.keep, best)
+        except OSError as e: _cannot_save(trainer, e)
+
+    def resumed(self, trainer: Trainer, folder: Path) -> None:
+        self.saved = trainer.step
+        if not (trainer.world.is_main and folder == trainer.folder): return
+        for path in checkpoints(folder):
+            if int(path.name[5:]) > trainer.step: _set_aside(path)
+
 def _set_aside(path: Path) -> None:
-    "Give a checkpoint of an abandoned future another name, so that nobody resumes from it."
+    "Rename a checkpoint of an abandoned future: nobody shall resume from it."
     other = path.with_name(f"aside-{path.name}-{secrets.token_hex(2)}")
     os.rename(path, other)
-    _log.warning("%s is of a later step than the one resumed from: renamed to %s",
-                 path.name, other.name)
+    _log.warning("%s is of a later step than the one resumed from: "
+                 "renamed to %s", path.name, other.name)
+
+# %% ../nbs/11_training.ipynb #bac06ce2
+class Interrupts(Callback):
+    "Ctrl-C or SIGTERM ends the run after its step; a second one, at once."
+    def __init__(self) -> None: self.before: dict[int, Any] = {}
+
+    def begin(self, trainer: Trainer) -> None:
+        def ask(number: int, _: Any) -> None:
+            name = signal.Signals(number).name
+            trainer.stop("interrupted", f"step {trainer.step + 1}: "
+                         f"interrupted by {name}")
+            signal.signal(number, self.before[number])
+
+        if current_thread() is not main_thread(): return   # signals go there
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_IGN, None): continue
+            self.before[number] = handler
+            signal.signal(number, ask)
+
+    def close(self, trainer: Trainer) -> None:
+        while self.before: signal.signal(*self.before.popitem())
+
+# %% ../nbs/11_training.ipynb #82653a2c
+class ProgressBar(Callback):
+    "A bar with the loss, tokens per second and the time left."
+    bar: Any = None
+
+    def begin(self, trainer: Trainer) -> None:
+        from tqdm.auto import tqdm
+        self.bar = tqdm(total=trainer.planned_steps(), initial=trainer.step,
+                        unit="step")
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.bar.total = trainer.planned_steps()
+        speed = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f}"
+        shown = {"loss": f"{record['loss']:.3f}", "tokens/s": speed}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def close(self, trainer: Trainer) -> None:
+        if self.bar is not None: self.bar.close()
+
+# %% ../nbs/11_training.ipynb #904b2529
+def usual_callbacks(
+    c: TrainConfig,
+    more: Sequence[Callback] = (),    # of the user
+) -> list[Callback]:
+    "The callbacks of a run, in the order in which they are called."
+    found = [
+        Budget(c.steps, c.tokens, c.seconds),
+        SpikeGuard(c.on_nan, c.on_spike, c.spike_sigmas, c.max_skips),
+        Evaluator(c.eval_every, c.eval_batches), EarlyStopping(c.patience),
+        Throughput(), *more, RunLog(), Checkpoints(c.save_every, c.keep),
+        Interrupts()]
+    names = [callback.name for callback in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two callbacks are called {name!r}: "
+                             "give one of them another `name`")
+    return found
 
 # %% ../nbs/11_training.ipynb #9ebfbeb2
-@contextmanager
-def _listening(trainer: Trainer) -> Iterator[None]:
-    "Ctrl-C, or a polite request to end, stops after the step; a second one stops at once."
-    before: dict[int, Any] = {}
+class OptimizerMemory:
+    "What optimizers remember, by the name of the parameter it belongs to."
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        names = {p: name for name, p in model.named_parameters()}
+        self.owned = [(o, {names[p]: p for group in o.param_groups
+                           for p in group["params"]}) for o in optimizers]
 
-    def ask(number: int, _: Any) -> None:
-        trainer.stop("interrupted", f"step {trainer.step + 1}: interrupted "
-                     f"by {signal.Signals(number).name}")
-        signal.signal(number, before[number])
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        "Parameter → what is remembered of it → tensor."
+        return {name: dict(o.state[p]) if p in o.state else {}
+                for o, owned in self.owned for name, p in owned.items()}
 
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    except ValueError: pass              # not in the main thread: signals go elsewhere
-    try: yield
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        "Put it back. ValueError if a name is missing or unknown."
+        known = {name for _, owned in self.owned for name in owned}
+        missing, unknown = sorted(known - {*state}), sorted({*state} - known)
+        if missing or unknown:
+            raise ValueError("the optimizer's memory is of another model: "
+                             f"missing {missing}, unknown {unknown}")
+        for o, owned in self.owned:
+            memory = {i: dict(state[name]) for i, name in enumerate(owned)
+                      if state[name]}
+            groups = o.state_dict()["param_groups"]
+            o.load_state_dict({"state": memory, "param_groups": groups})
+
+# %% ../nbs/11_training.ipynb #baf19766
+def split_state(state: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    "A nested state in two: tensors by path, and the rest, for JSON."
+    if isinstance(state, Tensor): return {path: state}, {"$tensor": path}
+    if not isinstance(state, Mapping): return {}, state
+    tensors: dict[str, Tensor] = {}
+    rest = {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise TypeError(f"names in a state are strings, got {key!r}")
+        inner, rest[key] = split_state(value, f"{path}.{key}" if path else key)
+        if both := inner.keys() & tensors.keys():
+            raise ValueError(f"two tensors of a state are called {min(both)!r}")
+        tensors |= inner
+    return tensors, rest
+
+def join_state(tensors: Mapping[str, Tensor], rest: Any) -> Any:
+    "What `split_state` was given."
+    if not isinstance(rest, Mapping): return rest
+    if "$tensor" in rest: return tensors[rest["$tensor"]]
+    return {key: join_state(tensors, value) for key, value in rest.items()}
+
+def split_parts(
+    state: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    "The tensors of each part that has some, and the rest of all."
+    split = {name: split_state(part) for name, part in state.items()}
+    return ({name: tensors for name, (tensors, _) in split.items() if tensors},
+            {name: rest for name, (_, rest) in split.items()})
+
+# %% ../nbs/11_training.ipynb #1c6a0354
+def _about(trainer: Trainer) -> dict[str, Any]:
+    "Enough to notice that a checkpoint belongs to another run."
+    loader, plan = trainer.train, trainer.train.plan
+    data = {"tokens": len(loader.ids), "batch_size": plan.batch_size,
+            "shuffle": plan.shuffle, "context_length": loader.context_length,
+            "seed": int(plan._seed[0])}
+    config = trainer.model_config
+    shape = json.loads(config.to_json()) if hasattr(config, "to_json") else {}
+    return {"config": asdict(trainer.config), "data": data, "model": shape}
+
+def _check_same(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    "Other data or another model is refused, another configuration reported."
+    now = json.loads(json.dumps(now))
+    for part in "data", "model", "config":
+        for key in {**was[part], **now[part]}:
+            old, new = was[part].get(key), now[part].get(key)
+            if old == new: continue
+            if part != "config":
+                raise ValueError(f"the checkpoint was made with another {part}: "
+                                 f"{key} was {old!r} and is {new!r}")
+            _log.warning("resumed with another %s: it was %r and is %r",
+                         key, old, new)
 
 # %% ../nbs/11_training.ipynb #74c067ac
 @dataclass(frozen=True)
@@ -1066,7 +1440,7 @@ def _time_step(model: nn.Module, loader: BatchLoader, config: TrainConfig) -> fl
     x, y = (t.to(device) for t in loader.batch(0))
     for _ in range(2):
         start = time.perf_counter()
-        float(accumulate(model, x, y, config.micro_batch_size))
+        float(accumulate(model, (x, y), config.micro_batch_size))
         times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     restore_generators(model, states)
@@ -1108,11 +1482,16 @@ def plot_history(
     ax.legend()
 
 # %% ../nbs/11_training.ipynb #26e931a1
-class LivePlot:
-    "A listener that redraws the loss in a notebook while the run goes on. Needs `plots`."
-    def __init__(self, every: float = 2.0, floor: float | None = None):
+class LivePlot(Callback):
+    "Redraws the loss in a notebook while the run goes on. Needs `plots`."
+    def __init__(self, every: float = 2.0, floor: float | None = None) -> None:
         self.every, self.floor, self.history = every, floor, []
         self._shown, self._handle = -math.inf, None
+
+    def begin(self, trainer: Trainer) -> None: self.history = [*trainer.history]
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.world.is_main: self(record)
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.history.append(record)
@@ -1130,13 +1509,16 @@ class LivePlot:
         self._shown = time.monotonic()
 
 # %% ../nbs/11_training.ipynb #11c10f45
-class TensorBoard:
-    "A listener that writes what TensorBoard shows. Needs the package `tensorboard`."
-    def __init__(self, folder: str | os.PathLike[str]):
+class TensorBoard(Callback):
+    "Writes what TensorBoard shows. Needs the package `tensorboard`."
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError("TensorBoard logs need: pip install tensorboard") from e
         self.writer = SummaryWriter(os.fspath(folder))
+
+    def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.world.is_main: self(record)
 
     def __call__(self, record: dict[str, Any]) -> None:
         for name, value in record.items():

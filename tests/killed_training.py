@@ -16,7 +16,7 @@ import torch
 
 from llm_from_scratch import data, training
 from llm_from_scratch.tensors import Dropout, Embedding, Linear, cross_entropy
-from llm_from_scratch.training import TrainConfig, Trainer, latest_checkpoint, loader_for, read_log
+from llm_from_scratch.training import SpikeGuard, TrainConfig, Trainer, latest_checkpoint, loader_for, read_log
 
 SAVING = ['save_checkpoint', 'write_tensors', '_thin', '_write_state', '_cut_log', '_discard']
 WATCHED = {training.__file__, data.__file__}
@@ -41,7 +41,7 @@ def trainer(folder):
                          eval_batches=1, keep=2, on_spike='skip', spike_sigmas=1.0, on_nan='skip')
     ids = np.random.default_rng(0).integers(0, 11, 200)
     made = Trainer(Noisy(), config, loader_for(config, ids, 5), loader_for(config, ids[:60], 5, shuffle=False), folder)
-    made.spikes.least = 4
+    made.find(SpikeGuard).detector.least = 4
     return made
 
 
@@ -105,8 +105,8 @@ def remains(folder):
     "What must not differ: every byte of the last checkpoint and the log, clocks apart."
     last = latest_checkpoint(folder)
     state = training._read_state(last/'state.json')
-    del state['seconds']
-    log = [{k: v for k, v in record.items() if k != 'seconds'} for record in read_log(folder/'log.jsonl')]
+    del state['parts']['trainer']['seconds']
+    log = [{k: v for k, v in record.items() if k not in ('seconds', 'tokens_per_second', 'mfu')} for record in read_log(folder/'log.jsonl')]
     return last.name, json.dumps(state), log, *((last/f'{name}.safetensors').read_bytes() for name in ('model', 'optimizer'))
 
 

@@ -24,7 +24,7 @@ def one_seed():
     seed_all(0)
 
 
-def same(ours, theirs, tensors, tolerance):
+def assert_same(ours, theirs, tensors, tolerance):
     "Value and every gradient; the sine gives each output a slope of its own."
     results = []
     for f in (ours, theirs):
@@ -45,9 +45,9 @@ def test_norms_against_torch_for_any_shape_and_scale(batch, width, dtype, log_sc
     rms_forms = [rms_norm, lambda x, w, eps: torch.func.functional_call(rms, {'weight': w}, x)]
     ln_forms = [layer_norm, lambda x, w, b, eps: torch.func.functional_call(ln, {'weight': w, 'bias': b}, x)]
     # Gradients in x are as large as 1/scale; compare them where they are of size one.
-    for f in rms_forms: same(lambda z, w: f(z * 10**log_scale, w, eps=eps), lambda z, w: F.rms_norm(z * 10**log_scale, (width,), w, eps), [x / 10**log_scale, w], 4 * PRECISION[dtype])
+    for f in rms_forms: assert_same(lambda z, w: f(z * 10**log_scale, w, eps=eps), lambda z, w: F.rms_norm(z * 10**log_scale, (width,), w, eps), [x / 10**log_scale, w], 4 * PRECISION[dtype])
     if width == 1 or log_scale < -2: return         # 0 / 0 but for eps: rounding decides
-    for f in ln_forms: same(lambda z, w, b: f(z * 10**log_scale, w, b, eps=eps), lambda z, w, b: F.layer_norm(z * 10**log_scale, (width,), w, b, eps), [x / 10**log_scale, w, b], 20 * PRECISION[dtype])
+    for f in ln_forms: assert_same(lambda z, w, b: f(z * 10**log_scale, w, b, eps=eps), lambda z, w, b: F.layer_norm(z * 10**log_scale, (width,), w, b, eps), [x / 10**log_scale, w, b], 20 * PRECISION[dtype])
 
 
 @pytest.mark.parametrize('dtype', PRECISION)
@@ -205,7 +205,7 @@ def test_a_block_against_hf_gpt2():
     def peer(x):
         y = theirs(x, attention_mask=mask)
         return y[0] if isinstance(y, tuple) else y
-    same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
+    assert_same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
 
 
 def test_a_post_norm_block_against_torch():
@@ -218,9 +218,9 @@ def test_a_post_norm_block_against_torch():
     for mine, other in {ours.attention.output: theirs.self_attn.out_proj, ours.feed_forward.up: theirs.linear1, ours.feed_forward.down: theirs.linear2,
                         ours.attention_norm: theirs.norm1, ours.feed_forward_norm: theirs.norm2}.items(): mine.load_state_dict(other.state_dict())
     mask = nn.Transformer.generate_square_subsequent_mask(6)
-    same(lambda x: ours(x, torch.arange(6)), lambda x: theirs(x, src_mask=mask, is_causal=True), [torch.randn(2, 6, 16)], 1e-5)
+    assert_same(lambda x: ours(x, torch.arange(6)), lambda x: theirs(x, src_mask=mask, is_causal=True), [torch.randn(2, 6, 16)], 1e-5)
     theirs.norm_first, ours.order = True, 'pre'
-    same(lambda x: ours(x, torch.arange(6)), lambda x: theirs(x, src_mask=mask, is_causal=True), [torch.randn(2, 6, 16)], 1e-5)
+    assert_same(lambda x: ours(x, torch.arange(6)), lambda x: theirs(x, src_mask=mask, is_causal=True), [torch.randn(2, 6, 16)], 1e-5)
 
 
 class Recorder(nn.Module):
@@ -265,7 +265,7 @@ def test_state_dict_names():
 def test_a_block_compiles_whole_and_agrees():
     b, x, positions = block(), torch.randn(2, 5, 16), torch.arange(5)
     compiled = torch.compile(b, fullgraph=True)
-    same(lambda x: compiled(x, positions), lambda x: b(x, positions), [x], 1e-5)
+    assert_same(lambda x: compiled(x, positions), lambda x: b(x, positions), [x], 1e-5)
 
 
 # ---- first weights ----

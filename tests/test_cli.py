@@ -399,7 +399,9 @@ def test_a_signal_ends_the_run_after_its_step(data, call, monkeypatch, number, s
         if self.step == 2: signal.raise_signal(number)
         return step(self)
     monkeypatch.setattr(Trainer, 'train_step', asked)
-    out, err, ended = call('train', '--data', data, *TINY, '--steps', 9)
+    before = signal.signal(number, signal.default_int_handler)            # also where these tests run with Ctrl-C ignored
+    try: out, err, ended = call('train', '--data', data, *TINY, '--steps', 9)
+    finally: signal.signal(number, before)
     assert (out, ended) == ('', status) and 'llmfs train --out run --resume goes on' in err
     assert [path.name for path in checkpoints('run')] == ['step-00000003']
 
@@ -411,9 +413,9 @@ def test_a_file_of_settings_changes_a_run_that_goes_on(data, call, tmp_path):
 
 
 def test_held_out_batches_are_always_the_same_and_in_order(data, tmp_path, monkeypatch):
-    from llm_from_scratch.training import World
+    from llm_from_scratch.training import ProcessGroup
     monkeypatch.chdir(tmp_path)
-    made, _ = cli._trainer(TrainConfig(steps=1, batch_size=2), GPTConfig(1, 16, 16, 1, 2), data, tmp_path/'run', World())
+    made, _ = cli._trainer(TrainConfig(steps=1, batch_size=2), GPTConfig(1, 16, 16, 1, 2), data, tmp_path/'run', ProcessGroup())
     plain = BatchLoader(TokenFile.open(data/'validation.tok'), 16, 2, shuffle=False)
     for step in range(3): assert made.validation.batch(step)[0].equal(plain.batch(step)[0])
     assert not made.train.batch(0)[0].equal(BatchLoader(TokenFile.open(data/'train.tok'), 16, 2, shuffle=False).batch(0)[0])

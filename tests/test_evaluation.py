@@ -151,6 +151,7 @@ def test_evaluate_text(model):
     letters = CharTokenizer.train(['abcdefghijklmnopqrstuvwxyz äé.,!?'], special_tokens=(END,))
     texts = ['a café, naïve!'.replace('ï', 'i'), 'words and more words and even more than the context holds.', 'x']
     found, end = evaluate_text(model, letters, texts), letters.special_tokens[END]
+    assert isinstance(found, Evaluation)
     assert found.tokens.tolist() == [len(text) + 1 for text in texts]          # the end is predicted, too
     assert found.n_bytes.tolist() == [len(text.encode()) for text in texts]
     for text, nats in zip(texts, found.nats, strict=True): assert nats == pytest.approx(token_losses(model, [end, *letters.encode(text), end]).sum())

@@ -22,7 +22,7 @@ layouts = pytest.mark.parametrize('layout', LAYOUTS)
 def numbers(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def close(a, b, atol): torch.testing.assert_close(a, b, rtol=0, atol=atol)
+def assert_near(a, b, atol): torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def by_definition(x, positions, base=10_000.0, layout='half', fraction=1.0, frequencies=None):
@@ -93,7 +93,7 @@ def test_rope_by_definition(layout, dtype, fraction):
     for positions in (torch.arange(6), torch.tensor([[0, 1, 2, 3, 4, 5], [4000, 7, 7, 0, 2049, 3]])):
         y = Rope(16, layout=layout, fraction=fraction)(x, positions)
         assert y.dtype == dtype and y.shape == x.shape
-        close(y.double(), by_definition(x, positions, layout=layout, fraction=fraction), TOLERANCE[dtype])
+        assert_near(y.double(), by_definition(x, positions, layout=layout, fraction=fraction), TOLERANCE[dtype])
 
 
 @given(layout=st.sampled_from(LAYOUTS), base=st.floats(10, 1e6), half=st.integers(1, 6), rest=st.integers(0, 3), offset=st.integers(0, 2000), seed=st.integers(0, 9))
@@ -102,7 +102,7 @@ def test_scores_know_only_the_distance(layout, base, half, rest, offset, seed):
     q, k = numbers(2, 1, 2, 5, width, seed=seed, dtype=torch.float64)
     rope, t = Rope(width, base, layout, 2 * half / width), torch.tensor([0, 1, 2, 5, 11])
     def scores(positions): return rope(q, positions) @ rope(k, positions).mT
-    close(scores(t + offset), scores(t), 1e-9)
+    assert_near(scores(t + offset), scores(t), 1e-9)
     assert half and not torch.allclose(scores(t), q @ k.mT)
 
 
@@ -116,7 +116,7 @@ def test_rope_gradient_numerically(layout, fraction):
 @layouts
 def test_memory_order_of_the_heads_does_not_matter(layout):
     x, rope, t = numbers(2, 7, 3, 8), Rope(8, layout=layout), torch.arange(7)
-    close(rope(x.transpose(1, 2), t), rope(x.transpose(1, 2).contiguous(), t), 1e-6)
+    assert_near(rope(x.transpose(1, 2), t), rope(x.transpose(1, 2).contiguous(), t), 1e-6)
 
 
 @layouts
@@ -134,7 +134,7 @@ def test_permuting_rows_exchanges_the_layouts(layout, n_kv_heads, half, rest, gr
         return rope(q, t) @ rope(k, t).repeat_interleave(groups, 1).mT
 
     new_q, new_k = there(w_q, groups * n_kv_heads, fraction), there(w_k, n_kv_heads, fraction)
-    close(scores(other, new_q, new_k), scores(layout, w_q, w_k), 1e-10)
+    assert_near(scores(other, new_q, new_k), scores(layout, w_q, w_k), 1e-10)
     assert torch.equal(back(new_q, groups * n_kv_heads, fraction), w_q)
     assert torch.equal(there(w_k[:, 0], n_kv_heads, fraction), new_k[:, 0])               # a bias is permuted like its matrix
 
@@ -162,7 +162,7 @@ def test_a_table_made_while_inferring_serves_training():
 def test_models_made_on_the_meta_device_have_true_clocks():
     with torch.device('meta'): rope, waves = Rope(8), SinusoidalPositions(8)
     assert torch.equal(rope.inverse_frequencies, rope_frequencies(8))
-    close(rope(numbers(1, 1, 4, 8), torch.arange(4)), Rope(8)(numbers(1, 1, 4, 8), torch.arange(4)), 0)
+    assert_near(rope(numbers(1, 1, 4, 8), torch.arange(4)), Rope(8)(numbers(1, 1, 4, 8), torch.arange(4)), 0)
     assert waves.to_empty(device='cpu')(torch.arange(3)).shape == (3, 8)
     assert rope(torch.empty(1, 1, 4, 8, device='meta'), torch.arange(4, device='meta')).is_meta
 
@@ -180,7 +180,7 @@ def test_equal_tables_are_made_once():
 def test_angles_are_exact_far_out():
     "In 32 bits the angle of position 1,000,000 would be off by up to 0.03."
     x, t = numbers(1, 1, 1, 8), torch.tensor([1_000_003])
-    for layout in LAYOUTS: close(Rope(8, layout=layout, context_length=8)(x, t).double(), by_definition(x, t, layout=layout), 1e-5)
+    for layout in LAYOUTS: assert_near(Rope(8, layout=layout, context_length=8)(x, t).double(), by_definition(x, t, layout=layout), 1e-5)
 
 
 # ---- scaling ----
@@ -214,7 +214,7 @@ def test_scaled_clocks_and_attention_factor_are_used(layout, scaling):
     x, t = numbers(1, 1, 5, 16, dtype=torch.float64), torch.tensor([0, 1, 50, 64, 255])
     rope = Rope(16, layout=layout, scaling=scaling)
     expected = rope.attention_factor * by_definition(x, t, layout=layout, frequencies=rope.inverse_frequencies)
-    close(rope(x, t), expected, 1e-10)
+    assert_near(rope(x, t), expected, 1e-10)
     assert (rope.attention_factor > 1.1) == (scaling.kind == 'yarn')
 
 
@@ -283,7 +283,7 @@ def test_all_compile_without_a_break():
 def test_exported_and_traced_without_leaving_fakes_behind():
     rope, args = Rope(8, base=555.0), (numbers(1, 1, 4, 8), torch.arange(4))
     program = torch.export.export(rope, args).module()
-    close(program(*args), rope(*args), 1e-6)
+    assert_near(program(*args), rope(*args), 1e-6)
     assert type(rope(*args)) is torch.Tensor
 
 

@@ -62,6 +62,7 @@ def one(found, *words):
 
 DEFINED = '#| export\ndef half(x: int) -> int:\n    "Half of `x`."\n    return x // 2'
 CLASS = '#| export\nclass Box:\n    "Holds a value."\n    def __init__(self, value: int): self.value = value\n    def open(self) -> int:\n        "What is inside."\n        return self.value'
+HEIR = '#| export\nclass Lid(Box):\n    "A box that is shut."\n    def open(self) -> int: return 0'
 CHECK = code('assert half(4) == 2')
 FIGURE = '#| label: fig-x-a\n#| fig-cap: "Does it rise?"\n#| fig-alt: "A rising line."\nplot()'
 
@@ -74,6 +75,7 @@ BROKEN = [
     ('names', [code(DEFINED), code('half(4) == 2')], ['no check uses `half`']),
     ('names', [code(CLASS), code('assert Box(3).value == 3')], ['no check uses `Box.open`']),
     ('names', [code(CLASS.replace('        "What is inside."\n', '')), code('assert Box(3).open() == 3')], ['`Box.open` has no docstring']),
+    ('names', [code(CLASS), code(HEIR.replace('open', 'shut')), code('assert Box(3).open() == Lid(3).shut()')], ['`Lid.shut` has no docstring']),
     ('names', [code(CLASS.replace('value: int', 'value')), code('assert Box(3).open() == 3')], ['`Box.__init__`', 'type of value']),
     ('names', [code(CLASS), code('#| export\n@patch\ndef shut(self: Box):\n    "Close it."'), code('assert Box(3).open() == 3; assert Box(3).shut() is None')], ['`Box.shut`', 'return']),
     ('names', [code(DEFINED.replace('    return', '    if x < 0: raise ValueError(x)\n    return')), code('print(half(4))')], ['no check uses `half`']),
@@ -139,6 +141,7 @@ BROKEN = [
 ]
 
 FINE = [
+    ('names', [code(CLASS), code(HEIR), code('assert Box(3).open() > Lid(3).open()')]),          # the base class says what it does
     ('names', [code(DEFINED), CHECK]),
     ('names', [code(DEFINED), code('def promise(f):\n    assert f(4) == 2'), code('promise(half)')]),
     ('names', [code(DEFINED), code('try: half("4")\nexcept TypeError as e: print(e)')]),

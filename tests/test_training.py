@@ -1,5 +1,5 @@
 "The trainer against the bare loop, one process against two, checkpoints against the safetensors library."
-import json, logging, math, os, subprocess, sys
+import json, logging, math, os, sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
-from together import same_model, together
 from torch import nn
 
 from llm_from_scratch import training
@@ -17,22 +16,27 @@ from llm_from_scratch.data import IGNORE, BatchLoader
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.optim import SCHEDULES
 from llm_from_scratch.training import (
-    OPTIMIZERS, LivePlot, SpikeDetector, TensorBoard, TrainConfig, Trainer, World, accumulate, checkpoints, choose_precision, compiled, evaluate, generator_states,
-    latest_checkpoint, load_checkpoint, loader_for, missing_compiler, plot_history, predict_run, read_log, restore_generators, save_checkpoint, write_tensors)
+    OPTIMIZERS, Callback, LivePlot, OptimizerMemory, ProcessGroup, SpikeDetector, TensorBoard, TrainConfig, Trainer, accumulate, checkpoints, choose_precision, compiled, evaluate,
+    generator_states, join_state, latest_checkpoint, lm_loss, load_checkpoint, loader_for, lr_multiplier, matrix_speed, missing_compiler, plot_history, predict_run, read_log,
+    restore_generators, save_checkpoint, split_state, write_tensors)
 
 INPUTS = []
 ROOT = Path(training.__file__).parent.parent
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
 
-def make(folder=None, d_model=8, dropout=.2, validation=True, **settings):
+def make(folder=None, d_model=8, dropout=.2, validation=True, parts={}, **settings):
     "A small trainer, the same each time."
     config = TrainConfig(**{'steps': 6, 'batch_size': 4, 'lr': .01, 'precision': 'float32', 'eval_batches': 2, **settings})
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=19, context_length=6, d_model=d_model, n_layers=1, n_heads=2, dropout=dropout))
     ids = np.random.default_rng(0).integers(0, 19, 300)
     held_out = loader_for(config, ids[:80], 6, shuffle=False) if validation else None
-    return Trainer(model, config, loader_for(config, ids, 6), held_out, folder, world=World())
+    return Trainer(model, config, loader_for(config, ids, 6), held_out, folder, world=ProcessGroup(), **parts)
+
+
+def same_model(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
 
 
 # Configuration ----------------------------------------------------------------------------------------------------
@@ -49,7 +53,7 @@ def test_a_configuration_survives_json():
     ({'betas': (.9, 1)}, 'betas'), ({'muon_momentum': 1}, 'muon_momentum'), ({'betas': (.9,)}, 'betas'), ({'floor': 1.5}, 'floor'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
     ({'batch_size': 4, 'micro_batch_size': 8}, 'micro_batch_size 8 is more than batch_size 4'), ({'warmup': 11}, 'warmup of 11 steps'), ({'keep': 0}, 'keep'),
     ({'optimizer': 'adam'}, "unknown optimizer 'adam': expected one of adamw, muon"), ({'schedule': 'cos'}, 'schedule'), ({'precision': 'fp8'}, 'precision'),
-    ({'on_nan': 'ignore'}, 'on_nan'), ({'on_spike': 'x'}, 'on_spike'), ({'compile': 1}, 'compile'), ({'learning_rate': 1}, "no field 'learning_rate'"),
+    ({'on_nan': 'ignore'}, 'on_nan'), ({'on_spike': 'x'}, 'on_spike'), ({'compile': 1}, 'compile'), ({'document_mask': 1}, 'document_mask'), ({'learning_rate': 1}, "no field 'learning_rate'"),
     ({'warm_up': 3}, "did you mean 'warmup'"), ({'eval_every': None, 'batch_size': None}, 'batch_size'), ({'on_save_error': 'x'}, 'on_save_error')])
 def test_what_cannot_be_is_refused(wrong, message):
     given = {} if not wrong else {'steps': 10, **wrong}
@@ -104,7 +108,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(rows, micro, ignored
     model(x, y).backward()
     whole = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    loss = accumulate(model, x, y, micro)
+    loss = accumulate(model, (x, y), micro)
     torch.testing.assert_close(loss, model(x, y).detach(), rtol=1e-6, atol=1e-6)
     for p, g in zip(model.parameters(), whole): torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
 
@@ -113,7 +117,7 @@ def test_every_group_follows_the_schedule():
     made = make(steps=6, optimizer='muon', warmup=4)
     made.step = 2
     share = made.set_learning_rate()
-    assert share == training.share_of_peak(made.config, 2, 6) == .6          # the third of four steps up, and one to go
+    assert share == lr_multiplier(made.config, 2, 6) == .6          # the third of four steps up, and one to go
     assert {g['lr'] for o in made.optimizers for g in o.param_groups} == {share * made.config.lr, share * made.config.muon_lr}
 
 
@@ -125,7 +129,7 @@ def test_a_run_in_micro_batches_is_the_run_in_whole_batches():
 def test_a_batch_without_targets_moves_nothing_and_is_a_number():
     model = make(dropout=0).model
     x, y = torch.zeros(2, 6, dtype=torch.long), torch.full((2, 6), IGNORE)
-    assert accumulate(model, x, y, 1) == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert accumulate(model, (x, y), 1) == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_evaluation_drops_nothing_counts_targets_and_disturbs_nothing():
@@ -202,7 +206,7 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     losses = result.column('validation')[1]
     assert result.reason == 'patience' and min(losses) == result.best[0] and losses.index(min(losses)) == len(losses) - 4
     assert {int(p.name[5:]) for p in checkpoints(tmp_path)} == {result.best[1], result.step}
-    assert load_checkpoint(tmp_path/f'step-{result.best[1]:08d}').state['best'][0] == result.best[0]
+    assert load_checkpoint(tmp_path/f'step-{result.best[1]:08d}').state['parts']['Evaluator']['best'][0] == result.best[0]
 
 
 def test_spikes():
@@ -238,9 +242,9 @@ def test_float16_overflow_is_left_out_and_the_factor_shrinks(tmp_path):
     result = made.fit()
     overflows = [r['step'] for r in result.history if r.get('event') == 'overflow']
     assert result.reason == 'steps' and {3, 4} <= set(overflows) and len(overflows) < 6
-    assert made.scaler.get_scale() == 65536 / 2 ** len(overflows)
+    assert made.precision.scaler.get_scale() == 65536 / 2 ** len(overflows)
     again = make(tmp_path, precision='float16', steps=12); again.resume()
-    assert again.scaler.get_scale() == made.scaler.get_scale()
+    assert again.precision.scaler.get_scale() == made.precision.scaler.get_scale()
     made = make(precision='float16', steps=99)
     made.model.head.weight.register_hook(lambda g: g * float('inf'))
     assert made.fit().reason == 'nan' and made.step == 40
@@ -251,7 +255,7 @@ def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
     made = make(tmp_path, precision='auto', steps=2); made.fit()
     monkeypatch.setattr(training, 'bfloat16_speed', lambda device: .1)
     again = make(tmp_path, precision='auto', steps=2); again.resume()
-    assert made.precision == again.precision == 'bfloat16'
+    assert made.precision.name == again.precision.name == 'bfloat16'
 
 
 def test_without_a_compiler_the_model_stays_as_it_is(monkeypatch, caplog):
@@ -305,28 +309,6 @@ def test_every_generator_is_put_back():
     assert draw() != first
     restore_generators(model, states)
     assert draw() == first
-
-
-# Two processes ----------------------------------------------------------------------------------------------------
-
-TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0']
-
-
-@pytest.mark.parametrize('start', [pytest.param([], id='forked', marks=pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork; torchrun is tried with the slow tests')),
-                                   pytest.param(TORCHRUN, id='torchrun', marks=pytest.mark.slow)])
-def test_two_processes_learn_what_one_does(tmp_path, start):
-    env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, *start, Path(__file__).with_name('together.py'), tmp_path], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (tmp_path/'one').mkdir()
-    together(World(), tmp_path/'one')
-    one, *two = (json.loads((tmp_path/name).read_text()) for name in ('one/rank0.json', 'rank0.json', 'rank1.json'))
-    assert (one['world'], *(found['world'] for found in two)) == (1, 2, 2)
-    for found in two:
-        np.testing.assert_allclose(found['loss'], one['loss'], atol=1e-5)
-        np.testing.assert_allclose(found['validation'], one['validation'], atol=1e-5)
-        assert found['same'] and found['losses'] and found['ended'] == ['interrupted', 3]
-    assert len(load_checkpoint(tmp_path/'dropout').state['generators']) == 2
 
 
 # Beside the run ---------------------------------------------------------------------------------------------------
@@ -383,3 +365,165 @@ def test_tensorboard_hears_numbers(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=writer))
     TensorBoard(tmp_path)({'step': 3, 'loss': 1.5, 'event': 'nan'})
     assert said == [('loss', 1.5, 3)]
+
+
+# Parts: callbacks, losses, documents ------------------------------------------------------------------------------
+
+class Average(Callback):
+    "A moving average of the weights: tensors and a number to be saved."
+    name = 'ema'
+    def __init__(self): self.weights, self.seen = {}, 0
+
+    def step(self, trainer, record):
+        self.seen += 1
+        for name, p in trainer.model.named_parameters():
+            self.weights[name] = .9 * self.weights.get(name, p.detach()) + .1 * p.detach()
+        record['seen'] = self.seen
+
+    def state_dict(self): return {'weights': self.weights, 'seen': self.seen}
+    def load_state_dict(self, state): self.weights, self.seen = dict(state['weights']), state['seen']
+
+
+def test_a_callback_of_the_user_is_saved_and_resumed(tmp_path):
+    whole, cut, again = Average(), Average(), Average()
+    make(steps=6, parts={'callbacks': [whole]}).fit()
+    half = make(tmp_path, steps=6, parts={'callbacks': [cut], 'listeners': [lambda r: r['step'] == 3 and half.stop('interrupted')]})
+    half.fit()
+    made = make(tmp_path, steps=6, parts={'callbacks': [again]})
+    assert made.resume() == 3 and again.seen == 3 and all(torch.equal(v, again.weights[k]) for k, v in cut.weights.items())
+    result = made.fit()
+    assert result.column('seen')[1] == [1, 2, 3, 4, 5, 6] and all(torch.equal(v, again.weights[k]) for k, v in whole.weights.items())
+    with pytest.raises(ValueError, match="two callbacks are called 'ema'"): make(parts={'callbacks': [Average(), Average()]})
+
+
+def test_hooks_are_called_in_their_order_and_close_whatever_happens():
+    heard = []
+    class Ear(Callback):
+        def begin(self, trainer): heard.append('begin')
+        def judge(self, trainer, record): heard.append(f"judge {trainer.step} {record['loss'] > 0}"); return 'enough' if record['step'] == 2 else None
+        def step(self, trainer, record):
+            heard.append(f"step {record.get('event')} {record.get('message')}")
+            if self.fails: raise KeyError
+        def end(self, trainer): heard.append('end')
+        def close(self, trainer): heard.append('close')
+        fails = False
+    ear, before = Ear(), None
+    made = make(steps=2, parts={'callbacks': [ear]})
+    made.listeners.append(lambda r: before.update(made.model.state_dict()) if r['step'] == 1 else None)
+    before = {}
+    made.fit()
+    assert heard == ['begin', 'judge 0 True', 'step None None', 'judge 1 True', 'step skipped enough', 'end', 'close']
+    heard.clear(); ear.fails = True
+    with pytest.raises(KeyError): make(steps=2, parts={'callbacks': [ear]}).fit()
+    assert heard == ['begin', 'judge 0 True', 'step None None', 'close']
+
+
+def test_a_judge_that_says_no_leaves_the_weights():
+    class No(Callback):
+        def judge(self, trainer, record): return 'no'
+    made, fresh = make(parts={'callbacks': [No()]}), make()
+    assert made.fit().step == 6 and same_model(made, fresh) and {r['message'] for r in made.history} == {'no'}
+
+
+def test_another_loss_needs_no_other_trainer():
+    def doubled(model, batch): return 2 * lm_loss(model, batch)
+    twice, once = make(steps=1, dropout=0, parts={'loss': doubled}), make(steps=1, dropout=0)
+    assert twice.fit().history[0]['loss'] == pytest.approx(2 * once.fit().history[0]['loss'])
+    assert twice.history[0]['gradient'] == pytest.approx(2 * once.history[0]['gradient'], rel=1e-5)
+    assert twice.best[0] == pytest.approx(2 * evaluate(twice.model, twice.validation, 2)[0] / evaluate(twice.model, twice.validation, 2)[1])
+
+
+class TestOptimizerMemory:
+    def memory(self, name='adamw'):
+        made = make(steps=2, optimizer=name); made.fit()
+        return made, OptimizerMemory(made.model, made.optimizers)
+
+    @pytest.mark.parametrize('name', sorted(OPTIMIZERS))
+    def test_it_is_kept_by_the_name_of_the_parameter(self, name):
+        made, memory = self.memory(name)
+        state = memory.state_dict()
+        assert set(state) == {n for n, _ in made.model.named_parameters()}
+        for n, p in made.model.named_parameters():
+            assert all(t is state[n][k] for o in made.optimizers if p in o.state for k, t in o.state[p].items()) and state[n]
+        other = make(steps=2, optimizer=name)
+        OptimizerMemory(other.model, other.optimizers).load_state_dict(dict(reversed(state.items())))     # in any order
+        for n, entry in OptimizerMemory(other.model, other.optimizers).state_dict().items():
+            assert all(torch.equal(t, state[n][k]) for k, t in entry.items()) and entry.keys() == state[n].keys()
+
+    def test_what_is_missing_or_left_over_is_named(self):
+        _, memory = self.memory()
+        state = memory.state_dict()
+        with pytest.raises(ValueError, match=r"missing \['norm.bias'\], unknown \['norm.shift'\]"):
+            memory.load_state_dict({('norm.shift' if n == 'norm.bias' else n): entry for n, entry in state.items()})
+
+
+@given(st.recursive(st.one_of(st.integers(), st.text(max_size=3), st.none(), st.builds(lambda n: torch.full((n,), 1.5), st.integers(0, 3))),
+                    lambda inner: st.dictionaries(st.text('ab', min_size=1, max_size=2), inner, max_size=3), max_leaves=8))
+def test_a_state_is_split_and_joined(state):
+    tensors, rest = split_state(state, 'top')
+    def same(a, b):
+        if isinstance(a, torch.Tensor): return torch.equal(a, b)
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a) if isinstance(a, dict) else a == b
+    assert same(join_state(tensors, json.loads(json.dumps(rest))), state)
+
+
+def test_a_state_that_would_not_come_back_is_refused():
+    with pytest.raises(ValueError, match="two tensors of a state are called 'a.b'"): split_state({'a': {'b': torch.ones(1)}, 'a.b': torch.ones(1)})
+    with pytest.raises(TypeError, match='strings, got 3'): split_state({3: 4})
+
+
+def test_a_checkpoint_of_an_older_version_is_named(tmp_path):
+    save_checkpoint(tmp_path, 4, {'model': {'w': torch.ones(1)}}, {'tokens': 96})
+    with pytest.raises(ValueError, match='step-00000004 was written by an older version'): make(tmp_path).resume()
+
+
+def test_a_state_of_a_callback_that_is_gone_is_said(tmp_path, caplog):
+    make(tmp_path, steps=2, parts={'callbacks': [Average()]}).fit()
+    with caplog.at_level(logging.WARNING): assert make(tmp_path, steps=2).resume() == 2
+    assert 'has a state of ema' in caplog.text
+
+
+@pytest.mark.parametrize('positions', ['learned', 'rope'])
+def test_documents_in_a_row_are_as_they_are_alone(tmp_path, positions):
+    from llm_from_scratch.data import TokenFile
+    from llm_from_scratch.text import CharTokenizer
+    letters, draw = CharTokenizer.train(['abcdefghijklmnopqrs']), np.random.default_rng(1)
+    texts = [''.join(chr(97 + i) for i in draw.integers(0, 19, n)) for n in (3, 5, 2, 9, 4, 6, 7, 3, 8, 5)]
+    file = TokenFile.from_texts(tmp_path/'x.tok', texts, letters, end=None)
+    config = TrainConfig(steps=2, batch_size=3, document_mask=True, precision='float32', eval_batches=2)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=letters.vocab_size, context_length=8, d_model=8, n_layers=2, n_heads=2, positions=positions))
+    for parameter in model.parameters(): parameter.data.mul_(8)                     # so that attention matters
+    loader = loader_for(config, file, 8)
+    made = Trainer(model, config, loader, loader, world=ProcessGroup())
+    x, y = loader.batch(0)
+    segments = loader.segments(0)
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for row, (ids, targets) in enumerate(zip(x, y)):
+            for document in segments[row].unique():
+                here = segments[row] == document
+                kept = targets[here] != IGNORE
+                if kept.any(): total, n = total + float(model(ids[here][None], targets[here][None])) * int(kept.sum()), n + int(kept.sum())
+    plain = float(model(x, y).detach())
+    record = made.train_step()
+    assert record['loss'] == pytest.approx(total / n, rel=1e-5) and record['loss'] != pytest.approx(plain, rel=1e-3)
+    assert evaluate(model, loader, 1, segments=True)[0] != pytest.approx(evaluate(model, loader, 1)[0], rel=1e-4)
+
+
+def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do():
+    result = make(steps=4).fit()
+    assert all(r['tokens_per_second'] > 0 and 0 < r['mfu'] < 1.5 for r in result.history)
+    assert sum(24 / r['tokens_per_second'] for r in result.history) == pytest.approx(result.seconds, rel=.05)
+    speed = matrix_speed(torch.device('cpu'), torch.float32)
+    assert speed == matrix_speed(torch.device('cpu'), torch.float32) > 1e6                        # measured once
+    from llm_from_scratch.gpt import flops_per_token
+    for r in result.history: assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(make().model.config, 6) / speed, abs=1e-3)
+
+
+def test_each_batch_is_fetched_once_and_the_next_one_early():
+    made, asked = make(steps=3, validation=False), []
+    batch = made.train.batch
+    made.train.batch = lambda step: asked.append((step, made.step)) or batch(step)
+    made.fit()
+    assert asked == [(0, 0), (1, 0), (2, 1), (3, 2)] and made.train.step == 3

@@ -225,18 +225,26 @@ def untyped(node, is_method):
 @rule
 def names(book):
     "Public names have a docstring, types and a check: someone who imports the library never saw the chapter, and a name no check uses may be wrong unseen."
-    checked = checked_names(book)
-    for it in public_names(book):
+    checked, public = checked_names(book), list(public_names(book))
+    documented = {it.name for it in public if ast.get_docstring(it.node)}
+    bases = {it.name: {ast.unparse(base) for base in it.node.bases} for it in reversed(public) if isinstance(it.node, ast.ClassDef)}
+    for it in public:
         method, last = '.' in it.name, it.name.rpartition('.')[2]
         if 'overload' in decorators(it.node): continue
         if isinstance(it.node, ast.ClassDef) and grows(it.node): continue                       # its first statement has the docstring
-        if not ast.get_docstring(it.node) and not is_dunder(last): yield f'{it.cell.where}: `{it.name}` has no docstring; add one sentence that says what it does'
+        if not ast.get_docstring(it.node) and not is_dunder(last) and not overrides(it.name, documented, bases): yield f'{it.cell.where}: `{it.name}` has no docstring; add one sentence that says what it does'
         if not isinstance(it.node, ast.ClassDef):
             missing = untyped(it.node, method)
             if missing: yield f"{it.cell.where}: `{it.name}` does not say the type of {', '.join(missing)}; annotate it"
         called_as = it.name.partition('.')[0] if last == 'forward' else last        # a module's `forward` is run by calling the module
         if not is_dunder(last) and called_as not in checked:
             yield f'{it.cell.where}: no check uses `{it.name}`; assert something about it in the chapter or in tests/'
+
+
+def overrides(name, documented, bases):
+    "Whether a method says what the method of a base class says it does; Python's `help` shows that one's docstring."
+    owner, _, method = name.partition('.')
+    return method != '' and any(f'{base}.{method}' in documented for base in bases.get(owner, ()))
 
 
 def checked_names(book):
