@@ -347,8 +347,8 @@ def test_gradients_numerically():
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(d_model=64, n_heads=5), ('5 heads', '64')), (dict(d_model=64, n_heads=8, n_kv_heads=3), ('3', '8')), (dict(d_model=64, n_heads=0), ('0',)),
-    (dict(d_model=64, n_heads=8, dropout=1.0), ('1.0',)), (dict(d_model=64, n_heads=8, softcap=-1.0), ('-1.0',)), (dict(d_model=64, n_heads=8, window=0), ('0',)),
+    (dict(d_model=64, n_heads=5), ('5 heads', '64')), (dict(d_model=64, n_heads=8, n_kv_heads=3), ('3', '8')), (dict(d_model=64, n_heads=0), ('n_heads', 'got 0')),
+    (dict(d_model=64, n_heads=8, dropout=1.0), ('dropout', '1.0')), (dict(d_model=64, n_heads=8, softcap=-1.0), ('softcap', '-1.0')), (dict(d_model=64, n_heads=8, window=0), ('window', 'got 0')),
     (dict(d_model=64, n_heads=8, backend='fused'), ("'fused'", 'sdpa'))])
 def test_settings_that_cannot_work(wrong, words):
     with pytest.raises(ValueError) as error: MultiHeadAttention(**wrong)

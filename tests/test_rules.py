@@ -1,5 +1,5 @@
 """Every house rule finds what it forbids, and leaves alone what it does not."""
-import json, subprocess, sys
+import json, shutil, subprocess, sys
 
 import check
 import pytest
@@ -275,13 +275,21 @@ def test_two_entries_of_one_key(book):
 
 # Step -------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def in_step(book):
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
     "A book whose library was exported."
-    book.notebook(md('# X {#sec-x}'), code('#| default_exp x'), code(DEFINED))
+    book = Maker(tmp_path_factory.mktemp('exported')).notebook(md('# X {#sec-x}'), code('#| default_exp x'), code(DEFINED))
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=book.root, check=True)
-    assert book.finds('step') == []
-    return book
+    return book.root
+
+
+@pytest.fixture
+def in_step(exported, tmp_path):
+    shutil.copytree(exported, tmp_path/'book')
+    return Maker(tmp_path/'book')
+
+
+def test_a_book_as_it_was_exported(in_step): assert in_step.finds('step') == []
 
 
 def test_a_module_edited_by_hand(in_step):
