@@ -891,7 +891,9 @@ class Trainer:
 
     def find(self, kind: type[Any]) -> Any:
         "The callback of this class."
-        return next(c for c in self.callbacks if isinstance(c, kind))
+        for callback in self.callbacks:
+            if isinstance(callback, kind): return callback
+        raise LookupError(f"this run has no {kind.__name__}")
 
     @property
     def best(self) -> tuple[float, int] | None:
