@@ -31,7 +31,7 @@ class StopAt(Callback):
 
 def together(world, folder):
     "What each of several processes does: train, go on from the middle, end early; how often they met is counted."
-    calls, all_reduce = [], dist.all_reduce
+    calls, all_reduce, save = [], dist.all_reduce, training.save_checkpoint
     dist.all_reduce = lambda *args, **options: calls.append(args) or all_reduce(*args, **options)
     def fresh(dropout, home=None, callbacks=(), eval_every=4, **settings):
         config = TrainConfig(**{'steps': 8, 'batch_size': 5, 'micro_batch_size': 1, 'lr': .01, 'precision': 'float32', 'save_every': 4, 'eval_every': eval_every, 'eval_batches': 2, **settings})
@@ -52,6 +52,7 @@ def together(world, folder):
     if world.is_main: training.save_checkpoint = full_disk
     ended = fresh(0, f'{folder}/full', save_every=2).fit()
     found['full'] = [ended.reason, ended.step]
+    training.save_checkpoint, dist.all_reduce = save, all_reduce
     Path(f'{folder}/rank{world.rank}.json').write_text(json.dumps(found))
 
 
@@ -67,9 +68,7 @@ def found(request, tmp_path_factory, one_thread):
     done = subprocess.run([sys.executable, *request.param, Path(__file__).with_name('together.py'), folder], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder/'one').mkdir()
-    save, all_reduce = training.save_checkpoint, dist.all_reduce
-    try: together(ProcessGroup(), folder/'one')
-    finally: training.save_checkpoint, dist.all_reduce = save, all_reduce
+    together(ProcessGroup(), folder/'one')
     return folder, *(json.loads((folder/name).read_text()) for name in ('one/rank0.json', 'rank0.json', 'rank1.json'))
 
 

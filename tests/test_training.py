@@ -512,14 +512,16 @@ def test_documents_in_a_row_are_as_they_are_alone(tmp_path, positions):
     assert evaluate(model, loader, 1, segments=True)[0] != pytest.approx(evaluate(model, loader, 1)[0], rel=1e-4)
 
 
-def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do():
-    result = make(steps=4).fit()
-    assert all(r['tokens_per_second'] > 0 and 0 < r['mfu'] < 1.5 for r in result.history)
-    assert sum(24 / r['tokens_per_second'] for r in result.history) == pytest.approx(result.seconds, rel=.05)
-    speed = matrix_speed(torch.device('cpu'), torch.float32)
-    assert speed == matrix_speed(torch.device('cpu'), torch.float32) > 1e6                        # measured once
+def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do(monkeypatch):
     from llm_from_scratch.gpt import flops_per_token
-    for r in result.history: assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(make().model.config, 6) / speed, abs=1e-3)
+    assert matrix_speed(torch.device('cpu'), torch.float32) == matrix_speed(torch.device('cpu'), torch.float32) > 0         # measured once
+    monkeypatch.setattr(training, 'matrix_speed', lambda device, dtype: 1e4)                      # a device slow enough for a share with digits
+    made = make(steps=4)
+    result = made.fit()
+    for r in result.history:
+        assert r['tokens_per_second'] > 0
+        assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(made.model.config, 6) / 1e4, rel=1e-2, abs=1e-3)
+    assert sum(24 / r['tokens_per_second'] for r in result.history) == pytest.approx(result.seconds, rel=.05)
 
 
 def test_each_batch_is_fetched_once_and_the_next_one_early():

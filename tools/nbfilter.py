@@ -18,7 +18,8 @@ from typing import Any, Iterator
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(\s+[^:]*)?$")       # `#| export`; cell options have a colon
 DROPPED = {"default_exp", "hide"}                            # cells that no reader sees
-DEFINES = {"export", "exports"}                              # cells whose names the library has
+PUBLIC = {"export", "exports"}                               # cells whose names are the library's interface
+DEFINES = PUBLIC | {"exporti"}                               # cells whose names it has
 PAGE = re.compile(r"^\d\d_\w+$")                             # chapters; appendix notebooks define names too
 
 Cell = dict[str, Any]
@@ -32,6 +33,7 @@ class Symbol:
     page: str                       # stem of the notebook
     anchor: str                     # id of the defining cell on its page
     doc: str = ""                   # first line of the docstring
+    public: bool = True             # part of the library's interface, not only of its code
     used: list[str] = field(default_factory=list)
 
 
@@ -121,7 +123,7 @@ def symbols(folder: Path) -> dict[str, Symbol]:
             if not marks & DEFINES:
                 continue
             for name, doc in definitions(text):
-                found.setdefault(name, Symbol(name, path.stem, anchor(cell), doc))
+                found.setdefault(name, Symbol(name, path.stem, anchor(cell), doc, bool(marks & PUBLIC)))
             for node in ast.parse(text).body:
                 if isinstance(node, ast.ClassDef) and not grows(node):
                     layers[node.name] = (anchor(cell), node)
@@ -221,7 +223,7 @@ def symbol_index(folder: Path) -> str:
     "The page that lists every public name: what it is, where it is defined, where it is used."
     names = symbols(folder)
     count_uses(names, folder)
-    entries = [_entry(s) for s in sorted(names.values(), key=lambda s: s.name.lower())]
+    entries = [_entry(s) for s in sorted(names.values(), key=lambda s: s.name.lower()) if s.public]
     return "\n".join([
         "# Symbol index {#sec-symbols}", "",
         "<!-- Written by `python tools/nbfilter.py --symbols`; do not edit. -->", "",
