@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ['README.md', 'index.qmd', 'nbs/results/storyland_small.json']
+ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8', 'OMP_NUM_THREADS': '1'}
 
 
 @pytest.mark.parametrize('page', ['README.md', 'index.qmd'])
@@ -20,7 +21,7 @@ def test_the_lines_for_users_run(page, tmp_path):
     assert blocks, f'{page} shows no Python'
     for block in blocks:
         done = subprocess.run([sys.executable, '-W', 'error', '-c', textwrap.dedent(block)], cwd=tmp_path, capture_output=True, text=True,
-                              encoding='utf-8', env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8'})
+                              encoding='utf-8', env=ENVIRONMENT)
         assert done.returncode == 0 and done.stderr == '', done.stderr
         assert ' there ' in done.stdout                            # a story was told: "Once there was", "Long ago there lived"
 
@@ -31,7 +32,7 @@ def test_the_story_is_what_the_model_tells(tmp_path):
     shown = re.search(r'^(llmfs generate .*)\n```\n\n```text\n(.*?)\n```', (ROOT/'README.md').read_text(encoding='utf-8'), re.M | re.S)
     assert shown, 'README.md shows no story'
     done = subprocess.run([sys.executable, '-m', 'llm_from_scratch.cli', *shlex.split(shown[1])[1:]], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          encoding='utf-8', env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8'})
+                          encoding='utf-8', env=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (0, ''), done.stderr
     assert done.stdout.split() == shown[2].split()
     assert can_begin(done.stdout.strip()), 'the world cannot tell this story: choose another seed'
