@@ -341,14 +341,16 @@ def _arrow(*points: tuple[int, int]) -> str:
     return f'<path d="M{way}" fill="none" stroke="#8a8a8a" marker-end="url(#into)"/>'
 
 # %% ../nbs/09_gpt.ipynb #9d0ae08c
-def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]]) -> tuple[str, int]:
-    "A box on the stream, or a branch that reads from it and adds to it; and where it ends."
+def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]],
+             read: int | None = None) -> tuple[str, int]:
+    "A box on the stream, or a branch that reads (at height `read`) and adds; where it ends."
     if not beside:
         name, module = parts[0]
         return _box(20, y, name, module, "#0072B2") + _arrow((50, y + 36), (50, y + 52)), y + 52
     end = y + 46 * len(parts) + 22
     color = "#D55E00" if parts[0][0].startswith("attention") else "#009E73"
-    drawn = [_arrow((50, y), (50, end)), _arrow((50, y + 18), (100, y + 18)),
+    way = [(50, read), (75, read)] if read is not None else [(50, y + 18)]
+    drawn = [_arrow((50, y), (50, end)), _arrow(*way, (way[-1][0], y + 18), (100, y + 18)),
              _arrow((215, end - 32), (215, end - 14), (59, end - 14)),
              f'<text x="50" y="{end - 8}" text-anchor="middle" font-size="18">⊕</text>']
     for i, (name, module) in enumerate(parts):
@@ -366,8 +368,9 @@ def _picture(model: GPT) -> str:
         svg, y = _station(y, beside, parts)
         drawn.append(svg)
     top, y = y, y + 12
+    together = getattr(model.blocks[0], "order", "pre").startswith("parallel")
     for beside, parts in block:
-        svg, y = _station(y, beside, parts)
+        svg, y = _station(y, beside, parts, top + 30 if together else None)
         drawn.append(svg)
     drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
                  f'fill="none" stroke="#8a8a8a" stroke-dasharray="5 4"/>'
@@ -479,33 +482,24 @@ def chunked_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, rows)
 
 # %% ../nbs/09_gpt.ipynb #92fd56e6
-def _per_norm(c: GPTConfig) -> int:
-    "Parameters of one norm: a weight for each feature, perhaps a bias."
-    return c.d_model * (2 if c.norm == "layernorm" and c.bias else 1)
+_KINDS = {"token_embedding": "token embedding", "position_embedding": "position embedding",
+          "attention": "attention", "feed_forward": "feed-forward", "head": "head"}
 
 
-def _per_attention(c: GPTConfig) -> int:
-    "Parameters of one attention layer."
-    inside, both = c.head_width * (c.n_heads + 2 * c.kv_heads), c.head_width * c.n_heads
-    weights = c.d_model * (inside + both) + (inside + c.d_model if c.bias else 0)
-    return weights + (2 * c.head_width if c.qk_norm else 0) + (c.n_heads if c.sinks else 0)
+def _kind(name: str) -> str:
+    "The part of the model that a parameter belongs to, by its name."
+    part = name.split(".")[2 if name.startswith("blocks.") else 0]
+    return _KINDS.get(part, "norms")
 
 
 def count_parameters(
     config: GPTConfig,
 ) -> dict[str, int]:                        # part -> parameters; their sum is the model's
-    "Exact parameter counts by @eq-gpt-parameters with biases and norms; makes no model."
-    c, matrices = config, 3 if config.is_gated else 2
-    biases = (matrices - 1) * c.ff_width + c.d_model if c.bias else 0
-    norms = {"pre": 2, "post": 2, "sandwich": 4, "none": 0}[c.norm_order]
-    return {
-        "token embedding": c.vocab_size * c.d_model,
-        "position embedding": c.context_length * c.d_model if c.positions == "learned" else 0,
-        "attention": c.n_layers * _per_attention(c),
-        "feed-forward": c.n_layers * (matrices * c.ff_width * c.d_model + biases),
-        "norms": (c.n_layers * norms + 1) * _per_norm(c),
-        "head": 0 if c.tie_embeddings else c.vocab_size * c.d_model,
-    }
+    "Exact parameter counts, of a model that is built without its numbers."
+    with torch.device("meta"): model = GPT(config)
+    counts = dict.fromkeys([*_KINDS.values(), "norms"], 0)
+    for name, parameter in model.named_parameters(): counts[_kind(name)] += parameter.numel()
+    return counts
 
 # %% ../nbs/09_gpt.ipynb #55ee59a2
 _MODERN: dict[str, Any] = {"positions": "rope", "norm": "rmsnorm", "feed_forward": "swiglu",

@@ -42,7 +42,7 @@ def some_ids(vocab_size=23, shape=(2, 9), seed=1): return torch.randint(vocab_si
 choices = st.fixed_dictionaries(dict(
     vocab_size=st.integers(1, 99), context_length=st.integers(1, 99), d_model=st.sampled_from([8, 16, 48]), n_layers=st.integers(1, 3), n_heads=st.sampled_from([2, 4]),
     n_kv_heads=st.sampled_from([None, 1, 2]), d_head=st.sampled_from([None, 6]), d_ff=st.sampled_from([None, 5]), norm=st.sampled_from(sorted(NORMS)),
-    norm_order=st.sampled_from(ORDERS), feed_forward=st.sampled_from(sorted(FEED_FORWARDS)), positions=st.sampled_from(sorted(POSITIONS)), bias=st.booleans(),
+    norm_order=st.sampled_from(sorted(ORDERS)), feed_forward=st.sampled_from(sorted(FEED_FORWARDS)), positions=st.sampled_from(sorted(POSITIONS)), bias=st.booleans(),
     tie_embeddings=st.booleans(), qk_norm=st.booleans(), sinks=st.booleans(), rope_scaling=st.sampled_from([None, ('linear', 2.0), ('yarn', 4.0, 16)])))
 
 
@@ -204,7 +204,7 @@ def test_starts_alike_from_the_same_generator():
 
 
 def test_summary_and_diagram_name_every_part():
-    for options in ({}, LLAMA, dict(norm_order='post'), dict(norm_order='sandwich', tie_embeddings=False), dict(norm_order='none', positions='none')):
+    for options in ({}, LLAMA, dict(norm_order='post'), dict(norm_order='sandwich', tie_embeddings=False), dict(norm_order='none', positions='none'), dict(norm_order='output'), dict(norm_order='parallel_shared')):
         made = model(**options)
         parts = [name for name, part in made.blocks[0].named_children() if not type(part).__name__ in ('Dropout', 'Identity')]
         for text in (made.summary(), made.diagram()):
