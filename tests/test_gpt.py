@@ -226,6 +226,19 @@ def test_compiled_is_the_same():
         for p, grad in zip(made.parameters(), expected): torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_split_over_two_processes_against_one(tmp_path):
+    import os, subprocess, sys
+    from pathlib import Path
+    here = Path(__file__).parent
+    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
+    both = [subprocess.Popen([sys.executable, here/'two_processes.py', str(rank), tmp_path/'meeting'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for one in both:
+        out, errors = one.communicate(timeout=120)
+        assert one.returncode == 0, errors
+        share, worst = map(float, out.split())
+        assert share == 0.5 and worst < 1e-5
+
+
 # ---- the chunked loss ----
 
 @settings(max_examples=40)
