@@ -888,7 +888,8 @@ def _read_model(
     except (ValueError, TypeError) as e:
         raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
-    with torch.random.fork_rng(devices=[]): model = kind(config)
+    with torch.device("meta"): model = kind(config)              # no number is drawn
     _check_tensors(weights, tensors, model)
-    model.load_state_dict(tensors)
+    numbers = torch.get_default_dtype()
+    model.load_state_dict({k: t.to(numbers) for k, t in tensors.items()}, assign=True)
     return model.to(device).eval()
