@@ -19,7 +19,7 @@ _Layer = Callable[[Tensor], Tensor]
 
 # %% auto #0
 __all__ = ['NORMS', 'ACTIVATIONS', 'FEED_FORWARDS', 'ORDERS', 'layer_norm', 'rms_norm', 'LayerNorm', 'RMSNorm', 'FeedForward',
-           'matched_width', 'GatedFeedForward', 'SwiGLU', 'GeGLU', 'Block', 'init_weights']
+           'matched_width', 'GatedFeedForward', 'SwiGLU', 'GeGLU', 'is_gated', 'Block', 'init_weights']
 
 # %% ../nbs/08_blocks.ipynb #819b158d
 def layer_norm(
@@ -79,17 +79,19 @@ class LayerNorm(nn.Module):
         d_model: int,               # width of the vectors, D
         eps: float = 1e-5,          # added to the variance
         bias: bool = True,          # whether to add a learned constant to each feature
+        offset: float = 0.0,        # added to the weights, which start at 1 − offset
     ) -> None:
         super().__init__()
         _check_norm(d_model, eps)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset))
         self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         "Normalize each vector along the last axis. Raises ValueError for another width."
         _check_width(x, len(self.weight))
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight = self.weight + self.offset if self.offset else self.weight
+        return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -99,18 +101,20 @@ class RMSNorm(nn.Module):
         self,
         d_model: int,               # width of the vectors, D
         eps: float = 1e-6,          # added to the mean square
+        offset: float = 0.0,        # added to the weights, which start at 1 − offset
     ) -> None:
         super().__init__()
         _check_norm(d_model, eps)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         "Normalize each vector along the last axis. Raises ValueError for another width."
         _check_width(x, len(self.weight))
-        if not _learns_on_cpu(x, self.weight):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return _RMSNormFunction.apply(x, self.weight, self.eps)
+        weight = self.weight + self.offset if self.offset else self.weight
+        if not _learns_on_cpu(x, weight):
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return _RMSNormFunction.apply(x, weight, self.eps)
 
 # %% ../nbs/08_blocks.ipynb #e8484229
 def _check_norm(d_model: int, eps: float) -> None:
@@ -130,9 +134,11 @@ def _learns_on_cpu(x: Tensor, weight: Tensor) -> bool:
             and not torch.compiler.is_compiling())
 
 # %% ../nbs/08_blocks.ipynb #baf59218
-def _rms_norm_by_name(d_model: int, eps: float = 1e-6, bias: bool = False) -> RMSNorm:
+def _rms_norm_by_name(
+    d_model: int, eps: float = 1e-6, bias: bool = False, offset: float = 0.0,
+) -> RMSNorm:
     "An RMS norm has no bias, whatever the configuration says of biases."
-    return RMSNorm(d_model, eps)
+    return RMSNorm(d_model, eps, offset)
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
@@ -254,7 +260,17 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
        for name in ("gelu", "gelu_tanh", "relu", "relu2", "silu")},
     "swiglu": SwiGLU,
     "geglu": GeGLU,
+    "geglu_tanh": partial(GatedFeedForward, activation="gelu_tanh"),
 }
+
+
+def is_gated(
+    name: str,          # of a feed-forward layer in `FEED_FORWARDS`
+) -> bool:
+    "Whether it is a gated layer, with three matrices instead of two."
+    made: Any = FEED_FORWARDS[name]
+    kind = getattr(made, "func", made)
+    return isinstance(kind, type) and issubclass(kind, GatedFeedForward)
 
 # %% ../nbs/08_blocks.ipynb #d1e007d7
 def _pre_norm(b: Block, x: Tensor, attention: _Layer, feed_forward: _Layer) -> Tensor:
@@ -302,6 +318,7 @@ class Block(nn.Module):
         *,
         order: str = "pre",                     # where the norms stand: a name in `ORDERS`
         dropout: float = 0.0,                   # share dropped of what is added, in training
+        residual_scale: float = 1.0,            # a factor for what each branch adds
     ) -> None:
         super().__init__()
         if order not in ORDERS:
@@ -309,6 +326,10 @@ class Block(nn.Module):
         named = inspect.unwrap(ORDERS[order]).__code__.co_names     # by the order's equation
 
         def make(name: str) -> nn.Module: return norm() if name in named else nn.Identity()
+        if residual_scale != 1 and "attention_output_norm" in named:
+            raise ValueError(f"order {order!r} norms what a branch adds: a residual_scale of "
+                             f"{residual_scale} would have no effect")
+        self.residual_scale = residual_scale
         self.d_model, self.order, self.dropout = d_model, order, Dropout(dropout)
         self.attention_norm, self.attention = make("attention_norm"), attention
         self.attention_output_norm = make("attention_output_norm")
@@ -332,7 +353,8 @@ class Block(nn.Module):
         return ORDERS[self.order](self, x, attention, feed_forward)
 
     def _write(self, h: Tensor) -> Tensor:
-        "What a branch adds: in training, some of it is dropped."
+        "What a branch adds: scaled, and in training some of it is dropped."
+        if self.residual_scale != 1: h = h * self.residual_scale
         return self.dropout(h) if self.dropout.training else h
 
 # %% ../nbs/08_blocks.ipynb #20f8db8c
