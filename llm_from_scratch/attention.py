@@ -213,14 +213,17 @@ def sliding_window_mask(
 
 # %% ../nbs/07_attention.ipynb #e585a34d
 class _HeadNorm(nn.Module):
-    "Scales each query or key of a head to length √d, times a learned weight."
+    "Scales vectors of `width` features, of which a row holds one or more, to length √width."
 
-    def __init__(self, d_head: int) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_head))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
-    def forward(self, x: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H T d"]:
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+    def forward(self, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
+        weight = self.weight + self.offset if self.offset else self.weight
+        rows = x.unflatten(-1, (-1, len(weight)))
+        return F.rms_norm(rows, weight.shape, weight, self.eps).flatten(-2)
 
 # %% ../nbs/07_attention.ipynb #04a6da44
 def _check_heads(
@@ -260,6 +263,10 @@ class MultiHeadAttention(nn.Module):
         rotary: Rope | None = None,             # turns queries and keys by their positions
         position_bias: Alibi | None = None,     # added to the scores
         qk_norm: bool = False,                  # normalize queries and keys
+        qk_norm_full: bool = False,             # all heads as one vector, not each by itself
+        qk_norm_eps: float = 1e-6,              # added to the mean square
+        qk_norm_offset: float = 0.0,            # added to the weights of these norms
+        scale: float | None = None,             # of the scores; by default 1/√d
         softcap: float | None = None,           # bend scores to stay within ± this
         sinks: bool = False,                    # learn a score of looking nowhere
         window: int | None = None,              # positions a query may see, itself included
@@ -272,12 +279,14 @@ class MultiHeadAttention(nn.Module):
         d = d_model // n_heads if d_head is None else d_head
         self.d_model, self.n_heads, self.n_kv_heads, self.d_head = d_model, n_heads, K, d
         self.dropout, self.softcap, self.window = dropout, softcap, window
-        self.layer, self.backend = layer, backend
+        self.layer, self.backend, self.scale = layer, backend, scale
         self.query = Linear(d_model, n_heads * d, bias)
         self.key, self.value = Linear(d_model, K * d, bias), Linear(d_model, K * d, bias)
         self.output = Linear(n_heads * d, d_model, bias if output_bias is None else output_bias)
-        self.query_norm = _HeadNorm(d) if qk_norm else None
-        self.key_norm = _HeadNorm(d) if qk_norm else None
+        widths = (n_heads * d, K * d) if qk_norm_full else (d, d)
+        self.query_norm, self.key_norm = (
+            _HeadNorm(width, qk_norm_eps, qk_norm_offset) if qk_norm else None
+            for width in widths)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
         self.rotary, self.position_bias = rotary, position_bias
 
@@ -287,10 +296,10 @@ class MultiHeadAttention(nn.Module):
         if positions.shape not in ((T,), (B, T)):
             raise ValueError(f"expected positions of shape {(T,)} or {(B, T)}, "
                              f"got {tuple(positions.shape)}")
-        q, k, v = (project(x).view(B, T, -1, self.d_head).transpose(1, 2)
-                   for project in (self.query, self.key, self.value))
+        q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2) for y in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         return q, k, v
@@ -300,7 +309,8 @@ class MultiHeadAttention(nn.Module):
         bias = None
         if self.position_bias is not None:
             bias = self.position_bias(q.shape[2], k.shape[2], device=q.device, dtype=q.dtype)
-        return {"causal": causal, "bias": bias, "softcap": self.softcap, "sinks": self.sinks}
+        return {"causal": causal, "bias": bias, "scale": self.scale, "softcap": self.softcap,
+                "sinks": self.sinks}
 
     def forward(
         self,

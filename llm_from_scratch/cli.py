@@ -57,7 +57,8 @@ def _comments(thing: Any) -> dict[str, str]:
     return found
 
 # %% ../nbs/command.ipynb #a700e523
-_HIDDEN = {"vocab_size", "rope_scaling"}     # no flags: the tokenizer and the preset say them
+# No flags: the tokenizer and the preset say them.
+_HIDDEN = {"vocab_size", "rope_scaling", "layers", "options"}
 
 def _flags(kind: Any, given: Mapping[str, Any]) -> Any:
     "A dataclass with the fields of `kind` that can be given as flags, `given` as defaults."

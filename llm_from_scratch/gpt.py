@@ -7,9 +7,10 @@ import difflib
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from .attention import BACKENDS, Cache, MultiHeadAttention
 from llm_from_scratch.blocks import (
-    FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, matched_width,
+    FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .data import replacing
@@ -32,7 +33,7 @@ from llm_from_scratch.positions import (
     POSITIONS, LearnedPositions, PositionScheme, RopeScaling, position_scheme,
 )
 from llm_from_scratch.tensors import (
-    Dropout, Embedding, Linear, _check_targets, _may_look, linear,
+    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear,
 )
 
 if TYPE_CHECKING:
@@ -41,18 +42,18 @@ if TYPE_CHECKING:
     from llm_from_scratch.figures import SVG
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPT2_WEIGHTS', 'LLAMA_WEIGHTS', 'META_WEIGHTS', 'GPTConfig', 'TiedHead', 'GPT', 'chunked_cross_entropy',
-           'count_parameters', 'flops_per_token', 'MemoryEstimate', 'estimate_memory', 'model_card', 'Weight',
-           'load_weights', 'read_llama2c']
+__all__ = ['MIXERS', 'PRESETS', 'GPT2_WEIGHTS', 'LLAMA_WEIGHTS', 'META_WEIGHTS', 'GPTConfig', 'TiedHead', 'GPT',
+           'chunked_cross_entropy', 'count_parameters', 'flops_per_token', 'MemoryEstimate', 'estimate_memory',
+           'model_card', 'Weight', 'load_weights', 'export_weights', 'read_llama2c']
 
 # %% ../nbs/09_gpt.ipynb #7a1bde99
-def _check_fields(known: Sequence[str], given: Sequence[str]) -> None:
-    "Refuse a field that does not exist, naming the one that was probably meant."
+def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:
+    "Refuse a name that does not exist, naming the one that was probably meant."
     for name in given:
         if name in known: continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise ValueError(f"a configuration has no field {name!r}: {hint}")
+        raise ValueError(f"a configuration has {what} {name!r}: {hint}")
 
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
@@ -92,8 +93,36 @@ class GPTConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        _check_values(self)
         _check_names(self)
+        _check_heads(self)
+        _check_layers(self)
+
+    # Biases by place; None: as `bias`
+    qkv_bias: bool | None = None            # of queries, keys and values
+    output_bias: bool | None = None         # of attention's output
+    mlp_bias: bool | None = None            # of the feed-forward layer
+    norm_bias: bool | None = None           # of the norms
+    head_bias: bool = False                 # of the head, which must not be tied then
+    # Norms
+    norm_offset: float = 0.0                # added to the weights of all norms
+    qk_norm_full: bool = False              # over all heads of a position at once
+    qk_norm_eps: float = 1e-6               # added to the mean square
+    # Factors
+    attention_scale: float | None = None    # of attention scores; None: 1/√d
+    embedding_scale: float = 1.0            # of token embeddings
+    residual_scale: float = 1.0             # of what each branch adds to the stream
+    logit_scale: float = 1.0                # of logits
+    logit_softcap: float | None = None      # of logits, bent to stay within ± this
+    # Layers
+    mixer: str = "attention"                # a name in `MIXERS`
+    layers: Sequence[Mapping[str, Any]] = field(default=(), hash=False)  # exceptions, in turn
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of parts, by name
+
+    def layer(self, i: int) -> GPTConfig:
+        "The choices of layer i: these, with the exceptions that `layers` makes for it."
+        if not self.layers: return self
+        return replace(self, layers=(), **self.layers[i % len(self.layers)])
 
     @property
     def kv_heads(self) -> int:
@@ -108,7 +137,7 @@ class GPTConfig:
     @property
     def is_gated(self) -> bool:
         "Whether the feed-forward layer has three matrices instead of two."
-        return self.feed_forward in ("swiglu", "geglu")
+        return is_gated(self.feed_forward)
 
     @property
     def ff_width(self) -> int:
@@ -126,19 +155,64 @@ class GPTConfig:
         found = json.loads(text)
         if not isinstance(found, dict):
             raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-        scaling = found.get("rope_scaling")
-        if scaling is not None: found["rope_scaling"] = RopeScaling(**scaling)
+        for part in (found, *found.get("layers", ())):
+            scaling = part.get("rope_scaling")
+            if scaling is not None: part["rope_scaling"] = RopeScaling(**scaling)
         return cls(**found)
 
-# %% ../nbs/09_gpt.ipynb #c9ed31e4
-def _check_sizes(c: GPTConfig) -> None:
-    "Sizes are whole and positive, and heads divide what they share."
-    for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads",
-                 "n_kv_heads", "d_head", "d_ff", "window"):
-        size = getattr(c, name)
-        if size is None and name in ("n_kv_heads", "d_head", "d_ff", "window"): continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+# %% ../nbs/09_gpt.ipynb #31ba1c49
+def _either(choice: bool | None, otherwise: bool) -> bool:
+    "A switch that may be left open."
+    return otherwise if choice is None else choice
+
+
+def _attention(c: GPTConfig, layer: int, scheme: PositionScheme) -> nn.Module:
+    "The attention of one layer."
+    qkv_bias, output_bias = _either(c.qkv_bias, c.bias), _either(c.output_bias, c.bias)
+    return MultiHeadAttention(
+        c.d_model, c.n_heads, c.kv_heads, d_head=c.head_width, bias=qkv_bias,
+        output_bias=output_bias, dropout=c.dropout, rotary=scheme.rotary,
+        position_bias=scheme.bias, qk_norm=c.qk_norm, qk_norm_full=c.qk_norm_full,
+        qk_norm_eps=c.qk_norm_eps, qk_norm_offset=c.norm_offset, scale=c.attention_scale,
+        softcap=c.softcap, sinks=c.sinks, window=c.window, layer=layer, backend=c.backend)
+
+
+MIXERS: dict[str, Callable[[GPTConfig, int, PositionScheme], nn.Module]] = {
+    "attention": _attention}
+
+# %% ../nbs/09_gpt.ipynb #b88dd460
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_size(x: Any) -> bool: return isinstance(x, int) and _is_number(x) and x >= 1
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("vocab_size context_length d_model n_layers n_heads n_kv_heads d_head d_ff window",
+     _is_size, "be a whole number of at least 1"),
+    ("bias qkv_bias output_bias mlp_bias norm_bias head_bias tie_embeddings qk_norm "
+     "qk_norm_full sinks", lambda x: isinstance(x, bool), "be True or False"),
+    ("norm_eps qk_norm_eps", lambda x: _is_number(x) and x >= 0, "not be negative"),
+    ("softcap logit_softcap attention_scale embedding_scale residual_scale logit_scale",
+     lambda x: _is_number(x) and x > 0, "be positive"),
+    ("norm_offset", _is_number, "be a number"),
+    ("dropout", lambda x: _is_number(x) and 0 <= x < 1, "lie in [0, 1)"),
+)
+
+
+def _check_values(c: GPTConfig) -> None:
+    "Types and ranges; what may be left open may be None."
+    default = {f.name: f.default for f in fields(c)}
+    for names, is_good, words in _RANGES:
+        for name in names.split():
+            value = getattr(c, name)
+            if value is None and default[name] is None: continue
+            if not is_good(value): raise ValueError(f"{name} must {words}, got {value!r}")
+
+# %% ../nbs/09_gpt.ipynb #5779d670
+def _check_heads(c: GPTConfig) -> None:
+    "Heads divide what they share."
     if c.d_head is None and c.d_model % c.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads unless d_head is given, "
                          f"got {c.d_model} and {c.n_heads}")
@@ -147,45 +221,75 @@ def _check_sizes(c: GPTConfig) -> None:
     if c.positions == "rope" and c.head_width % 2:
         raise ValueError("rotary positions turn pairs: d_head must be even, "
                          f"got {c.head_width}")
-    if not 0 <= c.dropout < 1: raise ValueError(f"dropout must lie in [0, 1), got {c.dropout}")
-    if c.softcap is not None and not c.softcap > 0:
-        raise ValueError(f"softcap must be positive, got {c.softcap}")
+    if c.head_bias and c.tie_embeddings:
+        raise ValueError("a tied head has no bias: head_bias needs tie_embeddings=False")
 
 
 def _check_names(c: GPTConfig) -> None:
     "Parts are named as their dictionaries name them."
     for name, known in (("norm", NORMS), ("norm_order", ORDERS), ("backend", BACKENDS),
                         ("feed_forward", FEED_FORWARDS), ("positions", POSITIONS),
-                        ("rope_layout", ("half", "interleaved"))):
+                        ("mixer", MIXERS), ("rope_layout", ("half", "interleaved"))):
         if getattr(c, name) not in known:
             raise ValueError(f"unknown {name} {getattr(c, name)!r}: "
                              f"expected one of {', '.join(known)}")
+    _check_fields([*FEED_FORWARDS, *MIXERS], list(c.options), "no part")
+
+# %% ../nbs/09_gpt.ipynb #9cb187b6
+_PER_LAYER = ("window", "positions", "rope_base", "rope_scaling", "mixer", "feed_forward",
+              "d_ff")
+
+
+
+
+def _check_layers(c: GPTConfig) -> None:
+    "Exceptions are of things that may differ, and each makes a layer that is possible."
+    object.__setattr__(c, "layers", tuple(dict(layer) for layer in c.layers))
+    for i, layer in enumerate(c.layers):
+        _check_fields(_PER_LAYER, list(layer), "no exception for one layer,")
+        embedded = ("learned", "sinusoidal")
+        if layer.get("positions", c.positions) != c.positions in embedded or (
+                layer.get("positions") in embedded and c.positions not in embedded):
+            raise ValueError("positions that are added to embeddings belong to the whole "
+                             f"model: layer {i} cannot have {layer['positions']!r}")
+        c.layer(i)
 
 # %% ../nbs/09_gpt.ipynb #fe4a5361
-def _norm(config: GPTConfig) -> nn.Module:
+def _norm(c: GPTConfig) -> nn.Module:
     "A fresh norm of the kind that the configuration names."
-    return NORMS[config.norm](config.d_model, eps=config.norm_eps, bias=config.bias)
+    more = {"offset": c.norm_offset} if c.norm_offset else {}
+    bias = _either(c.norm_bias, c.bias)
+    return NORMS[c.norm](c.d_model, eps=c.norm_eps, bias=bias, **more)
 
 
-def _block(config: GPTConfig, layer: int, scheme: PositionScheme) -> Block:
+def _block(c: GPTConfig, layer: int, scheme: PositionScheme) -> Block:
     "One block, made of the parts that the configuration names."
-    attention = MultiHeadAttention(
-        config.d_model, config.n_heads, config.kv_heads, d_head=config.head_width,
-        bias=config.bias, dropout=config.dropout, rotary=scheme.rotary,
-        position_bias=scheme.bias, qk_norm=config.qk_norm, softcap=config.softcap,
-        sinks=config.sinks, window=config.window, layer=layer, backend=config.backend)
-    feed_forward = FEED_FORWARDS[config.feed_forward](
-        config.d_model, config.ff_width, bias=config.bias)
-    return Block(config.d_model, attention, feed_forward, lambda: _norm(config),
-                 order=config.norm_order, dropout=config.dropout)
+    feed_forward = FEED_FORWARDS[c.feed_forward](
+        c.d_model, c.ff_width, bias=_either(c.mlp_bias, c.bias),
+        **c.options.get(c.feed_forward, {}))
+    return Block(c.d_model, MIXERS[c.mixer](c, layer, scheme), feed_forward,
+                 lambda: _norm(c), order=c.norm_order, dropout=c.dropout,
+                 residual_scale=c.residual_scale)
 
-
+# %% ../nbs/09_gpt.ipynb #8d256e9a
 def _scheme(c: GPTConfig) -> PositionScheme:
     "How positions enter this model."
     return position_scheme(
         c.positions, d_model=c.d_model, n_heads=c.n_heads, d_head=c.head_width,
         context_length=c.context_length, rope_base=c.rope_base, rope_layout=c.rope_layout,
         rope_fraction=c.rope_fraction, rope_scaling=c.rope_scaling)
+
+
+def _blocks_of(config: GPTConfig, scheme: PositionScheme) -> nn.ModuleList:
+    "All blocks, each by its own plan."
+    def key(c: GPTConfig) -> Any: return c.positions, c.rope_base, c.rope_scaling
+
+    schemes, blocks = {key(config): scheme}, nn.ModuleList()
+    for i in range(config.n_layers):
+        plan = config.layer(i)
+        if key(plan) not in schemes: schemes[key(plan)] = _scheme(plan)
+        blocks.append(_block(plan, i, schemes[key(plan)]))
+    return blocks
 
 # %% ../nbs/09_gpt.ipynb #3bd2097e
 class TiedHead(nn.Module):
@@ -220,10 +324,10 @@ class GPT(nn.Module):
         self.token_embedding = Embedding(config.vocab_size, config.d_model, generator=generator)
         self.position_embedding = scheme.embedding
         self.embedding_dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_block(config, i, scheme) for i in range(config.n_layers))
+        self.blocks = _blocks_of(config, scheme)
         self.norm = _norm(config)
         self.head = (TiedHead(self.token_embedding) if config.tie_embeddings
-                     else Linear(config.d_model, config.vocab_size, bias=False))
+                     else Linear(config.d_model, config.vocab_size, config.head_bias))
         init_weights(self, config.n_layers, generator=generator)
         if isinstance(scheme.embedding, LearnedPositions) and generator is not None:
             nn.init.normal_(scheme.embedding.weight, std=0.02, generator=generator)
@@ -239,6 +343,7 @@ class GPT(nn.Module):
         "The stream after all blocks and the last norm: what the head reads."
         positions = _check_input(self.config, ids, positions, cache)
         x = self.token_embedding(ids)
+        if self.config.embedding_scale != 1: x = x * self.config.embedding_scale
         if self.position_embedding is not None: x = x + self.position_embedding(positions)
         x = self.embedding_dropout(x)
         for block in self.blocks: x = block(x, positions, mask, cache)
@@ -257,8 +362,14 @@ class GPT(nn.Module):
 
         Raises ValueError for an empty or too long sequence and ids outside the vocabulary."""
         x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
-        if targets is None: return self.head(x)
-        return chunked_cross_entropy(x, self.head.weight, targets)
+        if targets is None: return self.logits(x)
+        return _loss(self, x, targets)
+
+    def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        "A score for each token, from what `hidden` gives."
+        c, y = self.config, self.head(hidden)
+        if c.logit_scale != 1: y = y * c.logit_scale
+        return y if c.logit_softcap is None else c.logit_softcap * (y / c.logit_softcap).tanh()
 
     def summary(self) -> str:
         "A line for each part: its name, its kind, the shapes and number of its parameters."
@@ -341,14 +452,16 @@ def _arrow(*points: tuple[int, int]) -> str:
     return f'<path d="M{way}" fill="none" stroke="#8a8a8a" marker-end="url(#into)"/>'
 
 # %% ../nbs/09_gpt.ipynb #9d0ae08c
-def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]]) -> tuple[str, int]:
-    "A box on the stream, or a branch that reads from it and adds to it; and where it ends."
+def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]],
+             read: int | None = None) -> tuple[str, int]:
+    "A box on the stream, or a branch that reads (at height `read`) and adds; where it ends."
     if not beside:
         name, module = parts[0]
         return _box(20, y, name, module, "#0072B2") + _arrow((50, y + 36), (50, y + 52)), y + 52
     end = y + 46 * len(parts) + 22
     color = "#D55E00" if parts[0][0].startswith("attention") else "#009E73"
-    drawn = [_arrow((50, y), (50, end)), _arrow((50, y + 18), (100, y + 18)),
+    way = [(50, read), (75, read)] if read is not None else [(50, y + 18)]
+    drawn = [_arrow((50, y), (50, end)), _arrow(*way, (way[-1][0], y + 18), (100, y + 18)),
              _arrow((215, end - 32), (215, end - 14), (59, end - 14)),
              f'<text x="50" y="{end - 8}" text-anchor="middle" font-size="18">⊕</text>']
     for i, (name, module) in enumerate(parts):
@@ -366,8 +479,9 @@ def _picture(model: GPT) -> str:
         svg, y = _station(y, beside, parts)
         drawn.append(svg)
     top, y = y, y + 12
+    together = getattr(model.blocks[0], "order", "pre").startswith("parallel")
     for beside, parts in block:
-        svg, y = _station(y, beside, parts)
+        svg, y = _station(y, beside, parts, top + 30 if together else None)
         drawn.append(svg)
     drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
                  f'fill="none" stroke="#8a8a8a" stroke-dasharray="5 4"/>'
@@ -478,34 +592,34 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, rows)
 
+
+def _loss(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    "Mean surprise; in chunks wherever logits are a product and nothing more."
+    c = model.config
+    if c.head_bias or c.logit_softcap is not None:
+        return cross_entropy(model.logits(hidden), targets)
+    if c.logit_scale != 1: hidden = hidden * c.logit_scale
+    return chunked_cross_entropy(hidden, model.head.weight, targets)
+
 # %% ../nbs/09_gpt.ipynb #92fd56e6
-def _per_norm(c: GPTConfig) -> int:
-    "Parameters of one norm: a weight for each feature, perhaps a bias."
-    return c.d_model * (2 if c.norm == "layernorm" and c.bias else 1)
+_KINDS = {"token_embedding": "token embedding", "position_embedding": "position embedding",
+          "attention": "attention", "feed_forward": "feed-forward", "head": "head"}
 
 
-def _per_attention(c: GPTConfig) -> int:
-    "Parameters of one attention layer."
-    inside, both = c.head_width * (c.n_heads + 2 * c.kv_heads), c.head_width * c.n_heads
-    weights = c.d_model * (inside + both) + (inside + c.d_model if c.bias else 0)
-    return weights + (2 * c.head_width if c.qk_norm else 0) + (c.n_heads if c.sinks else 0)
+def _kind(name: str) -> str:
+    "The part of the model that a parameter belongs to, by its name."
+    part = name.split(".")[2 if name.startswith("blocks.") else 0]
+    return _KINDS.get(part, "norms")
 
 
 def count_parameters(
     config: GPTConfig,
 ) -> dict[str, int]:                        # part -> parameters; their sum is the model's
-    "Exact parameter counts by @eq-gpt-parameters with biases and norms; makes no model."
-    c, matrices = config, 3 if config.is_gated else 2
-    biases = (matrices - 1) * c.ff_width + c.d_model if c.bias else 0
-    norms = {"pre": 2, "post": 2, "sandwich": 4, "none": 0}[c.norm_order]
-    return {
-        "token embedding": c.vocab_size * c.d_model,
-        "position embedding": c.context_length * c.d_model if c.positions == "learned" else 0,
-        "attention": c.n_layers * _per_attention(c),
-        "feed-forward": c.n_layers * (matrices * c.ff_width * c.d_model + biases),
-        "norms": (c.n_layers * norms + 1) * _per_norm(c),
-        "head": 0 if c.tie_embeddings else c.vocab_size * c.d_model,
-    }
+    "Exact parameter counts, of a model that is built without its numbers."
+    with torch.device("meta"): model = GPT(config)
+    counts = dict.fromkeys([*_KINDS.values(), "norms"], 0)
+    for name, parameter in model.named_parameters(): counts[_kind(name)] += parameter.numel()
+    return counts
 
 # %% ../nbs/09_gpt.ipynb #55ee59a2
 _MODERN: dict[str, Any] = {"positions": "rope", "norm": "rmsnorm", "feed_forward": "swiglu",
@@ -542,6 +656,13 @@ PRESETS: dict[str, GPTConfig] = {
 }
 
 # %% ../nbs/09_gpt.ipynb #ecf73cb2
+def _multiplied(part: Any) -> int:
+    "Weights that a token is multiplied with: those of linear layers, or what the part says."
+    if hasattr(part, "multiplied"): return part.multiplied()
+    own = part.weight.numel() if isinstance(part, nn.Linear) else 0
+    return own + sum(_multiplied(child) for child in part.children())
+
+
 def flops_per_token(
     config: GPTConfig,
     length: int | None = None,              # of the sequences, T; None: the whole context
@@ -551,10 +672,8 @@ def flops_per_token(
 
     Attention is counted over all pairs of positions, as is usual, though half are masked."""
     c, T = config, config.context_length if length is None else length
-    matrices = 3 if c.is_gated else 2
-    attention = c.d_model * c.head_width * 2 * (c.n_heads + c.kv_heads)
-    multiplied = c.n_layers * (attention + matrices * c.d_model * c.ff_width)
-    multiplied += c.vocab_size * c.d_model
+    with torch.device("meta"): multiplied = _multiplied(GPT(c))
+    if c.tie_embeddings: multiplied += c.vocab_size * c.d_model
     forward = 2 * multiplied + 4 * c.n_layers * T * c.n_heads * c.head_width
     return 3 * forward if training else forward
 
@@ -646,12 +765,16 @@ def model_card(
 # %% ../nbs/09_gpt.ipynb #ec542973
 @dataclass(frozen=True)
 class Weight:
-    "A line of a weight map: one tensor of a checkpoint, and what it fills here."
+    """A line of a weight map: one tensor of a checkpoint, and what it fills here.
 
-    source: str                             # its name there; {i} stands for every layer
-    targets: str                            # names here; several take its rows in turn
+    In `source`, {i} stands for every layer and {e} for every expert, whose tensors are stacked;
+    what stands in [brackets] may be missing in front of all names."""
+
+    source: str                             # its name there; "": a constant fills the targets
+    targets: str                            # names here, which take its rows; "": ignored
     transpose: bool = False                 # stored as (in, out) there
-
+    groups: str = ""                        # rows come in turns for each of these: "n_heads", …
+    constant: float = 0.0                   # what fills the targets, where there is no source
 
 
 def _layer(
@@ -670,17 +793,19 @@ def _blocks(source: str, layers: Mapping[str, str], **how: Any) -> list[Weight]:
 
 # %% ../nbs/09_gpt.ipynb #42b3d602
 GPT2_WEIGHTS: tuple[Weight, ...] = (
-    *_layer("transformer.wte", "token_embedding"),
-    *_layer("transformer.wpe", "position_embedding"),
-    *_blocks("transformer.h", {
+    *_layer("[transformer.]wte", "token_embedding"),
+    *_layer("[transformer.]wpe", "position_embedding"),
+    *_blocks("[transformer.]h", {
         "ln_1": "attention_norm",
         "ln_2": "feed_forward_norm"}, bias=True),
-    *_blocks("transformer.h", {
+    *_blocks("[transformer.]h", {
         "attn.c_attn": "attention.query attention.key attention.value",
         "attn.c_proj": "attention.output",
         "mlp.c_fc": "feed_forward.up",
         "mlp.c_proj": "feed_forward.down"}, bias=True, transpose=True),
-    *_layer("transformer.ln_f", "norm", bias=True),
+    *_layer("[transformer.]ln_f", "norm", bias=True),
+    Weight("[transformer.]h.{i}.attn.bias", ""),               # a causal mask, of old files
+    Weight("[transformer.]h.{i}.attn.masked_bias", ""),
     *_layer("lm_head", "head"),
 )
 
@@ -708,40 +833,72 @@ def _complain(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"{what}: {', '.join(names[:3])}{rest}")
 
 
-def _per_layer(lines: Sequence[Weight], n_layers: int) -> dict[str, Weight]:
+def _prefixed(source: str, names: Sequence[str]) -> str:
+    "A name without brackets; what they hold stays if the names of a checkpoint begin so."
+    match = re.match(r"\[(.*)\](.*)", source)
+    if not match: return source
+    return match[1] * any(name.startswith(match[1]) for name in names) + match[2]
+
+
+def _per_layer(
+    lines: Sequence[Weight], n_layers: int, names: Sequence[str] = (),
+) -> dict[str, Weight]:
     "The map with {i} filled in for every layer; ValueError where two lines meet."
     found: dict[str, Weight] = {}
     for line in lines:
-        for i in range(n_layers if "{i}" in line.source else 1):
-            source = line.source.replace("{i}", str(i))
-            _complain("two lines of the map use", [source] if source in found else [])
-            found[source] = Weight(source, line.targets.replace("{i}", str(i)), line.transpose)
+        source = _prefixed(line.source, names)
+        for i in range(n_layers if "{i}" in source + line.targets else 1):
+            here, targets = (text.replace("{i}", str(i)) for text in (source, line.targets))
+            key = here or targets
+            _complain("two lines of the map use", [key] if key in found else [])
+            found[key] = replace(line, source=here, targets=targets)
+    return found
+
+
+def _sources(line: Weight, names: Mapping[str, Any]) -> list[str]:
+    "The tensors of one line: one, or one for each expert that there is."
+    if "{e}" not in line.source: return [line.source]
+    found = [line.source.replace("{e}", "0")]
+    while (following := line.source.replace("{e}", str(len(found)))) in names:
+        found.append(following)
     return found
 
 # %% ../nbs/09_gpt.ipynb #627e26b6
 def _shared_out(
-    tensor: Tensor, line: Weight, shapes: Mapping[str, torch.Size],
+    tensor: Tensor, line: Weight, shapes: Mapping[str, torch.Size], c: GPTConfig,
 ) -> dict[str, Tensor]:
     "The rows of one tensor, for each of its targets; ValueError where the shapes differ."
     targets = line.targets.split()
     _complain("this model has no", [t for t in targets if t not in shapes])
     tensor = tensor.mT if line.transpose else tensor
-    wanted = [shapes[t] for t in targets]
-    expected = (sum(shape[0] for shape in wanted), *wanted[0][1:])
-    if tuple(tensor.shape) != expected:
+    wanted, rows = [shapes[t] for t in targets], 1 if "{e}" in line.source else 0
+    expected = list(wanted[0])
+    expected[rows] = sum(shape[rows] for shape in wanted)
+    if list(tensor.shape) != expected:
         raise ValueError(f"{line.source} has shape {tuple(tensor.shape)}, but what it fills, "
-                         f"{' + '.join(targets)}, has {expected}")
-    return dict(zip(targets, tensor.split([shape[0] for shape in wanted])))
+                         f"{' + '.join(targets)}, has {tuple(expected)}")
+    turns = getattr(c, line.groups) if line.groups else 1
+    parts = tensor.unflatten(rows, (turns, -1)).split(
+        [shape[rows] // turns for shape in wanted], rows + 1)
+    return {t: part.flatten(rows, rows + 1) for t, part in zip(targets, parts)}
 
 
 def _converted(
-    tensors: Mapping[str, Tensor], plan: Mapping[str, Weight], shapes: Mapping[str, torch.Size],
+    tensors: Mapping[str, Tensor], plan: Mapping[str, Weight],
+    shapes: Mapping[str, torch.Size], c: GPTConfig,
 ) -> dict[str, Tensor]:
     "Every tensor under our names, by the line of the map that belongs to it."
     parts: dict[str, Tensor] = {}
-    for source, tensor in tensors.items():
-        new = _shared_out(tensor, plan[source], shapes)
-        _complain(f"{source} fills again", [name for name in new if name in parts])
+    for line in plan.values():
+        names = _sources(line, tensors)
+        if not line.source:
+            new = {t: torch.full(shapes[t], line.constant) for t in line.targets.split()}
+        elif not line.targets or names[0] not in tensors: continue
+        else:
+            given = [tensors[name] for name in names]
+            tensor = torch.stack(given) if "{e}" in line.source else given[0]
+            new = _shared_out(tensor, line, shapes, c)
+        _complain(f"{line.source} fills again", [name for name in new if name in parts])
         parts.update(new)
     return parts
 
@@ -756,20 +913,59 @@ def load_weights(
 
     Raises ValueError, before anything is copied, for tensors that are missing, left over, of
     another shape, or filled twice."""
-    plan, tied = _per_layer(lines, model.config.n_layers), model.config.tie_embeddings
+    c, tied = model.config, model.config.tie_embeddings
+    plan = _per_layer(lines, c.n_layers, list(tensors))
+    names = {name: line for line in plan.values() for name in _sources(line, tensors)}
     shapes = {name: p.shape for name, p in model.state_dict().items()}
-    heads = {source for source, line in plan.items() if line.targets == "head.weight"}
-    _complain("the checkpoint lacks",
-              sorted(plan.keys() - tensors.keys() - (heads if tied else set())))
-    _complain("the map has no line for", sorted(tensors.keys() - plan.keys()))
+    spare = {"", "head.weight"} if tied else {""}
+    needed = {name for name, line in names.items() if name and line.targets not in spare}
+    _complain("the checkpoint lacks", sorted(needed - tensors.keys()))
+    _complain("the map has no line for", sorted(tensors.keys() - names.keys()))
     head = {"head.weight": shapes["token_embedding.weight"]} if tied else {}
-    parts = _converted(tensors, plan, shapes | head)
+    parts = _converted(tensors, plan, shapes | head, c)
     _complain("nothing fills", sorted(shapes.keys() - parts.keys()))
     table = parts["token_embedding.weight"]
     if tied and not torch.equal(parts.pop("head.weight", table), table):
         raise ValueError("the checkpoint's head is not its embedding: "
                          "this model needs tie_embeddings=False")
     model.load_state_dict(parts)
+
+# %% ../nbs/09_gpt.ipynb #e9fa2a21
+def _joined(line: Weight, state: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
+    "What `_shared_out` took apart, put together again."
+    rows, turns = 1 if "{e}" in line.source else 0, 1
+    if line.groups: turns = getattr(c, line.groups)
+    parts = [state[t].unflatten(rows, (turns, -1)) for t in line.targets.split()]
+    tensor = torch.cat(parts, rows + 1).flatten(rows, rows + 1)
+    if line.transpose: tensor = tensor.mT
+    if not rows: return {line.source: tensor.contiguous()}
+    return {line.source.replace("{e}", str(e)): t.contiguous() for e, t in enumerate(tensor)}
+
+
+@torch.no_grad()
+def export_weights(
+    model: GPT,
+    lines: Sequence[Weight],                # the map, such as `GPT2_WEIGHTS`
+    *,
+    prefix: bool = True,                    # write what the map has in [brackets]
+) -> dict[str, Tensor]:                     # name -> tensor
+    """The model's weights under the names of a map: what `load_weights` reads.
+
+    Raises ValueError for parameters that the map cannot hold."""
+    found, state, tied = {}, dict(model.state_dict()), model.config.tie_embeddings
+    written = {"head.weight"} if tied else set()
+    lines = [replace(line, source=re.sub(r"\[(.*)\]", r"\1" if prefix else "", line.source))
+             for line in lines]
+    for line in _per_layer(lines, model.config.n_layers).values():
+        targets = line.targets.split()
+        if not targets or written.issuperset(targets): continue
+        _complain("this model has no", [t for t in targets if t not in state])
+        if line.source: found |= _joined(line, state, model.config)
+        else: _complain(f"the map says {line.constant} for",
+                        [t for t in targets if (state[t] != line.constant).any()])
+        written.update(targets)
+    _complain("the map has no line for", sorted(state.keys() - written))
+    return found
 
 # %% ../nbs/09_gpt.ipynb #fcbca21d
 META_WEIGHTS: tuple[Weight, ...] = (
@@ -894,7 +1090,8 @@ def _read_model(
     except (ValueError, TypeError) as e:
         raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
-    with torch.random.fork_rng(devices=[]): model = kind(config)
+    with torch.device("meta"): model = kind(config)              # no number is drawn
     _check_tensors(weights, tensors, model)
-    model.load_state_dict(tensors)
+    numbers = torch.get_default_dtype()
+    model.load_state_dict({k: t.to(numbers) for k, t in tensors.items()}, assign=True)
     return model.to(device).eval()

@@ -120,7 +120,8 @@ class SinusoidalPositions(_Tabulated):
     ) -> None:
         _frequencies(d_model, base)    # refuses what cannot be
         super().__init__(context_length, d_model, base)
-        self.register_buffer("_like", torch.empty(0), persistent=False)  # knows the dtype
+        like = torch.empty(0, device="cpu")                      # knows the dtype
+        self.register_buffer("_like", like, persistent=False)
 
     def forward(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
         "The waves at each position, in the dtype of the module. ValueError if negative."

@@ -219,7 +219,8 @@ def linear(
     return F.linear(x, weight, bias)
 
 def _is_worth_sharing(x: Tensor, weight: Tensor) -> bool:
-    return (weight.numel() >= _WORTH_SHARING and x.dtype == weight.dtype == torch.float32
+    return (type(x) is Tensor and weight.numel() >= _WORTH_SHARING
+            and x.dtype == weight.dtype == torch.float32
             and x.device.type == "cpu" and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled() and torch.get_num_threads() > 1)
 
@@ -233,8 +234,8 @@ def _share_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None: y += bias
     return y.view(*x.shape[:-1], n_rows)
 
-# %% ../nbs/01_tensors.ipynb #215e487e
-class Linear(nn.Module):
+# %% ../nbs/01_tensors.ipynb #1e9bfe3a
+class Linear(nn.Linear):
     "Weighted sums, @eq-tensors-linear. Starts uniform in ±1/√in_features, as in `torch.nn`."
 
     def __init__(
@@ -245,19 +246,17 @@ class Linear(nn.Module):
         *,
         generator: torch.Generator | None = None,  # draws the weights; None: torch's own
     ) -> None:
-        super().__init__()
         if in_features < 1 or out_features < 1:
             raise ValueError("a linear layer needs at least one input and one output, "
                              f"got {in_features} and {out_features}")
-        self.in_features, self.out_features = in_features, out_features
-        limit = in_features**-0.5
+        super().__init__(in_features, out_features, bias, device="meta")
+        self.to_empty(device=torch.get_default_device())
+        self.reset_parameters(generator)
 
-        def uniform(*shape: int) -> nn.Parameter:
-            numbers = torch.empty(shape).uniform_(-limit, limit, generator=generator)
-            return nn.Parameter(numbers)
-
-        self.weight = uniform(out_features, in_features)
-        self.bias = uniform(out_features) if bias else None
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        "Draw weight and bias anew."
+        limit = self.in_features**-0.5
+        for p in self.parameters(): nn.init.uniform_(p, -limit, limit, generator)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
         "The sums for each vector along the last axis. Raises ValueError for another width."
@@ -266,8 +265,8 @@ class Linear(nn.Module):
                              f"got shape {tuple(x.shape)}")
         return linear(x, self.weight, self.bias)
 
-# %% ../nbs/01_tensors.ipynb #1e9bfe3a
-class Embedding(nn.Module):
+# %% ../nbs/01_tensors.ipynb #ddc56c95
+class Embedding(nn.Embedding):
     "A vector for each token id, looked up in a table that starts normal with variance 1."
 
     def __init__(
@@ -277,13 +276,16 @@ class Embedding(nn.Module):
         *,
         generator: torch.Generator | None = None,  # draws the weights; None: torch's own
     ) -> None:
-        super().__init__()
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError("an embedding needs at least one id and one dimension, "
                              f"got {num_embeddings} and {embedding_dim}")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        table = torch.empty(num_embeddings, embedding_dim)
-        self.weight = nn.Parameter(table.normal_(generator=generator))
+        super().__init__(num_embeddings, embedding_dim, device="meta")
+        self.to_empty(device=torch.get_default_device())
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        "Draw the table anew."
+        nn.init.normal_(self.weight, generator=generator)
 
     def forward(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
         "The vector of each id. TypeError for fractions, ValueError outside the table."

@@ -223,6 +223,52 @@ def test_a_post_norm_block_against_torch():
     assert_same(lambda x: ours(x, torch.arange(6)), lambda x: theirs(x, src_mask=mask, is_causal=True), [torch.randn(2, 6, 16)], 1e-5)
 
 
+def hf_block(module, kind, config, **options):
+    "A decoder layer of transformers with random weights, and a function from x to what it gives."
+    import importlib
+    import transformers
+    made = importlib.import_module(f'transformers.models.{module}.modeling_{module}')
+    c = getattr(transformers, config)(hidden_size=16, num_attention_heads=4, num_hidden_layers=1, intermediate_size=24, max_position_embeddings=8, attn_implementation='eager', **options)
+    layer = getattr(made, kind)(c, layer_idx=0)
+    with torch.no_grad():
+        for p in layer.parameters(): p.normal_(0, 0.3)
+    rotary = getattr(made, kind.removesuffix('DecoderLayer').removesuffix('Layer') + 'RotaryEmbedding')(c)
+    mask = torch.full((1, 1, 6, 6), -math.inf).triu(1)
+    def peer(x):
+        y = layer(x, attention_mask=mask, position_embeddings=rotary(x, torch.arange(6)[None]))
+        return y[0] if isinstance(y, tuple) else y
+    return layer, peer
+
+
+def test_norms_after_the_branches_against_hf_olmo2():
+    from llm_from_scratch.positions import Rope
+    layer, peer = hf_block('olmo2', 'Olmo2DecoderLayer', 'Olmo2Config', rms_norm_eps=1e-6)
+    layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()              # the order of norms is the question here
+    ours = Block(16, MultiHeadAttention(16, 4, rotary=Rope(4)), SwiGLU(16, 24), lambda: RMSNorm(16), order='output')
+    for name, other in dict(query='q_proj', key='k_proj', value='v_proj', output='o_proj').items():
+        getattr(ours.attention, name).load_state_dict(getattr(layer.self_attn, other).state_dict())
+    for name in ('gate', 'up', 'down'): getattr(ours.feed_forward, name).load_state_dict(getattr(layer.mlp, name + '_proj').state_dict())
+    ours.attention_output_norm.load_state_dict(layer.post_attention_layernorm.state_dict())
+    ours.feed_forward_output_norm.load_state_dict(layer.post_feedforward_layernorm.state_dict())
+    same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
+
+
+@pytest.mark.parametrize('order', ['parallel', 'parallel_shared'])
+def test_parallel_branches_against_hf_gpt_neox(order):
+    from llm_from_scratch.positions import Rope
+    layer, peer = hf_block('gpt_neox', 'GPTNeoXLayer', 'GPTNeoXConfig', use_parallel_residual=True, rotary_pct=1.0, attention_dropout=0.0, hidden_dropout=0.0)
+    if order == 'parallel_shared': layer.post_attention_layernorm = layer.input_layernorm
+    ours = Block(16, MultiHeadAttention(16, 4, bias=True, rotary=Rope(4)), FeedForward(16, 24), lambda: LayerNorm(16), order=order)
+    w, b = (t.unflatten(0, (4, 3, 4)).transpose(0, 1).flatten(1, 2) for t in layer.attention.query_key_value.parameters())      # by head there
+    with torch.no_grad():
+        for linear, weight, bias in zip((ours.attention.query, ours.attention.key, ours.attention.value), w, b): linear.weight.copy_(weight), linear.bias.copy_(bias)
+    pairs = [(ours.attention.output, layer.attention.dense), (ours.feed_forward.up, layer.mlp.dense_h_to_4h), (ours.feed_forward.down, layer.mlp.dense_4h_to_h),
+             (ours.attention_norm, layer.input_layernorm), (ours.feed_forward_norm, layer.post_attention_layernorm)]
+    for mine, other in pairs:
+        if not isinstance(mine, nn.Identity): mine.load_state_dict(other.state_dict())
+    same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
+
+
 class Recorder(nn.Module):
     "An attention that remembers what it was called with."
     def forward(self, x, positions, mask=None, cache=None):
@@ -252,7 +298,8 @@ def test_dropout_of_a_block(order):
 
 
 def test_state_dict_names():
-    parts = {'pre': 2, 'post': 2, 'sandwich': 4, 'none': 0}
+    parts = {'pre': 2, 'post': 2, 'sandwich': 4, 'output': 2, 'none': 0, 'parallel': 2, 'parallel_shared': 1}
+    assert list(parts) == list(ORDERS)
     for order, n in parts.items():
         names = list(block(order).state_dict())
         assert sum('norm' in name for name in names) == n
@@ -304,7 +351,7 @@ def test_init_weights_takes_its_randomness_from_the_generator():
     (lambda: SwiGLU(8)(torch.zeros(2, 3, 9)), r'size 8, got shape \(2, 3, 9\)'),
     (lambda: FeedForward(8, dropout=1.5), 'got 1.5'),
     (lambda: matched_width(8, 0), 'got 8 and 0'),
-    (lambda: block(order='Pre'), "unknown order 'Pre'; known are \\('pre', 'post', 'sandwich', 'none'\\)"),
+    (lambda: block(order='Pre'), "unknown order 'Pre'; known are pre, post, sandwich, output, none, parallel, parallel_shared"),
     (lambda: block()(torch.zeros(1, 2, 15), torch.arange(2)), r'size 16, got shape \(1, 2, 15\)'),
     (lambda: init_weights(block(), -1), 'at least one layer, got -1'),
 ], ids=range(13))

@@ -42,7 +42,7 @@ def some_ids(vocab_size=23, shape=(2, 9), seed=1): return torch.randint(vocab_si
 choices = st.fixed_dictionaries(dict(
     vocab_size=st.integers(1, 99), context_length=st.integers(1, 99), d_model=st.sampled_from([8, 16, 48]), n_layers=st.integers(1, 3), n_heads=st.sampled_from([2, 4]),
     n_kv_heads=st.sampled_from([None, 1, 2]), d_head=st.sampled_from([None, 6]), d_ff=st.sampled_from([None, 5]), norm=st.sampled_from(sorted(NORMS)),
-    norm_order=st.sampled_from(ORDERS), feed_forward=st.sampled_from(sorted(FEED_FORWARDS)), positions=st.sampled_from(sorted(POSITIONS)), bias=st.booleans(),
+    norm_order=st.sampled_from(sorted(ORDERS)), feed_forward=st.sampled_from(sorted(FEED_FORWARDS)), positions=st.sampled_from(sorted(POSITIONS)), bias=st.booleans(),
     tie_embeddings=st.booleans(), qk_norm=st.booleans(), sinks=st.booleans(), rope_scaling=st.sampled_from([None, ('linear', 2.0), ('yarn', 4.0, 16)])))
 
 
@@ -204,7 +204,7 @@ def test_starts_alike_from_the_same_generator():
 
 
 def test_summary_and_diagram_name_every_part():
-    for options in ({}, LLAMA, dict(norm_order='post'), dict(norm_order='sandwich', tie_embeddings=False), dict(norm_order='none', positions='none')):
+    for options in ({}, LLAMA, dict(norm_order='post'), dict(norm_order='sandwich', tie_embeddings=False), dict(norm_order='none', positions='none'), dict(norm_order='output'), dict(norm_order='parallel_shared')):
         made = model(**options)
         parts = [name for name, part in made.blocks[0].named_children() if not type(part).__name__ in ('Dropout', 'Identity')]
         for text in (made.summary(), made.diagram()):
@@ -224,6 +224,19 @@ def test_compiled_is_the_same():
         loss.backward()
         torch.testing.assert_close(loss, made(ids[:, :-1], ids[:, 1:]))
         for p, grad in zip(made.parameters(), expected): torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_split_over_two_processes_against_one(tmp_path):
+    import os, subprocess, sys
+    from pathlib import Path
+    here = Path(__file__).parent
+    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
+    both = [subprocess.Popen([sys.executable, here/'two_processes.py', str(rank), tmp_path/'meeting'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for one in both:
+        out, errors = one.communicate(timeout=120)
+        assert one.returncode == 0, errors
+        share, worst = map(float, out.split())
+        assert share == 0.5 and worst < 1e-5
 
 
 # ---- the chunked loss ----

@@ -254,6 +254,21 @@ def test_layers_exchange_state_with_torch(make_ours, make_theirs):
     for name, tensor in theirs.state_dict().items(): assert torch.equal(tensor, second.state_dict()[name])
 
 
+def test_layers_are_what_tools_look_for():
+    assert isinstance(Linear(3, 2), nn.Linear) and isinstance(Embedding(3, 2), nn.Embedding)
+    for make in (lambda g: Linear(3, 2, generator=g), lambda g: Embedding(3, 2, generator=g)):
+        before = torch.get_rng_state()
+        layer = make(torch.Generator().manual_seed(5))
+        assert torch.equal(torch.get_rng_state(), before)                   # a generator of one's own leaves torch's alone
+        first = [p.clone() for p in layer.parameters()]
+        layer.reset_parameters(torch.Generator().manual_seed(5))
+        assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(first, layer.parameters()))
+        with torch.device('meta'): assert all(p.is_meta for p in make(None).parameters())
+    torch.set_default_dtype(torch.float64)
+    try: assert Linear(3, 2).weight.dtype == Embedding(3, 2).weight.dtype == torch.float64
+    finally: torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize('shape', [(6,), (1, 6), (2, 3, 6), (0, 6)])
 def test_linear_against_torch(shape):
     ours, x = Linear(6, 4), torch.randn(shape, generator=torch.Generator().manual_seed(0))
