@@ -250,7 +250,7 @@ def test_norms_after_the_branches_against_hf_olmo2():
     for name in ('gate', 'up', 'down'): getattr(ours.feed_forward, name).load_state_dict(getattr(layer.mlp, name + '_proj').state_dict())
     ours.attention_output_norm.load_state_dict(layer.post_attention_layernorm.state_dict())
     ours.feed_forward_output_norm.load_state_dict(layer.post_feedforward_layernorm.state_dict())
-    same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
+    assert_same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
 
 
 @pytest.mark.parametrize('order', ['parallel', 'parallel_shared'])
@@ -266,7 +266,7 @@ def test_parallel_branches_against_hf_gpt_neox(order):
              (ours.attention_norm, layer.input_layernorm), (ours.feed_forward_norm, layer.post_attention_layernorm)]
     for mine, other in pairs:
         if not isinstance(mine, nn.Identity): mine.load_state_dict(other.state_dict())
-    same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
+    assert_same(lambda x: ours(x, torch.arange(6)), peer, [torch.randn(2, 6, 16)], 1e-5)
 
 
 class Recorder(nn.Module):
