@@ -20,7 +20,7 @@ from .tensors import Linear, softmax
 
 # %% auto #0
 __all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding_window_mask', 'MultiHeadAttention', 'Cache',
-           'HeadView', 'head_view']
+           'head_view']
 
 # %% ../nbs/07_attention.ipynb #97af4931
 def causal_mask(

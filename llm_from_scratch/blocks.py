@@ -18,8 +18,8 @@ from .tensors import Dropout, Embedding, Linear
 _Layer = Callable[[Tensor], Tensor]
 
 # %% auto #0
-__all__ = ['NORMS', 'ACTIVATIONS', 'FEED_FORWARDS', 'ORDERS', 'layer_norm', 'rms_norm', 'LayerNorm', 'RMSNorm', 'FeedForward',
-           'matched_width', 'GatedFeedForward', 'SwiGLU', 'GeGLU', 'is_gated', 'Block', 'init_weights']
+__all__ = ['NORMS', 'FEED_FORWARDS', 'ORDERS', 'LayerNorm', 'RMSNorm', 'FeedForward', 'matched_width', 'GatedFeedForward',
+           'SwiGLU', 'GeGLU', 'is_gated', 'Block', 'init_weights']
 
 # %% ../nbs/08_blocks.ipynb #819b158d
 def layer_norm(

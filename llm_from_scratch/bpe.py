@@ -26,8 +26,7 @@ from llm_from_scratch.text import (
 if TYPE_CHECKING: import tiktoken
 
 # %% auto #0
-__all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'Source', 'EMBEDDED', 'compile_pattern', 'learn_merges', 'count_pretokens',
-           'BPETokenizer', 'merge_bytes', 'byte_alphabet', 'model_folder', 'load_tokenizer']
+__all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'EMBEDDED', 'BPETokenizer', 'model_folder', 'load_tokenizer']
 
 # %% ../nbs/03_bpe.ipynb #35dc78df
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:                 # what a subcommand needs is imported when it 
     from llm_from_scratch.training import TrainConfig
 
 # %% auto #0
-__all__ = ['COMMANDS', 'CORPUS_SIZE', 'EVAL_SIZE', 'END', 'Misuse', 'main']
+__all__ = ['main']
 
 # %% ../nbs/command.ipynb #a543f129
 @dataclass(frozen=True)

@@ -21,11 +21,8 @@ if TYPE_CHECKING: from torch import Tensor
 else: Tensor = Any        # writing and reading token files needs no torch; only batches do
 
 # %% auto #0
-__all__ = ['SOURCES', 'CACHE_VARIABLE', 'SPLITS', 'MAGIC', 'VERSION', 'HEADER_SIZE', 'IGNORE', 'as_ids', 'check_windows',
-           'windows', 'Source', 'DownloadError', 'download', 'split_text', 'split_documents', 'load_corpus',
-           'TokenHeader', 'check_crc', 'read_header', 'fingerprint', 'replacing', 'check_ids', 'id_type', 'TokenWriter',
-           'TokenFile', 'document_mask', 'document_positions', 'mix', 'slide', 'shuffle_index', 'rank_rows',
-           'BatchPlan', 'ignore_repeated', 'documents_at', 'BatchLoader']
+__all__ = ['CACHE_VARIABLE', 'SPLITS', 'IGNORE', 'DownloadError', 'download', 'split_text', 'split_documents', 'load_corpus',
+           'TokenWriter', 'TokenFile', 'document_mask', 'document_positions', 'mix', 'rank_rows', 'BatchLoader']
 
 # %% ../nbs/05_data.ipynb #9c9d6934
 def as_ids(

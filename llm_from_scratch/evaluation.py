@@ -27,11 +27,9 @@ from .storyland import COLORS as COLOR_WORDS
 from .text import Tokenizer
 
 # %% auto #0
-__all__ = ['KINDS_OF_WORDS', 'perplexity', 'bits_per_byte', 'token_bytes', 'window_plan', 'evaluating', 'read_rows',
-           'token_losses', 'Evaluation', 'document_losses', 'end_token', 'evaluate_text', 'bootstrap_interval',
-           'Calibration', 'calibration', 'next_words', 'kind_of', 'kl_terms', 'WorldGap', 'kl_to_world', 'Cloze',
-           'cloze', 'encode_pair', 'Likelihood', 'log_likelihoods', 'rank_answers', 'continue_greedily', 'leak_bound',
-           'ngram_overlap', 'longest_copy', 'LMEvalAdapter']
+__all__ = ['perplexity', 'bits_per_byte', 'Evaluation', 'document_losses', 'end_token', 'evaluate_text', 'Calibration',
+           'calibration', 'kl_to_world', 'Cloze', 'cloze', 'log_likelihoods', 'rank_answers', 'ngram_overlap',
+           'longest_copy', 'LMEvalAdapter']
 
 # %% ../nbs/12_evaluation.ipynb #a2386922
 def perplexity(

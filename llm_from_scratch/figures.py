@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['COLORS', 'INK', 'FAINT', 'use_style', 'heatmap', 'SVG', 'graph_svg']
+__all__ = ['COLORS', 'INK', 'FAINT', 'use_style', 'heatmap', 'graph_svg']
 
 # %% ../nbs/figures.ipynb #b4613223
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")

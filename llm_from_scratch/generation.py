@@ -24,10 +24,7 @@ from .attention import Cache, causal_mask, sliding_window_mask
 from .text import Tokenizer
 
 # %% auto #0
-__all__ = ['PROCESSORS', 'draw', 'row_seeds', 'scale_temperature', 'keep_top_k', 'keep_min_p', 'keep_top_p', 'keep_typical',
-           'Context', 'penalize_repetition', 'penalize_presence', 'penalize_frequency', 'add_bias', 'ban', 'require',
-           'Sampler', 'SimpleCache', 'generate_steps', 'generate', 'TextStream', 'stream', 'beam_search', 'token_texts',
-           'Constraint']
+__all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search', 'Constraint']
 
 # %% ../nbs/13_generation.ipynb #269fe468
 def draw(

@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from llm_from_scratch.figures import SVG
 
 # %% auto #0
-__all__ = ['MIXERS', 'PRESETS', 'GPT2_WEIGHTS', 'LLAMA_WEIGHTS', 'META_WEIGHTS', 'GPTConfig', 'TiedHead', 'GPT',
-           'chunked_cross_entropy', 'count_parameters', 'flops_per_token', 'MemoryEstimate', 'estimate_memory',
-           'model_card', 'Weight', 'load_weights', 'export_weights', 'read_llama2c']
+__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card', 'load_weights']
 
 # %% ../nbs/09_gpt.ipynb #7a1bde99
 def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:

@@ -20,9 +20,7 @@ from .tensors import Embedding
 _lists: Any = torch         # whose operations on lists of tensors have private names
 
 # %% auto #0
-__all__ = ['QUINTIC', 'LR_ADJUSTMENTS', 'SCHEDULES', 'AdamW', 'newton_schulz', 'Muon', 'param_groups', 'constant_schedule',
-           'linear_schedule', 'cosine_schedule', 'wsd_schedule', 'clip_grad_norm', 'LearningRateSearch',
-           'find_learning_rate']
+__all__ = ['SCHEDULES', 'AdamW', 'Muon', 'clip_grad_norm', 'find_learning_rate']
 
 # %% ../nbs/10_optim.ipynb #40282c2c
 def _update(

@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING: from llm_from_scratch.text import Tokenizer
 
 # %% auto #0
-__all__ = ['Facts', 'Told', 'Scene', 'Question', 'PEOPLE', 'PLACES', 'COLORS', 'HOURS', 'SKIES', 'NUMBERS', 'THINGS', 'KINDS',
-           'SIZES', 'FRIENDS', 'START', 'SCENES', 'QUESTIONS', 'SPLITS', 'ORDINALS', 'entropy', 'cross_entropy_of',
-           'kl_divergence', 'Option', 'Glass', 'Menu', 'Narrator', 'Step', 'walk', 'recall', 'tell', 'follow', 'read',
-           'Size', 'narrator', 'log_probability', 'continuations', 'can_begin', 'EntropyFloor', 'entropy_floor',
-           'split_of', 'State', 'Event', 'Story', 'stories', 'World', 'Task', 'questions', 'labels', 'instructions',
+__all__ = ['SIZES', 'QUESTIONS', 'ORDINALS', 'read', 'Size', 'log_probability', 'continuations', 'can_begin', 'EntropyFloor',
+           'entropy_floor', 'Event', 'Story', 'stories', 'World', 'Task', 'questions', 'labels', 'instructions',
            'arithmetic', 'Preference', 'preferences']
 
 # %% ../nbs/04_storyland.ipynb #414caeb1

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['Value', 'softmax', 'log_softmax', 'logsumexp', 'cross_entropy', 'linear', 'Linear', 'Embedding', 'Dropout',
-           'seed_all', 'DeviceReport', 'check_device', 'best_device']
+__all__ = ['Value', 'softmax', 'log_softmax', 'cross_entropy', 'Linear', 'Embedding', 'Dropout', 'seed_all', 'best_device']
 
 # %% ../nbs/01_tensors.ipynb #023ecd7b
 class Value:

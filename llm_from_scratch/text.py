@@ -14,12 +14,8 @@ import numpy as np
 import regex
 
 # %% auto #0
-__all__ = ['LINE_ENDS', 'INVISIBLE', 'TYPEWRITER', 'RULE', 'CLEANING_STEPS', 'UNKNOWN', 'WHITESPACE_PATTERN', 'WORD_PATTERN',
-           'SPACED_PATTERN', 'pydoc_corpus', 'normalize_line_ends', 'drop_invisible', 'compose', 'straighten_quotes',
-           'squeeze_spaces', 'drop_rules', 'drop_footnote_headings', 'squeeze_blank_lines', 'clean', 'shingles',
-           'jaccard', 'stable_hash', 'MinHash', 'lsh_pairs', 'choose_bands', 'near_duplicates', 'excerpts',
-           'deduplicate', 'Tokenizer', 'TableTokenizer', 'write_atomically', 'CharTokenizer', 'split_words',
-           'frequent_words', 'WordTokenizer', 'SpacedWordTokenizer', 'fit_power_law']
+__all__ = ['CLEANING_STEPS', 'SPACED_PATTERN', 'clean', 'deduplicate', 'Tokenizer', 'CharTokenizer', 'WordTokenizer',
+           'SpacedWordTokenizer']
 
 # %% ../nbs/02_text.ipynb #66269104
 def pydoc_corpus() -> dict[str, str]:

@@ -34,14 +34,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'PRECISIONS', 'REASONS', 'lm_loss', 'evaluate', 'TrainConfig', 'planned_steps', 'lr_multiplier',
-           'count_targets', 'accumulate', 'matrix_speed', 'bfloat16_speed', 'choose_precision', 'Precision',
-           'missing_compiler', 'compiled', 'SpikeDetector', 'generator_states', 'restore_generators', 'Generators',
-           'write_tensors', 'save_checkpoint', 'DamagedCheckpoint', 'Checkpoint', 'checkpoints', 'latest_checkpoint',
-           'load_checkpoint', 'ProcessGroup', 'loader_for', 'Callback', 'TrainResult', 'Trainer', 'Batches', 'Budget',
-           'SpikeGuard', 'Evaluator', 'EarlyStopping', 'Throughput', 'append_line', 'read_log', 'RunLog', 'Checkpoints',
-           'Interrupts', 'ProgressBar', 'usual_callbacks', 'OptimizerMemory', 'split_state', 'join_state',
-           'split_parts', 'Prediction', 'predict_run', 'plot_history', 'LivePlot', 'TensorBoard']
+__all__ = ['REASONS', 'evaluate', 'TrainConfig', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint', 'loader_for',
+           'Callback', 'TrainResult', 'Trainer', 'predict_run', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(

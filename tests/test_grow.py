@@ -1,5 +1,5 @@
 "A class that grows in a notebook is one class in the library, and the same one."
-import ast, json
+import ast, json, re
 
 import grow
 import nb
@@ -87,7 +87,7 @@ def test_a_slice_that_would_mean_something_else_is_refused(more, words):
 def exported(notebook):
     "The exported cells of a notebook, as a kernel would run them."
     cells = [''.join(c['source']) for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-    return '\n'.join(c for c in cells if c.startswith('#| export\n'))
+    return '\n'.join(c for c in cells if re.match(r'#\| exporti?\n', c))
 
 
 GROWING = [(p, name) for p in sorted(nb.NBS.glob('*.ipynb')) for name in
