@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -300,7 +300,7 @@ class TiedHead(nn.Module):
         self._source = (embedding,)                   # in a tuple, it is not a submodule
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         "The embedding table itself."
         return self._source[0].weight
 
