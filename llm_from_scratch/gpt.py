@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from llm_from_scratch.figures import SVG
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card', 'load_weights']
+__all__ = ['PRESETS', 'GPTConfig', 'TiedHead', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card',
+           'load_weights']
 
 # %% ../nbs/09_gpt.ipynb #7a1bde99
 def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:
@@ -298,7 +299,7 @@ class TiedHead(nn.Module):
         self._source = (embedding,)                   # in a tuple, it is not a submodule
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         "The embedding table itself."
         return self._source[0].weight
 

@@ -97,7 +97,7 @@ def test_the_front_page_lists_every_command(call):
     assert 'tokenizer decode' in call('tokenizer')[0] and 'generate' not in call('tokenizer', '--help')[0]
 
 
-@pytest.mark.parametrize('command, kind, hidden', [('generate', Sampler, set()), ('train', TrainConfig, set()), ('train', GPTConfig, {'vocab_size', 'rope_scaling'})])
+@pytest.mark.parametrize('command, kind, hidden', [('generate', Sampler, set()), ('train', TrainConfig, set()), ('train', GPTConfig, {'vocab_size', 'rope_scaling', 'layers', 'options'})])
 def test_every_field_is_a_flag(call, command, kind, hidden):
     out = call(command, '--help')[0]
     shown = {f.name for f in fields(kind) if re.search(rf'--{f.name.replace("_", "-")}\b', out) or f'--no-{f.name.replace("_", "-")}' in out}
