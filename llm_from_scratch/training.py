@@ -1087,7 +1087,7 @@ class EarlyStopping(Callback):
         self.patience, self.waited = patience, 0
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if "validation" not in record: return
+        if "validation" not in record or trainer.best is None: return
         loss, step = trainer.best
         self.waited = 0 if step == trainer.step else self.waited + 1
         if self.patience and self.waited >= self.patience:

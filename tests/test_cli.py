@@ -325,9 +325,9 @@ step, stop, asked = Trainer.train_step, Trainer.stop, []
 def wait(self):
     while self.step == 5 and not asked: time.sleep(.01)
     return step(self)
-def hear(self, *why):
+def hear(self, *why, **how):
     asked.append(why)
-    return stop(self, *why)
+    return stop(self, *why, **how)
 Trainer.train_step, Trainer.stop = wait, hear
 sys.exit(cli.main(sys.argv[1:]))
 """
