@@ -99,7 +99,7 @@ def shell(repository, venv, tmp_path_factory):
     "Run lines in bash, as a person with this environment whose clone of the project comes from `repository`."
     home = tmp_path_factory.mktemp('home')
     clone = {'GIT_CONFIG_COUNT': '1', 'GIT_CONFIG_KEY_0': f'url.{repository.as_posix()}.insteadOf', 'GIT_CONFIG_VALUE_0': REPOSITORY}
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(('GIT_', 'PYTEST_', 'MAKE', 'MFLAGS'))}
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(('GIT_', 'PYTEST_', 'MAKE', 'MFLAGS')) and k not in ('args', 'n', 'ring')}      # not as a part of `make test args=...`
     settings = {**mine, **PERSON, **clone, 'HOME': str(home), 'VENV': venv.as_posix(), 'PYTHON': Path(sys.executable).as_posix()}
 
     def run(script, where, **more):
