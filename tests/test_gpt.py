@@ -233,7 +233,7 @@ def test_layers_split_over_two_processes_against_one(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
     both = [subprocess.Popen([sys.executable, here/'two_processes.py', str(rank), tmp_path/'meeting'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for one in both:
-        out, errors = one.communicate(timeout=120)
+        out, errors = one.communicate(timeout=600)
         assert one.returncode == 0, errors
         share, worst = map(float, out.split())
         assert share == 0.5 and worst < 1e-5

@@ -1,5 +1,6 @@
 """Each notebook is executed once, in a fork of one warm process, and that run serves every check."""
 import json
+import os
 import time
 
 import forks
@@ -112,6 +113,20 @@ def test_a_forked_kernel_is_a_fresh_one(forked, tmp_path):
     said = [''.join(o.get('text', o.get('data', {}).get('text/plain', '')) for o in c.outputs) for c in nb.run(book).cells]
     assert said[0] == f'False {tmp_path}\n' and said[1].startswith('(64000000.0, ') and said[2] == 'False\n'
     assert forks.spent() > before
+
+
+@only_with_forks
+def test_no_kernel_is_counted_twice(tmp_path, monkeypatch):
+    "When the warm process is waited for, what its forks used is counted by the system, and by nobody else."
+    warm = forks.Warm()
+    monkeypatch.setattr(forks, 'WARM_PROCESS', warm)
+    monkeypatch.setattr(forks.Fork, 'spent', 0.0)
+    forks.use_forks()
+    nb.run(notebook(tmp_path/'busy.ipynb', 'import time\nend = time.process_time() + 3\nwhile time.process_time() < end: pass'))
+    used, children = forks.spent(), os.times()
+    warm.close()
+    reaped = sum(os.times()[2:4]) - sum(children[2:4])
+    assert used >= 3 and reaped >= used and forks.spent() == 0
 
 
 @only_with_forks

@@ -72,7 +72,7 @@ def tell(caller, **facts):
 class Fork:
     "A forked kernel, as far as jupyter_client asks of a process."
     stdin = stdout = stderr = None
-    spent = 0.0                                        # processor seconds of all forks that ended
+    spent = 0.0                                        # processor seconds of ended forks, until their parent is waited for
 
     def __init__(self, address, **request):
         self.line = socket.socket(socket.AF_UNIX)
@@ -107,7 +107,8 @@ class Warm:
     def __init__(self): self.process = self.folder = None
 
     def address(self):
-        if self.process is None or self.process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None: self.close()
+        if self.process is None:
             self.folder = tempfile.TemporaryDirectory(prefix='forks-')
             path = str(Path(self.folder.name)/'socket')
             self.process = subprocess.Popen([sys.executable, __file__, path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -118,14 +119,14 @@ class Warm:
 
     def close(self):
         if self.process: self.process.kill(), self.process.wait(), self.folder.cleanup()
-        self.process = None
+        self.process, Fork.spent = None, 0.0           # waited for, its forks count among this process's children
 
 
 WARM_PROCESS = Warm()
 
 
 def spent():
-    "Processor seconds of the forked kernels that ended."
+    "Processor seconds of forked kernels that do not yet count among this process's children."
     return Fork.spent
 
 
