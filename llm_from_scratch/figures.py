@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['COLORS', 'INK', 'FAINT', 'use_style', 'heatmap', 'graph_svg']
+__all__ = ['COLORS', 'INK', 'FAINT', 'use_style', 'heatmap', 'graph_svg', 'pipeline']
 
 # %% ../nbs/figures.ipynb #b4613223
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -158,3 +158,132 @@ def _box(label: str, x: float, y: float, width: int, height: int, color: str) ->
                     f'fill="{INK}">{escape(row)}</text>' for i, row in enumerate(rows))
     return (f'<rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="6" fill="none" '
             f'stroke="{color}" stroke-width="1.4"/>{words}')
+
+# %% ../nbs/figures.ipynb #a1f00002
+def label(x: float, y: float, text: str, size: float = 11, color: str = INK, **style: str) -> str:
+    "A line of text, centered at x; `style` holds attributes such as `font_weight`."
+    more = "".join(f' {k.replace("_", "-")}="{v}"' for k, v in style.items())
+    anchor = "" if "text_anchor" in style else ' text-anchor="middle"'
+    return (f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{color}"{anchor}{more}>'
+            f'{escape(text)}</text>')
+
+def frame(x: float, y: float, width: float, height: float, color: str = FAINT,
+          fill: str = "none", radius: float = 6, dash: str = "") -> str:
+    "A rectangle by its upper left corner."
+    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    return (f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" '
+            f'fill="{fill}" stroke="{color}" stroke-width="1.4"{dashes}/>')
+
+def arrow(*points: tuple[float, float], color: str = FAINT, tip: bool = True) -> str:
+    "A line through some points, with a tip at its end."
+    way = " L".join(f"{x:g},{y:g}" for x, y in points)
+    end = ' marker-end="url(#tip)"' if tip else ""
+    return f'<path d="M{way}" fill="none" stroke="{color}" stroke-width="1.3"{end}/>'
+
+def picture(width: float, height: float, *parts: str) -> SVG:
+    "The pieces as one drawing."
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+            f'width="{width:g}" height="{height:g}" '
+            'font-family="Helvetica, Arial, sans-serif">')
+    return SVG("".join([head, _TIP, *parts, "</svg>"]))
+
+# %% ../nbs/figures.ipynb #a1f00004
+def cells(x: float, y: float, numbers: Any, show: int = 3, largest: float = 1.0) -> str:
+    "The first numbers of a vector as cells, by the middle of the row."
+    values = [float(v) for v in numbers][:show]
+    wide, left, parts = 27, x - (27 * show + 10) / 2, []
+    for i, value in enumerate(values):
+        strength = min(abs(value) / largest, 1.0)
+        tone = (213, 94, 0) if value > 0 else (0, 114, 178)
+        red, green, blue = (round(255 - 0.65 * strength * (255 - c)) for c in tone)
+        fill = f"#{red:02x}{green:02x}{blue:02x}"
+        parts += [frame(left + i * wide, y - 9, wide, 18, COLORS[0], fill, 2),
+                  label(left + (i + 0.5) * wide, y + 3.5, f"{value:.2f}", 9.5, "#111111")]
+    return "".join([*parts, label(left + wide * show + 8, y + 3, "…", 10)])
+
+# %% ../nbs/figures.ipynb #a1f00006
+_STAGES = {"text": (0, 0, ""), "tokens": (1, 0, "T"), "ids": (2, 0, "T"),
+           "vectors": (3, 0, "T × D"), "blocks": (3, 1, "T × D"), "logits": (2, 1, "V"),
+           "next token": (1, 1, "1")}      # column, row, shape of what it gives
+
+def pipeline(
+    *lit: str,                                # the stages that are lit
+    values: Mapping[str, str] | None = None,  # stage -> what it makes of an example
+) -> SVG:
+    """Draw the way from a text to its next token, with the shape of what each stage gives.
+
+    The stages are text, tokens, ids, vectors, blocks, logits and "next token".
+    Raises ValueError for another name.
+
+    >>> pipeline("tokens")[:4]
+    '<svg'
+    """
+    for name in [*lit, *(values or {})]:
+        if name not in _STAGES:
+            raise ValueError(f"no stage is called {name!r}; there are {', '.join(_STAGES)}")
+    parts = []
+    for name, (column, row, shape) in _STAGES.items():
+        x, y = 2 + 104 * column, 14 + 92 * row
+        color, fill = (COLORS[1], "#fbe3d3") if name in lit else (FAINT, "none")
+        parts += [frame(x, y, 76, 46, color, fill),
+                  label(x + 38, y + 19, name, 11.5, font_weight="bold"),
+                  label(x + 38, y + 36, (values or {}).get(name, ""), 10),
+                  label(x + (12 if name == "vectors" else 38), y + 60, shape, 10, COLORS[0])]
+    for x in (79, 183, 287): parts.append(arrow((x, 37), (x + 24, 37)))
+    for x in (313, 209): parts.append(arrow((x, 129), (x - 24, 129)))
+    parts += [arrow((352, 61), (352, 105)),
+              arrow((105, 129), (40, 129), (40, 62)), label(72, 144, "append", 10, FAINT)]
+    return picture(392, 172, *parts)
+
+# %% ../nbs/figures.ipynb #a1f0000a
+def exploded(
+    tokens: Sequence[str],                # up to three tokens
+    ids: Sequence[int],                   # their ids
+    stream: Sequence[Any],                # (T, D) after the embeddings and after each block
+    top: Sequence[tuple[str, float]],     # the likeliest next tokens, and their probabilities
+) -> SVG:
+    "A GPT from bottom to top, with the numbers of a real forward pass."
+    if not 1 <= len(tokens) == len(ids) <= 3:
+        raise ValueError(f"draws up to three tokens and their ids, got {len(tokens)} and {len(ids)}")
+    xs = [66 + 116 * i for i in range(len(tokens))]
+    last, parts = xs[-1], []
+    for x, token, i, low, high in zip(xs, tokens, ids, stream[0], stream[-1]):
+        parts += [frame(x - 38, 466, 76, 24, radius=11), label(x, 482, token.strip(), 11),
+                  label(x, 504, f"id {i}", 10), arrow((x, 465), (x, 448)),
+                  cells(x, 400, low, largest=float(abs(stream[0]).max()) / 2),
+                  arrow((x, 423), (x, 411)), arrow((x, 389), (x, 152), tip=False),
+                  cells(x, 141, high, largest=float(abs(stream[-1]).max()) / 2)]
+    parts += _layers(xs, len(stream) - 1)
+    parts += [_part(195, 435, 366, "token embedding + position embedding"),
+              arrow((last, 130), (last, 116)), _part(last, 103, 150, "LayerNorm, head"),
+              arrow((last, 90), (last, 82))]
+    for row, (token, p) in enumerate(top):
+        y = 28 + 20 * row
+        parts += [label(last - 40, y + 4, token.strip() or "end", 10.5, text_anchor="end"),
+                  frame(last - 34, y - 7, 1 + 60 * p, 14, COLORS[0], COLORS[5], 1),
+                  label(last + 32 + 4, y + 4, f"{p:.1%}", 10, text_anchor="start")]
+    return picture(392, 510, label(386, 12, "probability of the next token", 11,
+                                   font_weight="bold", text_anchor="end"), *parts)
+
+# %% ../nbs/figures.ipynb #a1f0000c
+def _part(x: float, y: float, width: float, name: str) -> str:
+    "A box of learned weights, by its middle."
+    return frame(x - width / 2, y - 12, width, 24, COLORS[1], "#fdf1e7") + label(x, y + 4, name)
+
+def _layers(xs: Sequence[float], n_blocks: int) -> list[str]:
+    "One block, opened: attention between the columns, then an MLP in each of them."
+    parts = [frame(6, 168, 380, 208, dash="5 4", radius=10),
+             label(340, 190, f"× {n_blocks} blocks", 11, font_weight="bold"),
+             _part(195, 348, 366, "LayerNorm, self-attention: gather from earlier positions"),
+             _part(195, 252, 366, "LayerNorm, MLP: work on each position")]
+    for i, x in enumerate(xs):
+        parts += [label(x, 309, "⊕", 17, text_anchor="middle"),
+                  label(x, 215, "⊕", 17, text_anchor="middle"),
+                  arrow((x + 16, 336), (x + 16, 304), (x + 9, 304)),
+                  arrow((x + 16, 240), (x + 16, 210), (x + 9, 210))]
+        for earlier in xs[:i]:
+            rise = 335 - (x - earlier) / 8                   # attention from an earlier position
+            parts.append(f'<path d="M{earlier + 22:g},335 Q{(earlier + x) / 2:g},{rise:g} '
+                         f'{x + 8:g},334" fill="none" stroke="{COLORS[0]}" '
+                         'stroke-width="1.3" marker-end="url(#tip)"/>')
+    return parts
