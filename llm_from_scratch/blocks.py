@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .positions import LearnedPositions
 from .tensors import Dropout, Embedding, Linear
 
 _Layer = Callable[[Tensor], Tensor]
@@ -360,7 +361,7 @@ class Block(nn.Module):
 # %% ../nbs/08_blocks.ipynb #20f8db8c
 @torch.no_grad()
 def init_weights(
-    model: nn.Module,                           # its layers are drawn anew
+    model: nn.Module,                           # its tables and linear layers are drawn
     n_layers: int,                              # how many blocks write into the stream, L
     std: float = 0.02,                          # standard deviation of the weights
     generator: torch.Generator | None = None,   # draws the weights; None: torch's own
@@ -368,7 +369,7 @@ def init_weights(
     "As GPT-2 starts: normal weights, biases 0, `output` and `down` over √(2L)."
     if n_layers < 1: raise ValueError(f"expected at least one layer, got {n_layers}")
     for name, module in model.named_modules():
-        if not isinstance(module, (Linear, Embedding)): continue
+        if not isinstance(module, (Linear, Embedding, LearnedPositions)): continue
         writes = name.rpartition(".")[2] in ("output", "down")
         scale = (2 * n_layers) ** -0.5 if writes else 1.0
         module.weight.normal_(0.0, std * scale, generator=generator)

@@ -30,10 +30,10 @@ from llm_from_scratch.blocks import (
 from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .data import replacing
 from llm_from_scratch.positions import (
-    POSITIONS, LearnedPositions, PositionScheme, RopeScaling, position_scheme,
+    POSITIONS, PositionScheme, RopeScaling, position_scheme,
 )
 from llm_from_scratch.tensors import (
-    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear,
+    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear, undrawn,
 )
 
 if TYPE_CHECKING:
@@ -319,17 +319,17 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.config, scheme = config, _scheme(config)
-        self.token_embedding = Embedding(config.vocab_size, config.d_model, generator=generator)
-        self.position_embedding = scheme.embedding
-        self.embedding_dropout = Dropout(config.dropout)
-        self.blocks = _blocks_of(config, scheme)
-        self.norm = _norm(config)
-        self.head = (TiedHead(self.token_embedding) if config.tie_embeddings
-                     else Linear(config.d_model, config.vocab_size, config.head_bias))
+        self.config = config
+        with undrawn():
+            scheme = _scheme(config)
+            self.token_embedding = Embedding(config.vocab_size, config.d_model)
+            self.position_embedding = scheme.embedding
+            self.embedding_dropout = Dropout(config.dropout)
+            self.blocks = _blocks_of(config, scheme)
+            self.norm = _norm(config)
+            self.head = (TiedHead(self.token_embedding) if config.tie_embeddings
+                         else Linear(config.d_model, config.vocab_size, config.head_bias))
         init_weights(self, config.n_layers, generator=generator)
-        if isinstance(scheme.embedding, LearnedPositions) and generator is not None:
-            nn.init.normal_(scheme.embedding.weight, std=0.02, generator=generator)
 
     def hidden(
         self,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .tensors import _may_look
+from .tensors import _may_look, drawing
 
 # %% ../nbs/06_positions.ipynb #bf593261
 def sinusoidal(
@@ -141,8 +141,12 @@ class LearnedPositions(nn.Module):
         if context_length < 1 or d_model < 1:
             raise ValueError("a table of positions needs at least one row and one column, "
                              f"got {context_length} and {d_model}")
-        table = torch.empty(context_length, d_model)
-        self.weight = nn.Parameter(table.normal_(std=0.02, generator=generator))
+        self.weight = nn.Parameter(torch.empty(context_length, d_model))
+        if drawing.get(): self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        "Draw the table anew, with a standard deviation of 0.02."
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
 
     def forward(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
         "The vector of each position. ValueError for one that the table does not have."

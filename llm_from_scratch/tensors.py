@@ -6,6 +6,9 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -233,6 +236,16 @@ def _share_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None: y += bias
     return y.view(*x.shape[:-1], n_rows)
 
+# %% ../nbs/01_tensors.ipynb #5c1f0e7d
+drawing: ContextVar[bool] = ContextVar("drawing", default=True)
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    "Layers made inside have no numbers yet: the caller draws or loads them next."
+    before = drawing.set(False)
+    try: yield
+    finally: drawing.reset(before)
+
 # %% ../nbs/01_tensors.ipynb #1e9bfe3a
 class Linear(nn.Linear):
     "Weighted sums, @eq-tensors-linear. Starts uniform in ±1/√in_features, as in `torch.nn`."
@@ -250,7 +263,7 @@ class Linear(nn.Linear):
                              f"got {in_features} and {out_features}")
         super().__init__(in_features, out_features, bias, device="meta")
         self.to_empty(device=torch.get_default_device())
-        self.reset_parameters(generator)
+        if drawing.get(): self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         "Draw weight and bias anew."
@@ -280,7 +293,7 @@ class Embedding(nn.Embedding):
                              f"got {num_embeddings} and {embedding_dim}")
         super().__init__(num_embeddings, embedding_dim, device="meta")
         self.to_empty(device=torch.get_default_device())
-        self.reset_parameters(generator)
+        if drawing.get(): self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         "Draw the table anew."
