@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from llm_from_scratch.figures import SVG
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'TiedHead', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card',
-           'load_weights']
+__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card', 'load_weights']
 
 # %% ../nbs/09_gpt.ipynb #7a1bde99
 def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:
@@ -59,7 +58,11 @@ def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no fi
 class GPTConfig:
     """Every choice that makes a model; checked when made, never changed afterwards.
 
-    Raises ValueError for an unknown field, naming the nearest, and for impossible values."""
+    Raises ValueError for an unknown field, naming the nearest, and for impossible values.
+
+    >>> GPTConfig(vocab_size=100, context_length=32, d_model=64, n_layers=2, n_heads=4).ff_width
+    256
+    """
 
     vocab_size: int                         # V
     context_length: int                     # the longest sequence it reads, in tokens
@@ -313,9 +316,17 @@ class TiedHead(nn.Module):
 
 # %% ../nbs/09_gpt.ipynb #dc3b2fd0
 class GPT(nn.Module):
-    """Embedding → blocks → norm → head: GPT-2, Llama, or what else `config` names.
+    """A decoder-only transformer: GPT-2, Llama, or what else `config` names.
 
-    Starts as GPT-2 did (`init_weights`); `generator` draws the weights."""
+    Starts as GPT-2 did (`init_weights`); `generator` draws the weights.
+
+    >>> config = GPTConfig(vocab_size=100, context_length=32, d_model=64, n_layers=2, n_heads=4)
+    >>> model, ids = GPT(config), torch.tensor([[1, 2, 3]])
+    >>> model(ids).shape                       # logits: batch, positions, vocabulary
+    torch.Size([1, 3, 100])
+    >>> model(ids, targets=ids).shape          # with targets: the cross-entropy loss
+    torch.Size([])
+    """
 
     def __init__(self, config: GPTConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
