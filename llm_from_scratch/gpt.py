@@ -3,14 +3,11 @@
 # %% ../nbs/09_gpt.ipynb #c6e39ff0
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +25,7 @@ from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
-from .data import replacing
+from .files import Config, check_fields, checksum, replacing, revived
 from llm_from_scratch.positions import (
     POSITIONS, LearnedPositions, PositionScheme, RopeScaling, position_scheme,
 )
@@ -45,18 +42,9 @@ if TYPE_CHECKING:
 __all__ = ['PRESETS', 'GPTConfig', 'TiedHead', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card',
            'load_weights']
 
-# %% ../nbs/09_gpt.ipynb #7a1bde99
-def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:
-    "Refuse a name that does not exist, naming the one that was probably meant."
-    for name in given:
-        if name in known: continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise ValueError(f"a configuration has {what} {name!r}: {hint}")
-
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Config):
     """Every choice that makes a model; checked when made, never changed afterwards.
 
     Raises ValueError for an unknown field, naming the nearest, and for impossible values."""
@@ -86,10 +74,6 @@ class GPTConfig:
     sinks: bool = False                     # learn a score of looking nowhere
     window: int | None = None               # how far back a query may look; None: to the start
     backend: str = "sdpa"                   # a name in `BACKENDS`
-
-    def __new__(cls, *_: Any, **given: Any) -> "GPTConfig":
-        _check_fields([field.name for field in fields(cls)], list(given))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -144,19 +128,11 @@ class GPTConfig:
         if self.d_ff is not None: return self.d_ff
         return matched_width(self.d_model) if self.is_gated else 4 * self.d_model
 
-    def to_json(self) -> str:
-        "All fields as JSON, one to a line."
-        return json.dumps(asdict(self), indent=1)
-
     @classmethod
-    def from_json(cls, text: str) -> "GPTConfig":
-        "What `to_json` wrote, checked like any other. ValueError for fields it does not have."
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-        for part in (found, *found.get("layers", ())):
-            scaling = part.get("rope_scaling")
-            if scaling is not None: part["rope_scaling"] = RopeScaling(**scaling)
+    def from_dict(cls, given: Mapping[str, Any]) -> "GPTConfig":
+        "A configuration from the fields that JSON gave. ValueError for those it does not have."
+        found = revived(cls, given)
+        if "layers" in found: found["layers"] = [revived(cls, c) for c in found["layers"]]
         return cls(**found)
 
 # %% ../nbs/09_gpt.ipynb #31ba1c49
@@ -232,7 +208,7 @@ def _check_names(c: GPTConfig) -> None:
         if getattr(c, name) not in known:
             raise ValueError(f"unknown {name} {getattr(c, name)!r}: "
                              f"expected one of {', '.join(known)}")
-    _check_fields([*FEED_FORWARDS, *MIXERS], list(c.options), "no part")
+    check_fields([*FEED_FORWARDS, *MIXERS], c.options, "no part")
 
 # %% ../nbs/09_gpt.ipynb #9cb187b6
 _PER_LAYER = ("window", "positions", "rope_base", "rope_scaling", "mixer", "feed_forward",
@@ -245,7 +221,7 @@ def _check_layers(c: GPTConfig) -> None:
     "Exceptions are of things that may differ, and each makes a layer that is possible."
     object.__setattr__(c, "layers", tuple(dict(layer) for layer in c.layers))
     for i, layer in enumerate(c.layers):
-        _check_fields(_PER_LAYER, list(layer), "no exception for one layer,")
+        check_fields(_PER_LAYER, layer, "no exception for one layer,")
         embedded = ("learned", "sinusoidal")
         if layer.get("positions", c.positions) != c.positions in embedded or (
                 layer.get("positions") in embedded and c.positions not in embedded):
@@ -1024,13 +1000,12 @@ def read_llama2c(
 _FILES = "config.json", "model.safetensors"
 
 
-def _checksum(config: str, tensors: Mapping[str, Tensor]) -> str:
+def _model_checksum(config: str, tensors: Mapping[str, Tensor]) -> str:
     "CRC-32 of a configuration and all tensors, by name."
-    crc = zlib.crc32(config.encode())
+    crc = checksum(config.encode())
     for name in sorted(tensors):
         numbers = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        data: Any = numbers.numpy()
-        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+        crc = checksum(numbers.numpy(), checksum(name.encode(), crc))
     return f"{crc:08x}"
 
 
@@ -1039,7 +1014,7 @@ def _write_model(model: GPT, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, state = model.config.to_json(), model.state_dict()
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    mark = {"crc32": _checksum(config, tensors)}
+    mark = {"crc32": _model_checksum(config, tensors)}
     text, weights = (folder / name for name in _FILES)
     with replacing(text) as first, replacing(weights) as second:
         first.write(config.encode())
@@ -1054,7 +1029,7 @@ def _read_tensors(path: Path, config: str) -> dict[str, Tensor]:
             mark = (file.metadata() or {}).get("crc32")
     except safetensors.SafetensorError as e:
         raise ValueError(f"{path} is damaged: {e}") from e
-    if mark in (None, found := _checksum(config, tensors)): return tensors
+    if mark in (None, found := _model_checksum(config, tensors)): return tensors
     raise ValueError(f"{path} or {_FILES[0]} is damaged, or they were not saved together: "
                      f"their checksum is {found}, expected {mark}")
 
