@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import base64, importlib.util, json, logging, math, os, random, secrets
-import shutil, signal, statistics, struct, time, zlib
+import shutil, signal, statistics, struct, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .data import (
-    IGNORE, BatchLoader, _sync_folder, document_mask, document_positions, replacing)
-from .gpt import GPTConfig, _check_fields, flops_per_token
+    IGNORE, BatchLoader, document_mask, document_positions)
+from llm_from_scratch.files import (
+    Config, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
+    write_text)
+from .gpt import GPTConfig, flops_per_token
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
 from .tensors import best_device, seed_all
@@ -85,7 +88,7 @@ def evaluate(
 
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     "Every choice of a training run; checked when made, never changed afterwards."
 
     steps: int | None = None            # end after so many steps
@@ -121,26 +124,9 @@ class TrainConfig:
     max_skips: int = 10                 # stop after so many skipped steps in a row
     on_save_error: str = "stop"         # or "skip": the disk is full, or gone
 
-    def __new__(cls, *_: Any, **given: Any) -> TrainConfig:
-        _check_fields([field.name for field in fields(cls)], list(given))
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_choices(self)
-
-    def to_json(self) -> str:
-        "All fields as JSON, one to a line."
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
-        "What `to_json` wrote. ValueError for a field or value that cannot be."
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-        if isinstance(found.get("betas"), list): found["betas"] = tuple(found["betas"])
-        return cls(**found)
 
 # %% ../nbs/11_training.ipynb #f6040a42
 _COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0,
@@ -468,7 +454,7 @@ def write_tensors(
 
 def _put(file: BinaryIO, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
-    summed = other.submit(zlib.crc32, data, crc)
+    summed = other.submit(checksum, data, crc)
     file.write(data)
     return summed.result()
 
@@ -506,18 +492,15 @@ def save_checkpoint(
         _write_state(beside / "state.json", {"step": step, **(state or {}), "files": files})
         _discard(path)                             # the same step once more: the new one counts
         os.rename(beside, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally: shutil.rmtree(beside, ignore_errors=True)
     if keep: _thin(path.parent, keep, best)
     return path
 
 # %% ../nbs/11_training.ipynb #5b820587
 def _write_state(path: Path, state: Mapping[str, Any]) -> None:
-    text = json.dumps(state, indent=None)
-    with open(path, "x", encoding="utf-8", newline="\n") as file:
-        file.write(f"{zlib.crc32(text.encode()):08x}\n{text}")
-        file.flush(); os.fsync(file.fileno())
-    _sync_folder(path.parent)
+    text = json.dumps(state)
+    write_text(path, f"{checksum(text.encode()):08x}\n{text}")
 
 def _discard(path: Path) -> None:
     "Remove a checkpoint; from its first moment on nobody takes what is left of it for whole."
@@ -542,14 +525,9 @@ class DamagedCheckpoint(ValueError):
 def _read_checked(path: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
     "The tensors of a file, if it is the one that was written."
     if not path.exists(): raise ValueError(f"{path.name} is missing")
-    size, crc = path.stat().st_size, 0
-    if size != expected["bytes"]:
+    if (size := path.stat().st_size) != expected["bytes"]:
         raise ValueError(f"{path.name} has {size:,} bytes, expected {expected['bytes']:,}")
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20): crc = zlib.crc32(chunk, crc)
-    if crc != expected["crc32"]:
-        raise ValueError(f"{path.name} has checksum {crc:08x}, "
-                         f"expected {expected['crc32']:08x}")
+    check_checksum(file_checksum(path), expected["crc32"], path.name)
     return {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -557,9 +535,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try: crc, text = path.read_text(encoding="utf-8").split("\n", 1)
     except FileNotFoundError: raise ValueError(f"{path.name} is missing") from None
     except ValueError: raise ValueError(f"{path.name} is no state of a training run") from None
-    if crc != (found := f"{zlib.crc32(text.encode()):08x}"):
+    if crc != (found := f"{checksum(text.encode()):08x}"):
         raise ValueError(f"{path.name} has checksum {found}, expected {crc[:8]}")
-    return json.loads(text)
+    return parse_json(text)
 
 # %% ../nbs/11_training.ipynb #a8d95995
 @dataclass(frozen=True)
