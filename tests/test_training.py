@@ -117,7 +117,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(rows, micro, ignored
 def test_every_group_follows_the_schedule():
     made = make(steps=6, optimizer='muon', warmup=4)
     made.step = 2
-    share = made.set_learning_rate()
+    share = training.lr_multiplier(made.config, made.step, made.planned_steps())
+    training.set_learning_rate(made.optimizers, share)
     assert share == lr_multiplier(made.config, 2, 6) == .6          # the third of four steps up, and one to go
     assert {g['lr'] for o in made.optimizers for g in o.param_groups} == {share * made.config.lr, share * made.config.muon_lr}
 
