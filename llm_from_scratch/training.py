@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from io import BufferedIOBase
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['REASONS', 'BUDGETS', 'evaluate', 'TrainConfig', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint',
-           'loader_for', 'Callback', 'TrainResult', 'Trainer', 'predict_run', 'plot_history']
+           'loader_for', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'predict_run', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -490,28 +491,44 @@ _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16",
           torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
           torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
+File = str | os.PathLike[str] | IO[bytes] | BufferedIOBase
+
 def write_tensors(
-    path: str | os.PathLike[str],
+    file: File,                                # a path that is new, or a file to write to
     tensors: Mapping[str, Tensor],
+    about: Mapping[str, str] | None = None,    # words that the header holds
 ) -> dict[str, int]:                  # the size of the file and the CRC-32 of its bytes
     "Write a `safetensors` file, tensor after tensor, as fast as the disk takes it."
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as other:
-        crc = _put(file, 0, _safetensors_header(tensors), other)
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "xb") as out:
+            facts = write_tensors(out, tensors, about)
+            out.flush(); os.fsync(out.fileno())        # on the disk, not only on its way
+            return facts
+    header = _safetensors_header(tensors, about)
+    with ThreadPoolExecutor(1) as other:
+        crc, size = _put(file, 0, header, other), len(header)
         for tensor in tensors.values():
-            data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-            crc = _put(file, crc, data, other)
-        file.flush(); os.fsync(file.fileno())          # on the disk, not only on its way
-        return {"bytes": file.tell(), "crc32": crc}
+            data = _raw(tensor)
+            crc, size = _put(file, crc, data, other), size + len(data)
+    return {"bytes": size, "crc32": crc}
 
-def _put(file: BinaryIO, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
+def _raw(tensor: Tensor) -> Any:
+    "The bytes of a tensor, without a copy where it lies in one piece."
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+
+def _put(file: Any, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
     summed = other.submit(zlib.crc32, data, crc)
     file.write(data)
     return summed.result()
 
-def _safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+# %% ../nbs/11_training.ipynb #82967df8
+def _safetensors_header(
+    tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None,
+) -> bytes:
     "Its length in 8 bytes, then JSON: type, shape and place of each tensor."
-    header, at = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    at = 0
     for name, t in tensors.items():
         if t.dtype not in _TYPES: raise ValueError(f"cannot save {name}: its type is {t.dtype}")
         end = at + t.numel() * t.element_size()
@@ -1352,6 +1369,126 @@ def split_parts(
     split = {name: split_state(part) for name, part in state.items()}
     return ({name: tensors for name, (tensors, _) in split.items() if tensors},
             {name: rest for name, (_, rest) in split.items()})
+
+# %% ../nbs/11_training.ipynb #a68735aa
+def save(
+    file: File,                                # a path, or a file to write to
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+    step: int = 0,                             # steps already made
+) -> None:
+    """Write a model, what its optimizers remember and the step, as `safetensors`.
+
+    A file at a path is replaced once the new one is complete, or stays as it was.
+
+    >>> import io
+    >>> model = torch.nn.Linear(2, 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> save(file := io.BytesIO(), model, optimizer, step=3)
+    >>> _ = file.seek(0)
+    >>> load(file, model, optimizer)
+    3
+    """
+    optimizers = _several(optimizer)
+    tensors, rest = split_state({
+        "step": step, "model": dict(model.state_dict()),
+        "optimizer": OptimizerMemory(model, optimizers).state_dict(),
+        "settings": {str(i): _settings(o) for i, o in enumerate(optimizers)}})
+    about = {"format": _FORMAT, "state": json.dumps(rest), "crc32": "0" * 8}
+    crc = zlib.crc32(_safetensors_header(tensors, about))
+    for tensor in tensors.values(): crc = zlib.crc32(_raw(tensor), crc)
+    about["crc32"] = f"{crc:08x}"
+    if not isinstance(file, (str, os.PathLike)): write_tensors(file, tensors, about)
+    else:
+        with replacing(file) as out: write_tensors(out, tensors, about)
+
+# %% ../nbs/11_training.ipynb #ca20f8b3
+def load(
+    file: File,                                # a path, or a file to read from
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+) -> int:                                      # the step
+    """Put back what `save` wrote; without an optimizer, the weights alone.
+
+    `DamagedCheckpoint` for a file that cannot be read, ValueError for one of
+    another model or optimizer; then nothing has changed.
+
+    >>> import io
+    >>> load(io.BytesIO(b"no weights"), torch.nn.Linear(2, 2))
+    Traceback (most recent call last):
+    llm_from_scratch.training.DamagedCheckpoint: the file is damaged, or \
+was not written by `save`: it has no readable header
+    """
+    is_path, optimizers = isinstance(file, (str, os.PathLike)), _several(optimizer)
+    name = Path(file).name if is_path else "the file"
+    state = _read_saved(Path(file).read_bytes() if is_path else file.read(), name)
+    _check_shapes(model.state_dict(), state["model"], name)
+    if optimizers:
+        settings = [*state["settings"].values()]
+        _check_kinds([*map(_settings, optimizers)], settings, name)
+        OptimizerMemory(model, optimizers).load_state_dict(state["optimizer"])
+        for o, saved in zip(optimizers, settings): _set(o, saved)
+    model.load_state_dict(state["model"])
+    return state["step"]
+
+# %% ../nbs/11_training.ipynb #f737527d
+_FORMAT = "llm-from-scratch: model, optimizer, step"
+
+def _read_saved(data: bytes, name: str) -> dict[str, Any]:
+    "The state in a file that `save` wrote, if every byte of it is there."
+    length = int.from_bytes(data[:8], "little")
+    try: about = json.loads(data[8:8 + length]).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError):
+        raise DamagedCheckpoint(f"{name} is damaged, or was not written by `save`: "
+                                "it has no readable header") from None
+    if about.get("format") != _FORMAT:
+        raise DamagedCheckpoint(f"{name} was not written by `save`: its format is "
+                                f"{about.get('format')!r}, expected {_FORMAT!r}")
+    crc = about.get("crc32")
+    blank = data[:8 + length].replace(f'"crc32": "{crc}"'.encode(),
+                                      b'"crc32": "00000000"')
+    found = f"{zlib.crc32(memoryview(data)[8 + length:], zlib.crc32(blank)):08x}"
+    if found != crc:
+        raise DamagedCheckpoint(f"{name} is damaged: it has checksum {found}, "
+                                f"expected {crc}")
+    return join_state(safetensors.torch.load(data), json.loads(about["state"]))
+
+# %% ../nbs/11_training.ipynb #7919c75e
+def _several(optimizer: Any) -> Sequence[torch.optim.Optimizer]:
+    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+
+def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    "The kind of an optimizer, and what is set for each of its groups."
+    groups = [{k: v for k, v in group.items() if k != "params"}
+              for group in optimizer.param_groups]
+    return {"kind": type(optimizer).__name__, **{str(i): g for i, g in enumerate(groups)}}
+
+def _set(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> None:
+    "Put back what `_settings` gave."
+    for i, group in enumerate(optimizer.param_groups):
+        group.update({key: tuple(value) if isinstance(value, list) else value
+                      for key, value in settings[str(i)].items()})
+
+def _check_shapes(
+    mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], name: str,
+) -> None:
+    "ValueError for the weights of another model."
+    missing, unknown = sorted({*mine} - {*saved}), sorted({*saved} - {*mine})
+    other = [f"{key} {tuple(saved[key].shape)} for {tuple(t.shape)}"
+             for key, t in mine.items() if key in saved and t.shape != saved[key].shape]
+    if not (missing or unknown or other): return
+    raise ValueError(f"{name} is of another model: missing {missing}, "
+                     f"unknown {unknown}, other shapes {other}")
+
+def _check_kinds(
+    mine: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]], name: str,
+) -> None:
+    "ValueError for what other optimizers remember."
+    now, was = ([f"{s['kind']} of {len(s) - 1} groups" for s in settings]
+                for settings in (mine, saved))
+    if now != was:
+        raise ValueError(f"{name} holds what {was or 'no optimizer'} remembers, "
+                         f"expected {now}")
 
 # %% ../nbs/11_training.ipynb #1c6a0354
 def _about(trainer: Trainer) -> dict[str, Any]:
