@@ -51,8 +51,8 @@ def test_any_configuration_survives_json_pickle_and_counting(choice):
     config = GPTConfig(**choice, rope_scaling=scaling and RopeScaling(*scaling))
     assert GPTConfig.from_json(config.to_json()) == config
     assert pickle.loads(pickle.dumps(config)) == config and copy.deepcopy(config) == config
-    with torch.device('meta'): made = GPT(config)
-    assert sum(p.numel() for p in made.parameters()) == sum(count_parameters(config).values())
+    with torch.device('meta'), unchecked():
+        assert sum(p.numel() for p in GPT(config).parameters()) == sum(count_parameters(config).values())
 
 
 @pytest.mark.parametrize('bad, words', [
@@ -102,7 +102,7 @@ def test_no_logit_sees_the_future(positions, backend):
     for t in range(ids.shape[1]):
         changed = ids.clone()
         changed[:, t] = (ids[:, t] + 1) % 23
-        difference = (made(changed) - before).abs().amax((0, 2))
+        with unchecked(): difference = (made(changed) - before).abs().amax((0, 2))
         assert t == 0 or difference[:t].max() == 0
         assert (difference[t:] > 0).all()
 
@@ -228,13 +228,13 @@ def test_layers_split_over_two_processes_against_one(tmp_path):
     import os, subprocess, sys
     from pathlib import Path
     here = Path(__file__).parent
-    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
-    both = [subprocess.Popen([sys.executable, here/'two_processes.py', str(rank), tmp_path/'meeting'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for one in both:
-        out, errors = one.communicate(timeout=600)
-        assert one.returncode == 0, errors
-        share, worst = map(float, out.split())
-        assert share == 0.5 and worst < 1e-5
+    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
+    ranks = [[]] if hasattr(os, 'fork') else ['0', '1']                      # one that forks imports torch once
+    started = [subprocess.Popen([sys.executable, here/'two_processes.py', tmp_path/'meeting', *rank], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    said = [one.communicate(timeout=600) for one in started]
+    assert not any(one.returncode for one in started), said
+    lines = [line.split() for out, _ in said for line in out.splitlines()]
+    assert sorted(rank for rank, *_ in lines) == ['0', '1'] and all(float(share) == 0.5 and float(worst) < 1e-5 for _, share, worst in lines), lines
 
 
 # ---- the chunked loss ----
@@ -311,17 +311,22 @@ PUBLISHED = {'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_
 
 @pytest.mark.parametrize('name', sorted(PRESETS))
 def test_counts_of_presets(name):
-    with torch.device('meta'): made = GPT(PRESETS[name])
-    count = sum(p.numel() for p in made.parameters())
-    assert count == sum(count_parameters(PRESETS[name]).values()) == PUBLISHED.get(name, count)
-    assert f'{count:,}' in model_card(PRESETS[name])
+    "The published number, or that of the model itself."
+    with unchecked():
+        expected = PUBLISHED.get(name) or sum(p.numel() for p in GPT(PRESETS[name]).parameters())
+        assert sum(count_parameters(PRESETS[name]).values()) == expected
+
+
+@pytest.mark.parametrize('name', ['nano', 'llama-260k', 'gpt2'])
+def test_a_card_says_how_many(name):
+    with unchecked(): assert f'{sum(count_parameters(PRESETS[name]).values()):,}' in model_card(PRESETS[name])
 
 
 @pytest.mark.parametrize('name', ['nano', 'small', 'gpt2', 'llama-1.1b', 'llama-260k'])
 def test_flops_against_torch(name):
     from torch.utils.flop_counter import FlopCounterMode
-    config, T = replace(PRESETS[name], n_layers=min(3, PRESETS[name].n_layers)), 128
-    with torch.device('meta'):
+    config, T = replace(PRESETS[name], n_layers=2), 128
+    with torch.device('meta'), unchecked():
         made, ids = GPT(replace(config, backend='manual')), torch.zeros(2, T, dtype=torch.long)
         with FlopCounterMode(display=False) as training: made(ids, ids).backward()
         with FlopCounterMode(display=False) as forward: made(ids)
@@ -329,8 +334,8 @@ def test_flops_against_torch(name):
     assert abs(forward.get_total_flops() / ids.numel() / flops_per_token(config, T, training=False) - 1) < 0.01
 
 
-@pytest.mark.parametrize('config, batch_size', [(PRESETS['nano'], 4), (PRESETS['tiny'], 8), (PRESETS['small'], 2), (PRESETS['llama-260k'], 4),
-                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 4)])
+@pytest.mark.parametrize('config, batch_size', [(PRESETS['nano'], 2), (PRESETS['tiny'], 4), (PRESETS['small'], 1), (PRESETS['llama-260k'], 1),
+                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 1)])
 def test_memory_against_the_allocator(config, batch_size):
     def train():
         made = GPT(config)
@@ -391,10 +396,10 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
     head = 8 + int.from_bytes(whole[:8], 'little')
     for at in range(head, len(whole)):
         weights.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        with pytest.raises(ValueError, match='model.safetensors or config.json is damaged'): GPT.from_pretrained(tmp_path)
+        with unchecked(), pytest.raises(ValueError, match='model.safetensors or config.json is damaged'): GPT.from_pretrained(tmp_path)
     for n in range(0, len(whole), 7):
         weights.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
+        with unchecked(), pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize('change, words', [
@@ -450,7 +455,7 @@ def test_the_embedded_model_knows_its_world():
         made, words = GPT.from_pretrained(name), load_tokenizer(name)
         assert made.config.vocab_size == words.vocab_size and sum(p.numel() for p in made.parameters()) <= 1_000_000
     end, above, n = words.special_tokens['<|endoftext|>'], 0.0, 0
-    for story in stories(40, seed=77, split='test'):
+    for story in stories(25, seed=77, split='test'):
         ids = words.encode(story.text)
         assert words.decode(ids) == story.text and len(ids) < made.config.context_length
         with torch.no_grad(), unchecked(): above += float(made(torch.tensor([[end, *ids]]), torch.tensor([[*ids, end]]))) * (len(ids) + 1) + story.log_probability
