@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from shapes import unchecked
 from torch.nn import functional as F
 
+from llm_from_scratch.attention import Cache
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
 from llm_from_scratch.bpe import EMBEDDED, load_tokenizer, model_folder
 from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig, MemoryEstimate, TiedHead, chunked_cross_entropy, count_parameters, estimate_memory, flops_per_token, model_card
@@ -140,15 +141,8 @@ def test_loss_is_that_of_the_logits():
 
 
 def test_cache_and_positions_continue_a_sequence():
-    class Lists:
-        def __init__(self): self.layers = {}
-        def update(self, layer, k, v):
-            if layer in self.layers: k, v = torch.cat([self.layers[layer][0], k], 2), torch.cat([self.layers[layer][1], v], 2)
-            self.layers[layer] = k, v
-            return k, v
-
     for options in ({}, LLAMA, dict(positions='alibi'), dict(positions='sinusoidal', window=3)):
-        made, ids, cache = model(**options), some_ids(), Lists()
+        made, ids, cache = model(**options), some_ids(), Cache()
         parts = [made(ids[:, a:b], positions=torch.arange(a, b), cache=cache) for a, b in ((0, 4), (4, 5), (5, 9))]
         torch.testing.assert_close(torch.cat(parts, 1), made(ids), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match='which positions'): made(ids, cache=cache)
@@ -164,6 +158,7 @@ def test_ids_that_do_not_fit(ids, words):
 def test_positions_beyond_the_context():
     for positions in (torch.arange(4, 13), torch.arange(-1, 8)):
         with pytest.raises(ValueError, match='positions must lie between 0 and 11'): model(**LLAMA)(some_ids(), positions=positions)
+    with pytest.raises(ValueError, match='positions must lie between 0 and 11'): model(**LLAMA)(some_ids(), positions=torch.arange(-2, 7).expand(len(some_ids()), -1))
 
 
 def test_dropout_only_in_training():
