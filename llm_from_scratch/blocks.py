@@ -361,9 +361,9 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],              # the residual stream
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,   # see the attention
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,
-        cache: Any = None,                      # what the attention keeps its keys in
+        cache: Any = None,                      # what earlier tokens left: a `Cache`
     ) -> Float[Tensor, "B T D"]:
         "The stream after this block. Raises ValueError for another width."
         _check_width(x, self.d_model)

@@ -320,15 +320,16 @@ class GPT(nn.Module):
         self,
         ids: Int[Tensor, "B T"],            # tokens
         *,
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"] | None = None,   # None: 0, 1, 2, …
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
-        cache: Cache | None = None,         # earlier keys and values; needs `positions`
+        cache: Cache | None = None,         # what earlier tokens left; needs `positions`
     ) -> Float[Tensor, "B T D"]:
         "The stream after all blocks and the last norm: what the head reads."
         positions = _check_input(self.config, ids, positions, cache)
         x = self.token_embedding(ids)
         if self.config.embedding_scale != 1: x = x * self.config.embedding_scale
-        if self.position_embedding is not None: x = x + self.position_embedding(positions)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions.clamp(min=0))
         x = self.embedding_dropout(x)
         for block in self.blocks: x = block(x, positions, mask, cache)
         return self.norm(x)
@@ -338,9 +339,9 @@ class GPT(nn.Module):
         ids: Int[Tensor, "B T"],                    # tokens
         targets: Int[Tensor, "B T"] | None = None,  # what follows each; −100 does not count
         *,
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"] | None = None,   # None: 0, 1, 2, …
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
-        cache: Cache | None = None,                 # earlier keys and values
+        cache: Cache | None = None,                 # what earlier tokens left
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
         """Logits; with targets, the mean surprise in nats, without ever holding all logits.
 
@@ -392,9 +393,11 @@ def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
     if positions is None:
         if cache is None: return torch.arange(ids.shape[1], device=ids.device)
         raise ValueError("with a cache, say which positions these tokens have")
-    if _may_look(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < longest:
-        raise ValueError(f"positions must lie between 0 and {longest - 1}, got "
-                         f"{int(positions.min())} to {int(positions.max())}")
+    if not _may_look(positions): return positions
+    first, last = int(positions.min()), int(positions.max())
+    if first < (0 if positions.ndim == 1 else -1) or last >= longest:
+        raise ValueError(f"positions must lie between 0 and {longest - 1}, or be -1 for "
+                         f"padding in ragged rows, got {first} to {last}")
     return positions
 
 # %% ../nbs/09_gpt.ipynb #8dd02484

@@ -201,7 +201,7 @@ def _check_fit(x: Tensor, positions: Tensor, d_head: int) -> None:
     if x.shape[-1] != d_head:
         raise ValueError(f"expected heads of width {d_head}, got shape {tuple(x.shape)}")
     batch, length = x.shape[0], x.shape[-2]
-    if positions.shape not in ((length,), (batch, length)):
+    if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"expected positions of shape {(length,)} or {(batch, length)}, "
                          f"got {tuple(positions.shape)}")
 
@@ -251,7 +251,7 @@ class Rope(_Tabulated):
     def forward(
         self,
         x: Float[Tensor, "B H T d"],                        # queries or keys
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"],   # of each token, from 0 on
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"],  # of each token, from 0 on
     ) -> Float[Tensor, "B H T d"]:
         "Turn each vector by its position. ValueError for a wrong width or position."
         _check_fit(x, positions, self.d_head)
@@ -389,6 +389,18 @@ class Alibi(nn.Module):
         make = _bias if torch.compiler.is_compiling() else _cached_bias      # sizes may vary
         return make(self.n_heads, n_queries, n_keys, torch.device(device or "cpu"),
                     dtype or torch.get_default_dtype())
+
+    def between(
+        self,
+        queries: Int[Tensor, "B T"],               # positions, of each row its own
+        keys: Int[Tensor, "B S"],
+        dtype: torch.dtype | None = None,          # None: torch's default
+    ) -> Float[Tensor, "B H T S"]:
+        "The same where the keys of a row may stand in any order."
+        distance = (queries[:, :, None] - keys[:, None]).abs()
+        slopes = alibi_slopes(self.n_heads).to(queries.device)
+        bias = -slopes[:, None, None] * distance[:, None]
+        return bias.to(dtype or torch.get_default_dtype())
 
 def _bias(n_heads: int, n_queries: int, n_keys: int, device: torch.device,
           dtype: torch.dtype) -> Tensor:
