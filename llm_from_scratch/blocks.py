@@ -97,7 +97,7 @@ class LayerNorm(nn.Module):
         weight = self.weight + self.offset if self.offset else self.weight
         return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
 
-
+# %% ../nbs/08_blocks.ipynb #49213724
 class RMSNorm(nn.Module):
     """Root-mean-square normalization, @eq-blocks-rmsnorm, with a gain for each feature.
 

@@ -430,7 +430,7 @@ def check_device(
 def best_device(
     tolerance: float = 5e-3,        # see `check_device`
 ) -> torch.device:
-    """The first accelerator that `check_device` trusts, otherwise the CPU; the reason is logged.
+    """The first accelerator that `check_device` trusts, otherwise the CPU; says why in the log.
 
     >>> best_device().type in ("cuda", "xpu", "mps", "cpu")
     True

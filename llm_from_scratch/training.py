@@ -1373,8 +1373,8 @@ def save(
         "optimizer": OptimizerMemory(model, optimizers).state_dict(),
         "settings": {str(i): _settings(o) for i, o in enumerate(optimizers)}})
     about = {"format": _FORMAT, "state": json.dumps(rest), "crc32": "0" * 8}
-    crc = zlib.crc32(_safetensors_header(tensors, about))
-    for tensor in tensors.values(): crc = zlib.crc32(_raw(tensor), crc)
+    crc = checksum(_safetensors_header(tensors, about))
+    for tensor in tensors.values(): crc = checksum(_raw(tensor), crc)
     about["crc32"] = f"{crc:08x}"
     if not isinstance(file, (str, os.PathLike)): write_tensors(file, tensors, about)
     else:
@@ -1425,7 +1425,7 @@ def _read_saved(data: bytes, name: str) -> dict[str, Any]:
     crc = about.get("crc32")
     blank = data[:8 + length].replace(f'"crc32": "{crc}"'.encode(),
                                       b'"crc32": "00000000"')
-    found = f"{zlib.crc32(memoryview(data)[8 + length:], zlib.crc32(blank)):08x}"
+    found = f"{checksum(memoryview(data)[8 + length:], checksum(blank)):08x}"
     if found != crc:
         raise DamagedCheckpoint(f"{name} is damaged: it has checksum {found}, "
                                 f"expected {crc}")
