@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,7 +60,7 @@ def attention_weights(
     mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | Bool[Tensor, "B #H T S"] | None = None,
     *,
     causal: bool = False,                       # also forbid looking ahead
-    bias: Float[Tensor, "H T S"] | None = None,  # added to the scores
+    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,   # of the scores
     scale: float | None = None,                 # of the scores; by default 1/√d
     softcap: float | None = None,               # scores are bent to stay within ± this
     sinks: Float[Tensor, "H"] | None = None,    # score of looking nowhere, for each head
@@ -90,7 +90,7 @@ def _check(
     if d != width: raise ValueError(f"queries of width {d} cannot meet keys of width {width}")
     if causal and T > S:
         raise ValueError(f"causal: {T} queries cannot be the last of {S} positions")
-    if bias is not None and bias.shape != (H, T, S):
+    if bias is not None and bias.shape not in ((H, T, S), (B, H, T, S)):
         raise ValueError(f"the bias must have shape {(H, T, S)}, got {tuple(bias.shape)}")
     if sinks is not None and sinks.shape != (H,):
         raise ValueError(f"expected one sink for each of {H} heads, got {tuple(sinks.shape)}")
@@ -116,7 +116,8 @@ def _as_bias(
     "What the fused kernel takes as `attn_mask`; a sink is the score of one more key."
     if bias is None and sinks is None: return allowed
     (B, H, T, _), S = q.shape, k.shape[2]
-    total = q.new_zeros(1, 1, T, S) if bias is None else bias.to(q.dtype)[None]
+    if bias is None: bias = q.new_zeros(1, T, S)
+    total = bias.to(q.dtype) if bias.ndim == 4 else bias.to(q.dtype)[None]
     if allowed is not None: total = total.masked_fill(~allowed, -math.inf)
     if sinks is None: return total
     nowhere = sinks.to(q.dtype)[:, None, None].expand(B, H, T, 1)
@@ -135,8 +136,8 @@ def _sdpa(
     plain = mask is None and bias is None and sinks is None
     if plain and (T == S or T == 1 or not causal):            # no mask in memory
         return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal and T > 1, scale=scale,
-            enable_gqa=grouped)
+            q, k, v, dropout_p=dropout, is_causal=True if causal and T > 1 else False,
+            scale=scale, enable_gqa=grouped)     # a bool, also where a compiler varies T
     added = _as_bias(q, k, _allowed(q, k, mask, causal), bias, sinks)
     if sinks is not None: k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     if grouped and q.device.type != "cpu":
@@ -158,7 +159,7 @@ def _flex(
 
     def score(s: Tensor, b: Tensor, h: Tensor, t: Tensor, u: Tensor) -> Tensor:
         if softcap is not None: s = softcap * (s / softcap).tanh()
-        if bias is not None: s = s + bias[h, t, u]
+        if bias is not None: s = s + (bias[h, t, u] if bias.ndim == 3 else bias[b, h, t, u])
         if causal: s = torch.where(u <= t + (S - T), s, -math.inf)
         return s if allowed is None else torch.where(allowed[b, h, t, u], s, -math.inf)
 
@@ -180,7 +181,7 @@ def attention(
     mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | Bool[Tensor, "B #H T S"] | None = None,
     *,
     causal: bool = False,                       # also forbid looking ahead
-    bias: Float[Tensor, "H T S"] | None = None,  # added to the scores
+    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,   # of the scores
     scale: float | None = None,                 # of the scores; by default 1/√d
     softcap: float | None = None,               # scores are bent to stay within ± this
     sinks: Float[Tensor, "H"] | None = None,    # score of looking nowhere, for each head
@@ -231,7 +232,8 @@ def _check_heads(
     softcap: float | None, window: int | None, backend: str,
 ) -> None:
     "Settings that cannot work, by name."
-    if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+    if n_heads < 1: raise ValueError(f"n_heads must be at least 1, got {n_heads}")
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"n_kv_heads must divide n_heads, got {n_kv_heads} and {n_heads}")
     if d_head is None and (d_model < 1 or d_model % n_heads):
         raise ValueError(f"n_heads must divide d_model (or name d_head), got {n_heads} heads "
@@ -290,77 +292,71 @@ class MultiHeadAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
         self.rotary, self.position_bias = rotary, position_bias
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x.shape
         if not T: raise ValueError("an empty sequence: there is no position to look from")
-        if positions.shape not in ((T,), (B, T)):
-            raise ValueError(f"expected positions of shape {(T,)} or {(B, T)}, "
-                             f"got {tuple(positions.shape)}")
+        _check_shape(positions, B, T)
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2) for y in (q, k, v))
-        if self.rotary is not None:
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
-        return q, k, v
+        if self.rotary is None: return q, k, v
+        if positions is None: raise ValueError("rotary embeddings need positions, got None")
+        at = positions if positions.ndim == 1 else positions.clamp(min=0)       # -1: padding
+        return self.rotary(q, at), self.rotary(k, at), v
 
-    def _scoring(self, q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
+    def _scoring(self) -> dict[str, Any]:
         "What changes the scores, for `attention` and `attention_weights`."
-        bias = None
-        if self.position_bias is not None:
-            bias = self.position_bias(q.shape[2], k.shape[2], device=q.device, dtype=q.dtype)
-        return {"causal": causal, "bias": bias, "scale": self.scale, "softcap": self.softcap,
-                "sinks": self.sinks}
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # -1: padding
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
-        cache: Cache | None = None,             # earlier keys and values; gets the new ones
+        cache: Cache | None = None,             # what earlier tokens left; gets the new ones
     ) -> Float[Tensor, "B T D"]:
-        "What each position has read. ValueError for an empty sequence or shapes that differ."
+        """What each position has read. Only rotary embeddings and ragged rows need positions.
+
+        ValueError for an empty sequence or shapes that differ."""
         q, k, v = self._project(x, positions)
-        if cache is not None: k, v = cache.update(self.layer, k, v)
-        causal = mask is None
-        if mask is None and self.window is not None:
-            seen, mask = _reach(self.window, q.shape[2], k.shape[2], q.device)
-            k, v, causal = k[:, :, -seen:], v[:, :, -seen:], mask is None
-        heads = attention(q, k, v, mask, dropout=self.dropout if self.training else 0.0,
-                          backend=self.backend, **self._scoring(q, k, causal))
+        options = {"mask": mask, "window": self.window, "position_bias": self.position_bias,
+                   "dropout": self.dropout if self.training else 0.0, "backend": self.backend,
+                   **self._scoring()}
+        heads = (attend(q, k, v, positions, **options) if cache is None
+                 else cache.attend(self.layer, q, k, v, positions, **options))
         return self.output(heads.transpose(1, 2).flatten(2))
 
     def weights(
         self,
         x: Float[Tensor, "B T D"],
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,
         mask: Bool[Tensor, "T T"] | Bool[Tensor, "B T T"] | None = None,
     ) -> Float[Tensor, "B H T T"]:
         "How much each position (down) takes of each other one (across), for every head."
         q, k, _ = self._project(x, positions)
-        if mask is None and self.window is not None:
-            mask = sliding_window_mask(x.shape[1], self.window, device=x.device)
-        return attention_weights(q, k, mask, **self._scoring(q, k, mask is None))
+        T = x.shape[1]
+        if mask is None and self.window is not None and (positions is None or positions.ndim == 1):
+            mask = sliding_window_mask(T, self.window, device=x.device)
+        _, mask, plan = _plan(q, k, positions, mask, self.window, self.position_bias)
+        return attention_weights(q, k, mask, **plan, **self._scoring())
 
     def extra_repr(self) -> str:
         "What the list of submodules does not show."
         return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, d_head={self.d_head}"
 
+# %% ../nbs/07_attention.ipynb #484b60be
+
+
+def _check_shape(positions: Tensor | None, B: int, T: int) -> None:
+    "Positions for each token, of all rows alike or of each row its own."
+    if positions is None or positions.shape in ((T,), (1, T), (B, T)): return
+    raise ValueError(f"expected positions of shape {(T,)} or {(B, T)}, "
+                     f"got {tuple(positions.shape)}")
+
 # %% ../nbs/07_attention.ipynb #f002efd7
-@runtime_checkable
-class Cache(Protocol):
-    "Anything that remembers the keys and values of each layer."
-
-    def update(
-        self,
-        layer: int,                             # whose keys and values these are
-        k: Float[Tensor, "B K T d"],            # keys of the new positions
-        v: Float[Tensor, "B K T d"],            # values of the new positions
-    ) -> tuple[Tensor, Tensor]:                 # all so far, (B K S d), the new ones last
-        "Add new keys and values; give back all so far."
-        ...
-
-# %% ../nbs/07_attention.ipynb #e77532b1
 def _reach(
     window: int, n_queries: int, n_keys: int, device: torch.device,
 ) -> tuple[int, Tensor | None]:
@@ -368,6 +364,203 @@ def _reach(
     seen = min(n_keys, n_queries + window - 1)
     if seen <= window: return seen, None
     return seen, sliding_window_mask(n_queries, window, seen, device)
+
+
+def _own_mask(positions: Tensor, window: int | None) -> Tensor:
+    "The past of each row (B T T), without its padding."
+    mask = causal_mask(positions.shape[1], device=positions.device) & (positions >= 0)[:, None]
+    if window is None: return mask
+    return mask & (positions[:, :, None] - positions[:, None] < window)
+
+# %% ../nbs/07_attention.ipynb #e77532b1
+def _plan(
+    q: Tensor, k: Tensor, positions: Tensor | None, mask: Tensor | None, window: int | None,
+    position_bias: Alibi | None,
+) -> tuple[int, Tensor | None, dict[str, Any]]:
+    "The last keys that matter; a mask for them, if the past is not enough; causal and bias."
+    T, S, bias = q.shape[2], k.shape[2], None
+    if mask is None and positions is not None and positions.ndim == 2:
+        positions = positions.expand(len(q), -1)
+        if position_bias is not None: bias = position_bias.between(positions, positions, q.dtype)
+        return S, _own_mask(positions, window), {"causal": False, "bias": bias}
+    causal = mask is None
+    if causal and window is not None:
+        S, mask = _reach(window, T, S, q.device)
+        causal = mask is None
+    if position_bias is not None: bias = position_bias(T, S, device=q.device, dtype=q.dtype)
+    return S, mask, {"causal": causal, "bias": bias}
+
+
+def attend(
+    q: Float[Tensor, "B H T d"],                # queries
+    k: Float[Tensor, "B K S d"],                # keys; the last T are those of the queries
+    v: Float[Tensor, "B K S d"],                # values
+    positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,    # (B, T): ragged rows
+    *,
+    mask: Tensor | None = None,                 # replaces the default
+    window: int | None = None,                  # positions a query may see, itself included
+    position_bias: Alibi | None = None,         # makes a bias of distances
+    **scoring: Any,                             # as for `attention`
+) -> Float[Tensor, "B H T d"]:
+    "`attention` to the past: all of it, or the last `window` positions, without padding."
+    S, mask, plan = _plan(q, k, positions, mask, window, position_bias)
+    if S < k.shape[2]: k, v = k[:, :, -S:], v[:, :, -S:]
+    return attention(q, k, v, mask, **plan, **scoring)
+
+# %% ../nbs/07_attention.ipynb #9dd06f43
+class Cache:
+    """What the layers of a model remember of each row: a KV cache, and any other state.
+
+    This one joins old and new keys. For another kind of memory, override `update`, which
+    `attend` builds on; what is kept outside the states needs a `reorder` and `forget` of its
+    own. Every tensor in a state has a row for each row of the batch."""
+
+    def __init__(self) -> None:
+        self._states: dict[Any, dict[str, Any]] = {}
+        self._shared: dict[Any, Any] = {}               # what all layers need in one pass
+        self._passed: set[Any] = set()                  # the layers that it has been through
+
+    def state(
+        self,
+        layer: Any,                             # its name: a number, or what is unique
+    ) -> dict[str, Any]:                        # empty at first
+        "What this layer remembers, for it to read and to change."
+        if layer not in self._states: self._states[layer] = {}
+        return self._states[layer]
+
+    def update(
+        self,
+        layer: Any,
+        k: Float[Tensor, "B K T d"],            # keys of the new tokens
+        v: Float[Tensor, "B K T d"],            # values of the new tokens
+    ) -> tuple[Tensor, Tensor]:                 # all that are kept, (B K S d), the new ones last
+        "Add new keys and values; give back all that are kept."
+        state = self.state(layer)
+        if "keys" in state:
+            k, v = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
+        state["keys"], state["values"] = k, v
+        return k, v
+
+    def reorder(
+        self,
+        rows: Sequence[int],                    # may repeat rows, and leave some out
+    ) -> None:
+        "Row i becomes what row `rows[i]` was, in every layer."
+        self._states, self._shared = _pick(self._states, torch.tensor(rows), {}), {}
+
+    def attend(
+        self,
+        layer: Any,
+        q: Float[Tensor, "B H T d"],            # queries of the new tokens
+        k: Float[Tensor, "B K T d"],
+        v: Float[Tensor, "B K T d"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # of the new tokens
+        *,
+        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
+        window: int | None = None,              # positions a query may see, itself included
+        position_bias: Alibi | None = None,     # makes a bias of distances
+        **scoring: Any,                         # as for `attention`
+    ) -> Float[Tensor, "B H T d"]:
+        """What the new queries read: `update`, then `attention` to what they may see.
+
+        Positions of shape (T,) go on where all rows are; (B, T) gives each row its own, with
+        -1 for padding. With a window, forgets what no later query can see, unless a mask
+        says what is seen."""
+        keys, values = self.update(layer, k, v)
+        where, masked = self._where(layer, positions, k, keys.shape[2]), mask is not None
+        if where is None:
+            heads = attend(q, keys, values, mask=mask, window=window,
+                           position_bias=position_bias, **scoring)
+        else:
+            at, bias = self._once(_last, where, q.shape[2]), None
+            if mask is None: mask = self._once(visible, at, where, window)
+            if position_bias is not None:
+                bias = self._once(position_bias.between, at, where, q.dtype)
+            heads = attention(q, keys, values, mask, bias=bias, **scoring)
+        if window is not None and not masked: self.forget(layer, window - 1)
+        return heads
+
+    def _once(self, make: Callable[..., Tensor], *given: Any) -> Tensor:
+        "What the first layer makes of some positions, and the others use."
+        key = make, *(id(x) if isinstance(x, Tensor) else x for x in given)
+        if key not in self._shared: self._shared[key] = make(*given), given
+        return self._shared[key][0]
+
+    def _where(
+        self, layer: Any, positions: Tensor | None, k: Tensor, n_keys: int,
+    ) -> Tensor | None:
+        "The positions of all keys, (B, S); None while all rows are alike."
+        state, (B, _, T, _) = self.state(layer), k.shape
+        state["read"] = read = state.get("read", 0) + T
+        before = state.get("positions")
+        if before is None and (positions is None or positions.ndim == 1): return None
+        if positions is None: raise ValueError("these rows are ragged: they need positions")
+        if layer in self._passed: self._shared, self._passed = {}, set()     # the next pass
+        self._passed.add(layer)
+        if before is None: before = self._once(_counted, read - n_keys, read - T, k.device)
+        state["positions"] = self._once(_joined, before, positions, B)
+        return state["positions"]
+
+    def forget(
+        self,
+        layer: Any,
+        n: int,                                 # how many positions of each row stay
+    ) -> None:
+        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        state = self.state(layer)
+        if "keys" not in state: return          # an heir that keeps them in its own way
+        at, S = state.get("positions"), state["keys"].shape[2]
+        if at is None: kept: Any = slice(max(0, S - n), None)
+        elif S < 2 * n: return                  # wait: copying single columns would be slow
+        else:
+            kept = self._once(_latest, at, n)
+            state["positions"] = self._once(torch.gather, at, 1, kept)
+        state["keys"], state["values"] = (_columns(state[x], kept) for x in ("keys", "values"))
+
+
+def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
+    "These rows of every tensor, in dictionaries, lists and tuples of any depth."
+    if isinstance(kept, dict): return {name: _pick(x, rows, done) for name, x in kept.items()}
+    if isinstance(kept, (list, tuple)): return type(kept)(_pick(x, rows, done) for x in kept)
+    if not isinstance(kept, Tensor): return kept
+    if id(kept) not in done: done[id(kept)] = kept.index_select(0, rows.to(kept.device))
+    return done[id(kept)]                       # layers that share a tensor go on sharing it
+
+# %% ../nbs/07_attention.ipynb #dd696ae6
+def visible(
+    queries: Int[Tensor, "B T"],                # positions of the queries; -1: padding
+    keys: Int[Tensor, "B S"],                   # positions of the keys, in any order
+    window: int | None = None,                  # positions a query may see, itself included
+) -> Bool[Tensor, "B T S"]:                     # True where a query attends to a key
+    "Who sees whom, by position, @eq-attention-visible."
+    distance = queries[:, :, None] - keys[:, None]
+    seen = (distance >= 0) & (keys >= 0)[:, None]
+    return seen if window is None else seen & (distance < window)
+
+# %% ../nbs/07_attention.ipynb #0ace214d
+
+
+def _columns(memory: Tensor, kept: slice | Tensor) -> Tensor:
+    "Some positions of keys or values: the same of all rows, or of each row its own (B, n)."
+    if isinstance(kept, slice): return memory[:, :, kept]
+    return memory.take_along_dim(kept[:, None, :, None], 2)
+
+# %% ../nbs/07_attention.ipynb #547f8907
+def _counted(start: int, end: int, device: torch.device) -> Tensor:
+    return torch.arange(start, end, device=device)[None]
+
+
+def _joined(before: Tensor, new: Tensor, n_rows: int) -> Tensor:
+    "The positions of earlier keys and of new ones."
+    return torch.cat([before.expand(n_rows, -1), new.expand(n_rows, -1)], 1)
+
+
+def _last(positions: Tensor, n: int) -> Tensor: return positions[:, -n:]
+
+
+def _latest(positions: Tensor, n: int) -> Tensor:
+    "The columns of the n latest positions of each row, in order."
+    return positions.topk(n, 1).indices.sort(1).values
 
 # %% ../nbs/07_attention.ipynb #96f97dfd
 def _map_svg(weights: Tensor, name: str) -> str:

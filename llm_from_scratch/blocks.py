@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .positions import LearnedPositions
 from .tensors import Dropout, Embedding, Linear
 
 _Layer = Callable[[Tensor], Tensor]
 
 # %% auto #0
-__all__ = ['NORMS', 'FEED_FORWARDS', 'ORDERS', 'LayerNorm', 'RMSNorm', 'FeedForward', 'matched_width', 'GatedFeedForward',
-           'SwiGLU', 'GeGLU', 'is_gated', 'Block', 'init_weights']
+__all__ = ['NORMS', 'ORDERS', 'LayerNorm', 'RMSNorm', 'FeedForward', 'GatedFeedForward', 'Block', 'init_weights']
 
 # %% ../nbs/08_blocks.ipynb #819b158d
 def layer_norm(
@@ -72,7 +72,11 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 # %% ../nbs/08_blocks.ipynb #49213723
 class LayerNorm(nn.Module):
-    "@eq-blocks-layernorm with a learned weight and bias for each feature."
+    """Layer normalization, @eq-blocks-layernorm: mean 0, variance 1, then a gain and a bias.
+
+    >>> LayerNorm(2)(torch.tensor([1.0, 5.0])).round().tolist()
+    [-1.0, 1.0]
+    """
 
     def __init__(
         self,
@@ -93,9 +97,13 @@ class LayerNorm(nn.Module):
         weight = self.weight + self.offset if self.offset else self.weight
         return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
 
-
+# %% ../nbs/08_blocks.ipynb #49213724
 class RMSNorm(nn.Module):
-    "@eq-blocks-rmsnorm with a learned weight for each feature."
+    """Root-mean-square normalization, @eq-blocks-rmsnorm, with a gain for each feature.
+
+    >>> RMSNorm(2)(torch.tensor([4.0, -4.0])).round().tolist()
+    [1.0, -1.0]
+    """
 
     def __init__(
         self,
@@ -166,7 +174,11 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 
 # %% ../nbs/08_blocks.ipynb #e50365f2
 class FeedForward(nn.Module):
-    "Widen, bend, narrow, each position for itself, @eq-blocks-feedforward."
+    """The position-wise feed-forward network (MLP), @eq-blocks-feedforward.
+
+    >>> FeedForward(8, 32)(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(
         self,
@@ -189,7 +201,7 @@ class FeedForward(nn.Module):
         h = self.activation(self.up(x))
         return self.down(self.dropout(h) if self.dropout.training else h)
 
-# %% ../nbs/08_blocks.ipynb #b7b230aa
+# %% ../nbs/08_blocks.ipynb #b7b230a0
 def matched_width(
     d_model: int,                   # width of the stream, D
     multiple_of: int = 8,           # round up to a multiple of this
@@ -200,9 +212,13 @@ def matched_width(
                          f"got {d_model} and {multiple_of}")
     return -(-8 * d_model // (3 * multiple_of)) * multiple_of
 
-
+# %% ../nbs/08_blocks.ipynb #b7b230aa
 class GatedFeedForward(nn.Module):
-    "A feed-forward layer whose hidden features are switched by others, @eq-blocks-glu."
+    """A feed-forward network with a gated linear unit (GLU), @eq-blocks-glu.
+
+    >>> GatedFeedForward(8, 16, activation="silu")(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(
         self,
@@ -307,7 +323,13 @@ ORDERS: dict[str, Callable[..., Tensor]] = {
 
 # %% ../nbs/08_blocks.ipynb #70100bd2
 class Block(nn.Module):
-    "Attention and feed-forward, each adding to the residual stream, @eq-blocks-pre."
+    """A transformer block: attention and MLP, each adding to the residual stream.
+
+    >>> from llm_from_scratch.attention import MultiHeadAttention
+    >>> block = Block(8, MultiHeadAttention(8, 2), FeedForward(8), lambda: RMSNorm(8))
+    >>> block(torch.zeros(1, 3, 8), torch.arange(3)).shape
+    torch.Size([1, 3, 8])
+    """
 
     def __init__(
         self,
@@ -339,9 +361,9 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],              # the residual stream
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,   # see the attention
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,
-        cache: Any = None,                      # what the attention keeps its keys in
+        cache: Any = None,                      # what earlier tokens left: a `Cache`
     ) -> Float[Tensor, "B T D"]:
         "The stream after this block. Raises ValueError for another width."
         _check_width(x, self.d_model)
@@ -360,15 +382,21 @@ class Block(nn.Module):
 # %% ../nbs/08_blocks.ipynb #20f8db8c
 @torch.no_grad()
 def init_weights(
-    model: nn.Module,                           # its layers are drawn anew
+    model: nn.Module,                           # its tables and linear layers are drawn
     n_layers: int,                              # how many blocks write into the stream, L
     std: float = 0.02,                          # standard deviation of the weights
     generator: torch.Generator | None = None,   # draws the weights; None: torch's own
 ) -> None:
-    "As GPT-2 starts: normal weights, biases 0, `output` and `down` over √(2L)."
+    """As GPT-2 starts: normal weights, biases 0, `output` and `down` over √(2L).
+
+    >>> layers = nn.ModuleDict({"up": Linear(64, 64), "down": Linear(64, 64)})
+    >>> init_weights(layers, n_layers=8)
+    >>> round((layers["up"].weight.std() / layers["down"].weight.std()).item())
+    4
+    """
     if n_layers < 1: raise ValueError(f"expected at least one layer, got {n_layers}")
     for name, module in model.named_modules():
-        if not isinstance(module, (Linear, Embedding)): continue
+        if not isinstance(module, (Linear, Embedding, LearnedPositions)): continue
         writes = name.rpartition(".")[2] in ("output", "down")
         scale = (2 * n_layers) ** -0.5 if writes else 1.0
         module.weight.normal_(0.0, std * scale, generator=generator)

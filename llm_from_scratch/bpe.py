@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import heapq
 import json
 import logging
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Union
 
 import regex
 
+from .files import digest, read_json, write_text
 from llm_from_scratch.text import (
-    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, write_atomically,
+    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer,
 )
 
 if TYPE_CHECKING: import tiktoken
@@ -545,7 +545,7 @@ class BPETokenizer:
     def to_hf(self, path: _Path) -> None:
         "Write a `tokenizer.json`. Its readers turn special tokens in *any* text into ids."
         content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
-        write_atomically(_in_folder(path), content)
+        write_text(_in_folder(path), content)
 
     @classmethod
     def from_hf(cls, path: _Path) -> BPETokenizer:
@@ -636,9 +636,6 @@ def _check_names(special_tokens: Sequence[str]) -> None:
 # %% ../nbs/03_bpe.ipynb #374cb601
 _FORMAT, _VERSION = "llm_from_scratch.bpe", 1
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
 def _by_id(ids: Mapping[Any, int]) -> list[tuple[Any, int]]:
     return sorted(ids.items(), key=lambda item: item[1])
 
@@ -646,22 +643,22 @@ def _save(tokenizer: BPETokenizer, path: _Path) -> None:
     vocab = {token.decode("latin-1"): i for token, i in _by_id(tokenizer.vocab)}
     content = {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens,
                "vocab": vocab}
-    head = {"format": _FORMAT, "version": _VERSION, "sha256": _checksum(content)}
-    write_atomically(path, json.dumps(head | content, indent=0) + "\n")
+    head = {"format": _FORMAT, "version": _VERSION, "sha256": digest(content)}
+    write_text(path, json.dumps(head | content, indent=0) + "\n")
 
 # %% ../nbs/03_bpe.ipynb #a92577fd
 def _load(path: _Path) -> _Parts:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        content = read_json(path)
+        if content.pop("format", None) != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT!r}")
         if (version := content.pop("version", None)) != _VERSION:
             raise ValueError(f"it has version {version!r}, this library reads {_VERSION}")
-        if content.pop("sha256", None) != _checksum(content):
+        if content.pop("sha256", None) != digest(content):
             raise ValueError("its checksum does not match: the file is damaged")
         vocab = {token.encode("latin-1"): i for token, i in content["vocab"].items()}
         return vocab, content["pattern"], content["special_tokens"]
-    except (ValueError, KeyError, RecursionError) as e:
+    except (ValueError, KeyError) as e:
         raise ValueError(f"{os.fspath(path)} is not a saved BPETokenizer: {e}") from e
 
 # %% ../nbs/03_bpe.ipynb #dd292fe7
@@ -683,7 +680,7 @@ def _unspell(written: str, letters: Mapping[str, int]) -> bytes:
 
 # %% ../nbs/03_bpe.ipynb #ff49b98c
 def _read_gpt2(encoder_json: Path, vocab_bpe: Path) -> _Parts:
-    written = json.loads(encoder_json.read_text(encoding="utf-8"))
+    written = read_json(encoder_json)
     lines = vocab_bpe.read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     for pair in merges:
@@ -738,7 +735,7 @@ def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
 # %% ../nbs/03_bpe.ipynb #38809692
 def _from_hf(path: Path) -> _Parts:
     try:
-        file = json.loads(path.read_text(encoding="utf-8"))
+        file = read_json(path)
         model = file["model"]
         added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
         _check_model(model)
@@ -796,9 +793,8 @@ def load_tokenizer(source: _Path) -> Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer {os.fspath(source)!r}: expected a "
                                 f"file, a folder with tokenizer.json, or {', '.join(EMBEDDED)}")
-    try: head = json.loads(path.read_text(encoding="utf-8"))
+    try: head = read_json(path)
     except ValueError as e: raise ValueError(f"{path} is not a tokenizer: {e}") from e
-    if not isinstance(head, dict): raise ValueError(f"{path} is not a tokenizer: {head!r:.40}")
     for kind in (CharTokenizer, WordTokenizer, SpacedWordTokenizer):
         if head.get("class") == kind.__name__: return kind.load(path)
     return BPETokenizer.from_hf(path) if "model" in head else BPETokenizer.load(path)

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from importlib import import_module
 from itertools import dropwhile, takewhile
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
@@ -312,10 +312,9 @@ def _library() -> Path: return Path(import_module("llm_from_scratch").__path__[0
 
 def _json_file(path: Path) -> dict[str, Any]:
     "The JSON object in a file."
-    try: found = loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from e
-    if not isinstance(found, dict): raise ValueError(f"{path} does not hold a JSON object")
-    return found
+    from llm_from_scratch.files import read_json
+    try: return read_json(path)
+    except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/command.ipynb #1debb6a0
 END = "<|endoftext|>"
@@ -468,10 +467,12 @@ def _shape(name: str) -> dict[str, Any]:
 def _settings(path: str) -> dict[str, Any]:
     "The fields of a `TrainConfig` that a file gives, all of them checked."
     if not path: return {}
+    from llm_from_scratch.files import revived
     from llm_from_scratch.training import TrainConfig
-    found = _json_file(Path(path))
-    if isinstance(found.get("betas"), list): found["betas"] = tuple(found["betas"])
-    try: TrainConfig(**{"steps": found.get("warmup", 0) + 1, **found})    # an end may follow
+    given = _json_file(Path(path))
+    try:
+        found = revived(TrainConfig, given)
+        TrainConfig(**{"steps": found.get("warmup", 0) + 1, **found})    # an end may follow
     except (ValueError, TypeError) as e: raise Misuse(f"{path}: {e}") from e
     return found
 
@@ -481,16 +482,18 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     if "--resume" not in words:
         return {"shape": _shape(_peek(words, "--preset", "tiny")),
                 "settings": _settings(_peek(words, "--config", ""))}
+    from llm_from_scratch.files import revived
     from llm_from_scratch.gpt import GPTConfig
+    from llm_from_scratch.training import TrainConfig
     path = Path(_peek(words, "--out", "run")) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
     saved = _json_file(path)
     if missing := {"data", "shape", "settings"} - saved.keys():
         raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = {**saved["settings"], **_settings(_peek(words, "--config", ""))}
-    settings["betas"] = tuple(settings["betas"])
-    shape = GPTConfig.from_json(dumps(saved["shape"]))
+    settings = revived(TrainConfig, saved["settings"])
+    settings |= _settings(_peek(words, "--config", ""))
+    shape = GPTConfig.from_dict(saved["shape"])
     return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}
 
 # %% ../nbs/command.ipynb #e2bcdc07
@@ -538,7 +541,8 @@ def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tu
     "The trainer of a run, and the tokenizer of its data."
     from dataclasses import asdict, replace
     from llm_from_scratch.bpe import load_tokenizer
-    from llm_from_scratch.data import TokenFile, replacing
+    from llm_from_scratch.data import TokenFile
+    from llm_from_scratch.files import write_text
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import seed_all
     from llm_from_scratch.training import Trainer, loader_for
@@ -556,7 +560,7 @@ def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tu
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
         run = {"data": str(data), "shape": asdict(shape), "settings": asdict(settings)}
-        with replacing(out / "run.json") as file: file.write(dumps(run, indent=1).encode())
+        write_text(out / "run.json", dumps(run, indent=1))
     return trainer, table
 
 def _outlook(trainer: Any) -> str:

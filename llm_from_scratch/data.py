@@ -3,7 +3,7 @@
 # %% ../nbs/05_data.ipynb #fba285c2
 from __future__ import annotations
 
-import hashlib, json, mmap, os, secrets, shutil, struct, tempfile, zlib
+import mmap, os, shutil, struct, tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt64
 
+from .files import check_checksum, checksum, digest, replacing
 from .text import Tokenizer, clean, pydoc_corpus
 
 if TYPE_CHECKING: from torch import Tensor
@@ -222,15 +223,9 @@ class TokenHeader:
     def pack(self) -> bytes:
         "The header as bytes, its own checksum last."
         body = _LAYOUT.pack(MAGIC, VERSION, *astuple(self))
-        return body + struct.pack("<I", zlib.crc32(body))
+        return body + struct.pack("<I", checksum(body))
 
 # %% ../nbs/05_data.ipynb #1d290a94
-def check_crc(data: bytes | memoryview, expected: int, what: str) -> None:
-    "`ValueError` if the CRC-32 of `data` is not the expected one."
-    found = zlib.crc32(data)
-    if found != expected:
-        raise ValueError(f"{what} has checksum {found:08x}, expected {expected:08x}")
-
 def read_header(
     file: BinaryIO,
     name: str,       # what to call the file in an error
@@ -247,7 +242,8 @@ def read_header(
     if version != VERSION:
         raise ValueError(f"{name} has version {version} of the token file format; "
                          f"this library reads version {VERSION}")
-    check_crc(data[:-4], int.from_bytes(data[-4:], "little"), f"{name} is damaged: its header")
+    crc = int.from_bytes(data[-4:], "little")
+    check_checksum(checksum(data[:-4]), crc, f"{name} is damaged: its header")
     header = TokenHeader(*fields)
     if header.itemsize not in (2, 4):
         raise ValueError(f"{name} is damaged: ids of {header.itemsize} bytes, expected 2 or 4")
@@ -263,7 +259,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     "64 hexadecimal digits that two tokenizers share only if their ids mean the same."
     special = sorted(tokenizer.special_tokens.items())
     facts = [type(tokenizer).__name__, tokenizer.vocab_size, special, _table(tokenizer)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+    return digest(facts)
 
 def _table(tokenizer: Any) -> Any:
     "What a tokenizer knows, wherever it keeps it."
@@ -272,27 +268,6 @@ def _table(tokenizer: Any) -> Any:
         pieces = sorted(tokenizer.vocab, key=tokenizer.vocab.get)
         return pieces, getattr(tokenizer, "pattern", "")
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-
-# %% ../nbs/05_data.ipynb #364ba09e
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    "A new file beside `path` that replaces it when the block ends, or vanishes if it raises."
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "x+b") as file:
-            yield file
-            file.flush(); os.fsync(file.fileno())   # on the disk, not only on its way
-        os.replace(beside, path)
-        _sync_folder(path.parent)
-    finally: beside.unlink(missing_ok=True)
-
-def _sync_folder(folder: Path) -> None:
-    "Make the new name last through a power failure, where the system has a way to ask."
-    if os.name != "posix": return
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
 
 # %% ../nbs/05_data.ipynb #3d491988
 def check_ids(
@@ -331,12 +306,12 @@ class TokenWriter:
         self._add_offset()
 
     def _add_ids(self, data: bytes) -> None:
-        self._ids_crc = zlib.crc32(data, self._ids_crc)
+        self._ids_crc = checksum(data, self._ids_crc)
         self._file.write(data)
 
     def _add_offset(self) -> None:
         data = struct.pack("<q", self.n_tokens)
-        self._offsets_crc = zlib.crc32(data, self._offsets_crc)
+        self._offsets_crc = checksum(data, self._offsets_crc)
         self._offsets.write(data)
 
     def _copy(self, old: TokenFile) -> None:
@@ -439,8 +414,9 @@ class TokenFile:
         "Read the whole file; `ValueError` names the part that cannot be right."
         start, name = self.header.offsets_start, f"{self.path.name} is damaged"
         with memoryview(self._map) as all, all[HEADER_SIZE:start] as ids, all[start:] as rest:
-            check_crc(ids, self.header.ids_crc, f"{name}: its ids part")
-            check_crc(rest, self.header.offsets_crc, f"{name}: its document offsets part")
+            check_checksum(checksum(ids), self.header.ids_crc, f"{name}: its ids part")
+            check_checksum(checksum(rest), self.header.offsets_crc,
+                           f"{name}: its document offsets part")
         ends, n = self.offsets, len(self.ids)
         if ends[0] != 0 or ends[-1] != n or (ends[1:] < ends[:-1]).any():
             raise ValueError(f"{name}: its document offsets do not rise from 0 to {n:,}")

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .attention import Cache, causal_mask, sliding_window_mask
+from .attention import Cache
 from .text import Tokenizer
 
 # %% auto #0
@@ -286,47 +286,49 @@ def _check_sampler(s: Sampler) -> None:
     need(sorted(s.order) == sorted(PROCESSORS), "order", f"made of {', '.join(PROCESSORS)}")
 
 # %% ../nbs/13_generation.ipynb #cb3e35ef
-def _places(
-    pads: Sequence[int], T: int, S: int, window: int | None, device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    "Positions of the last T of S columns and what they may see, @eq-generation-padding."
+def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor:
+    "Positions of the last T of S columns, @eq-generation-padding; of all rows, if none is padded."
     columns = torch.arange(S - T, S, device=device)
-    if not any(pads): return columns, None             # the model's own mask is right
-    pad = torch.tensor(pads, device=device)[:, None]
-    past = (causal_mask(T, S, device) if window is None
-            else sliding_window_mask(T, window, S, device))
-    real = torch.arange(S, device=device) >= pad       # (B, S)
-    return (columns - pad).clamp(min=0), past & real[:, None]
+    if not any(pads): return columns
+    return (columns - torch.tensor(pads, device=device)[:, None]).clamp(min=-1)
 
 # %% ../nbs/13_generation.ipynb #9306a23a
-class SimpleCache:
-    "Keys and values of each layer, longer with every update; a `Cache` for attention."
+class SimpleCache(Cache):
+    """A KV cache in memory that doubles when it is full: each key is copied about once.
 
-    def __init__(self) -> None: self._layers: dict[int, tuple[int, Tensor, Tensor]] = {}
+    Of a layer with a window it keeps what the window can still reach."""
 
     def update(
-        self, layer: int, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
+        self, layer: Any, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
     ) -> tuple[Tensor, Tensor]:
-        "Append new keys and values; give back all so far."
-        start, keys, values = self._layers.get(layer, (0, k[:, :, :0], v[:, :, :0]))
-        end = start + k.shape[2]
-        if end > keys.shape[2]: keys, values = _with_room(keys, end), _with_room(values, end)
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        self._layers[layer] = end, keys, values
-        return keys[:, :, :end], values[:, :, :end]
+        "Append new keys and values; give back all that are kept."
+        state, n = self.state(layer), k.shape[2]
+        keys, values = state.get("keys", k[:, :, :0]), state.get("values", v[:, :, :0])
+        start, end = state.get("span", (0, 0))                  # the part that is in use
+        if end + n > keys.shape[2]:
+            keys, values = (_with_room(x[:, :, start:end], n) for x in (keys, values))
+            start, end = 0, end - start
+        span = start, end + n
+        keys[:, :, end : end + n], values[:, :, end : end + n] = k, v
+        state["keys"], state["values"], state["span"] = keys, values, span
+        return keys[:, :, slice(*span)], values[:, :, slice(*span)]
 
-    def reorder(self, rows: Sequence[int]) -> None:
-        "Row i becomes what row `rows[i]` was; rows may be repeated or left out."
-        index = torch.tensor(rows)
-        self._layers = {layer: (end, k[index.to(k.device)], v[index.to(v.device)])
-                        for layer, (end, k, v) in self._layers.items()}
+    def forget(self, layer: Any, n: int) -> None:
+        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        state = self.state(layer)
+        start, end = state["span"]
+        if "positions" not in state: state["span"] = max(start, end - n), end
+        elif end - start >= 2 * n:
+            for kind in ("keys", "values"): state[kind] = state[kind][:, :, start:end]
+            super().forget(layer, n)
+            state["span"] = 0, state["keys"].shape[2]
 
 
-def _with_room(memory: Tensor, need: int) -> Tensor:
+def _with_room(used: Tensor, more: int) -> Tensor:
     "The same beginning, in memory for twice as many positions as are needed."
-    B, K, used, d = memory.shape
-    larger = memory.new_empty(B, K, 2 * need, d)
-    larger[:, :, :used] = memory
+    B, K, S, d = used.shape
+    larger = used.new_empty(B, K, 2 * (S + more), d)
+    larger[:, :, :S] = used
     return larger
 
 # %% ../nbs/13_generation.ipynb #82873e38
@@ -355,7 +357,6 @@ class _Reader:
     def __init__(self, model: Any, make_cache: Callable[[], Any] | None,
                  limit: int | None) -> None:
         self.model, self.make_cache, self.limit = model, make_cache, limit
-        self.window = getattr(getattr(model, "config", None), "window", None)
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.cache: Any = None
@@ -375,10 +376,10 @@ class _Reader:
 
     def _read(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
         T, S = len(new[0]), self.columns + len(new[0])
-        positions, mask = _places(self.pads, T, S, self.window, self.device)
+        positions = _places(self.pads, T, S, self.device)
         ids = torch.tensor(new, device=self.device)
         with _quiet(self.model):
-            logits = self.model(ids, positions=positions, mask=mask, cache=self.cache)[:, -1]
+            logits = self.model(ids, positions=positions, cache=self.cache)[:, -1]
         self.columns = S
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)
 
@@ -408,7 +409,7 @@ class _Row:
 
 # %% ../nbs/13_generation.ipynb #8a80bdd1
 def generate_steps(
-    model: Any,                                  # (ids, positions=, mask=, cache=) → logits
+    model: Any,                                  # (ids, positions=, cache=) → logits
     prompts: Sequence[Sequence[int]],            # token ids, of any lengths
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
@@ -504,7 +505,7 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: in
 
 
 def generate(
-    model: Any,                                  # (ids, positions=, mask=, cache=) → logits
+    model: Any,                                  # (ids, positions=, cache=) → logits
     prompts: Sequence[Sequence[int]],            # token ids, of any lengths
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
@@ -572,7 +573,7 @@ class TextStream:
 
 # %% ../nbs/13_generation.ipynb #7a6d9c46
 def stream(
-    model: Any,                                  # (ids, positions=, mask=, cache=) → logits
+    model: Any,                                  # (ids, positions=, cache=) → logits
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
@@ -627,7 +628,7 @@ def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, end_token: int 
 
 # %% ../nbs/13_generation.ipynb #a95756f1
 def beam_search(
-    model: Any,                                  # (ids, positions=, mask=, cache=) → logits
+    model: Any,                                  # (ids, positions=, cache=) → logits
     prompt: Sequence[int],
     n_beams: int,                                # how many texts are kept at each length
     max_new_tokens: int,

@@ -3,18 +3,13 @@
 # %% ../nbs/09_gpt.ipynb #c6e39ff0
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import os
-import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -28,12 +23,12 @@ from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
-from .data import replacing
+from .files import Config, check_fields, checksum, replacing, revived
 from llm_from_scratch.positions import (
-    POSITIONS, LearnedPositions, PositionScheme, RopeScaling, position_scheme,
+    POSITIONS, PositionScheme, RopeScaling, position_scheme,
 )
 from llm_from_scratch.tensors import (
-    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear,
+    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear, undrawn,
 )
 
 if TYPE_CHECKING:
@@ -42,24 +37,18 @@ if TYPE_CHECKING:
     from llm_from_scratch.figures import SVG
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'TiedHead', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card',
-           'load_weights']
-
-# %% ../nbs/09_gpt.ipynb #7a1bde99
-def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:
-    "Refuse a name that does not exist, naming the one that was probably meant."
-    for name in given:
-        if name in known: continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise ValueError(f"a configuration has {what} {name!r}: {hint}")
+__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card']
 
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Config):
     """Every choice that makes a model; checked when made, never changed afterwards.
 
-    Raises ValueError for an unknown field, naming the nearest, and for impossible values."""
+    Raises ValueError for an unknown field, naming the nearest, and for impossible values.
+
+    >>> GPTConfig(vocab_size=100, context_length=32, d_model=64, n_layers=2, n_heads=4).ff_width
+    256
+    """
 
     vocab_size: int                         # V
     context_length: int                     # the longest sequence it reads, in tokens
@@ -86,10 +75,6 @@ class GPTConfig:
     sinks: bool = False                     # learn a score of looking nowhere
     window: int | None = None               # how far back a query may look; None: to the start
     backend: str = "sdpa"                   # a name in `BACKENDS`
-
-    def __new__(cls, *_: Any, **given: Any) -> "GPTConfig":
-        _check_fields([field.name for field in fields(cls)], list(given))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -144,19 +129,11 @@ class GPTConfig:
         if self.d_ff is not None: return self.d_ff
         return matched_width(self.d_model) if self.is_gated else 4 * self.d_model
 
-    def to_json(self) -> str:
-        "All fields as JSON, one to a line."
-        return json.dumps(asdict(self), indent=1)
-
     @classmethod
-    def from_json(cls, text: str) -> "GPTConfig":
-        "What `to_json` wrote, checked like any other. ValueError for fields it does not have."
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-        for part in (found, *found.get("layers", ())):
-            scaling = part.get("rope_scaling")
-            if scaling is not None: part["rope_scaling"] = RopeScaling(**scaling)
+    def from_dict(cls, given: Mapping[str, Any]) -> "GPTConfig":
+        "A configuration from the fields that JSON gave. ValueError for those it does not have."
+        found = revived(cls, given)
+        if "layers" in found: found["layers"] = [revived(cls, c) for c in found["layers"]]
         return cls(**found)
 
 # %% ../nbs/09_gpt.ipynb #31ba1c49
@@ -232,7 +209,7 @@ def _check_names(c: GPTConfig) -> None:
         if getattr(c, name) not in known:
             raise ValueError(f"unknown {name} {getattr(c, name)!r}: "
                              f"expected one of {', '.join(known)}")
-    _check_fields([*FEED_FORWARDS, *MIXERS], list(c.options), "no part")
+    check_fields([*FEED_FORWARDS, *MIXERS], c.options, "no part")
 
 # %% ../nbs/09_gpt.ipynb #9cb187b6
 _PER_LAYER = ("window", "positions", "rope_base", "rope_scaling", "mixer", "feed_forward",
@@ -245,7 +222,7 @@ def _check_layers(c: GPTConfig) -> None:
     "Exceptions are of things that may differ, and each makes a layer that is possible."
     object.__setattr__(c, "layers", tuple(dict(layer) for layer in c.layers))
     for i, layer in enumerate(c.layers):
-        _check_fields(_PER_LAYER, list(layer), "no exception for one layer,")
+        check_fields(_PER_LAYER, layer, "no exception for one layer,")
         embedded = ("learned", "sinusoidal")
         if layer.get("positions", c.positions) != c.positions in embedded or (
                 layer.get("positions") in embedded and c.positions not in embedded):
@@ -313,37 +290,46 @@ class TiedHead(nn.Module):
 
 # %% ../nbs/09_gpt.ipynb #dc3b2fd0
 class GPT(nn.Module):
-    """Embedding → blocks → norm → head: GPT-2, Llama, or what else `config` names.
+    """A decoder-only transformer: GPT-2, Llama, or what else `config` names.
 
-    Starts as GPT-2 did (`init_weights`); `generator` draws the weights."""
+    Starts as GPT-2 did (`init_weights`); `generator` draws the weights.
+
+    >>> config = GPTConfig(vocab_size=100, context_length=32, d_model=64, n_layers=2, n_heads=4)
+    >>> model, ids = GPT(config), torch.tensor([[1, 2, 3]])
+    >>> model(ids).shape                       # logits: batch, positions, vocabulary
+    torch.Size([1, 3, 100])
+    >>> model(ids, targets=ids).shape          # with targets: the cross-entropy loss
+    torch.Size([])
+    """
 
     def __init__(self, config: GPTConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.config, scheme = config, _scheme(config)
-        self.token_embedding = Embedding(config.vocab_size, config.d_model, generator=generator)
-        self.position_embedding = scheme.embedding
-        self.embedding_dropout = Dropout(config.dropout)
-        self.blocks = _blocks_of(config, scheme)
-        self.norm = _norm(config)
-        self.head = (TiedHead(self.token_embedding) if config.tie_embeddings
-                     else Linear(config.d_model, config.vocab_size, config.head_bias))
+        self.config = config
+        with undrawn():
+            scheme = _scheme(config)
+            self.token_embedding = Embedding(config.vocab_size, config.d_model)
+            self.position_embedding = scheme.embedding
+            self.embedding_dropout = Dropout(config.dropout)
+            self.blocks = _blocks_of(config, scheme)
+            self.norm = _norm(config)
+            self.head = (TiedHead(self.token_embedding) if config.tie_embeddings
+                         else Linear(config.d_model, config.vocab_size, config.head_bias))
         init_weights(self, config.n_layers, generator=generator)
-        if isinstance(scheme.embedding, LearnedPositions) and generator is not None:
-            nn.init.normal_(scheme.embedding.weight, std=0.02, generator=generator)
 
     def hidden(
         self,
         ids: Int[Tensor, "B T"],            # tokens
         *,
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"] | None = None,   # None: 0, 1, 2, …
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
-        cache: Cache | None = None,         # earlier keys and values; needs `positions`
+        cache: Cache | None = None,         # what earlier tokens left; needs `positions`
     ) -> Float[Tensor, "B T D"]:
         "The stream after all blocks and the last norm: what the head reads."
         positions = _check_input(self.config, ids, positions, cache)
         x = self.token_embedding(ids)
         if self.config.embedding_scale != 1: x = x * self.config.embedding_scale
-        if self.position_embedding is not None: x = x + self.position_embedding(positions)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions.clamp(min=0))
         x = self.embedding_dropout(x)
         for block in self.blocks: x = block(x, positions, mask, cache)
         return self.norm(x)
@@ -353,9 +339,9 @@ class GPT(nn.Module):
         ids: Int[Tensor, "B T"],                    # tokens
         targets: Int[Tensor, "B T"] | None = None,  # what follows each; −100 does not count
         *,
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"] | None = None,   # None: 0, 1, 2, …
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
-        cache: Cache | None = None,                 # earlier keys and values
+        cache: Cache | None = None,                 # what earlier tokens left
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
         """Logits; with targets, the mean surprise in nats, without ever holding all logits.
 
@@ -407,9 +393,11 @@ def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
     if positions is None:
         if cache is None: return torch.arange(ids.shape[1], device=ids.device)
         raise ValueError("with a cache, say which positions these tokens have")
-    if _may_look(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < longest:
-        raise ValueError(f"positions must lie between 0 and {longest - 1}, got "
-                         f"{int(positions.min())} to {int(positions.max())}")
+    if not _may_look(positions): return positions
+    first, last = int(positions.min()), int(positions.max())
+    if first < (0 if positions.ndim == 1 else -1) or last >= longest:
+        raise ValueError(f"positions must lie between 0 and {longest - 1}, or be -1 for "
+                         f"padding in ragged rows, got {first} to {last}")
     return positions
 
 # %% ../nbs/09_gpt.ipynb #8dd02484
@@ -761,276 +749,16 @@ def model_card(
     }
     return "\n".join(["| | |", "|:--|:--|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
-# %% ../nbs/09_gpt.ipynb #ec542973
-@dataclass(frozen=True)
-class Weight:
-    """A line of a weight map: one tensor of a checkpoint, and what it fills here.
-
-    In `source`, {i} stands for every layer and {e} for every expert, whose tensors are stacked;
-    what stands in [brackets] may be missing in front of all names."""
-
-    source: str                             # its name there; "": a constant fills the targets
-    targets: str                            # names here, which take its rows; "": ignored
-    transpose: bool = False                 # stored as (in, out) there
-    groups: str = ""                        # rows come in turns for each of these: "n_heads", …
-    constant: float = 0.0                   # what fills the targets, where there is no source
-
-
-def _layer(
-    source: str, targets: str, bias: bool = False, transpose: bool = False,
-) -> list[Weight]:
-    "The lines of one layer: its weight, and perhaps its bias."
-    kinds = ["weight", "bias"] if bias else ["weight"]
-    return [Weight(f"{source}.{kind}", " ".join(f"{t}.{kind}" for t in targets.split()),
-                   transpose and kind == "weight") for kind in kinds]
-
-
-def _blocks(source: str, layers: Mapping[str, str], **how: Any) -> list[Weight]:
-    "The lines of a block: layers there -> layers here, by the names inside the block."
-    return [line for there, here in layers.items() for line in _layer(
-        f"{source}.{{i}}.{there}", " ".join(f"blocks.{{i}}.{t}" for t in here.split()), **how)]
-
-# %% ../nbs/09_gpt.ipynb #42b3d602
-GPT2_WEIGHTS: tuple[Weight, ...] = (
-    *_layer("[transformer.]wte", "token_embedding"),
-    *_layer("[transformer.]wpe", "position_embedding"),
-    *_blocks("[transformer.]h", {
-        "ln_1": "attention_norm",
-        "ln_2": "feed_forward_norm"}, bias=True),
-    *_blocks("[transformer.]h", {
-        "attn.c_attn": "attention.query attention.key attention.value",
-        "attn.c_proj": "attention.output",
-        "mlp.c_fc": "feed_forward.up",
-        "mlp.c_proj": "feed_forward.down"}, bias=True, transpose=True),
-    *_layer("[transformer.]ln_f", "norm", bias=True),
-    Weight("[transformer.]h.{i}.attn.bias", ""),               # a causal mask, of old files
-    Weight("[transformer.]h.{i}.attn.masked_bias", ""),
-    *_layer("lm_head", "head"),
-)
-
-LLAMA_WEIGHTS: tuple[Weight, ...] = (
-    *_layer("model.embed_tokens", "token_embedding"),
-    *_blocks("model.layers", {
-        "input_layernorm": "attention_norm",
-        "self_attn.q_proj": "attention.query",
-        "self_attn.k_proj": "attention.key",
-        "self_attn.v_proj": "attention.value",
-        "self_attn.o_proj": "attention.output",
-        "post_attention_layernorm": "feed_forward_norm",
-        "mlp.gate_proj": "feed_forward.gate",
-        "mlp.up_proj": "feed_forward.up",
-        "mlp.down_proj": "feed_forward.down"}),
-    *_layer("model.norm", "norm"),
-    *_layer("lm_head", "head"),
-)
-
-# %% ../nbs/09_gpt.ipynb #b722e805
-def _complain(what: str, names: Sequence[str]) -> None:
-    "A ValueError that names the first few."
-    if names:
-        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"{what}: {', '.join(names[:3])}{rest}")
-
-
-def _prefixed(source: str, names: Sequence[str]) -> str:
-    "A name without brackets; what they hold stays if the names of a checkpoint begin so."
-    match = re.match(r"\[(.*)\](.*)", source)
-    if not match: return source
-    return match[1] * any(name.startswith(match[1]) for name in names) + match[2]
-
-
-def _per_layer(
-    lines: Sequence[Weight], n_layers: int, names: Sequence[str] = (),
-) -> dict[str, Weight]:
-    "The map with {i} filled in for every layer; ValueError where two lines meet."
-    found: dict[str, Weight] = {}
-    for line in lines:
-        source = _prefixed(line.source, names)
-        for i in range(n_layers if "{i}" in source + line.targets else 1):
-            here, targets = (text.replace("{i}", str(i)) for text in (source, line.targets))
-            key = here or targets
-            _complain("two lines of the map use", [key] if key in found else [])
-            found[key] = replace(line, source=here, targets=targets)
-    return found
-
-
-def _sources(line: Weight, names: Mapping[str, Any]) -> list[str]:
-    "The tensors of one line: one, or one for each expert that there is."
-    if "{e}" not in line.source: return [line.source]
-    found = [line.source.replace("{e}", "0")]
-    while (following := line.source.replace("{e}", str(len(found)))) in names:
-        found.append(following)
-    return found
-
-# %% ../nbs/09_gpt.ipynb #627e26b6
-def _shared_out(
-    tensor: Tensor, line: Weight, shapes: Mapping[str, torch.Size], c: GPTConfig,
-) -> dict[str, Tensor]:
-    "The rows of one tensor, for each of its targets; ValueError where the shapes differ."
-    targets = line.targets.split()
-    _complain("this model has no", [t for t in targets if t not in shapes])
-    tensor = tensor.mT if line.transpose else tensor
-    wanted, rows = [shapes[t] for t in targets], 1 if "{e}" in line.source else 0
-    expected = list(wanted[0])
-    expected[rows] = sum(shape[rows] for shape in wanted)
-    if list(tensor.shape) != expected:
-        raise ValueError(f"{line.source} has shape {tuple(tensor.shape)}, but what it fills, "
-                         f"{' + '.join(targets)}, has {tuple(expected)}")
-    turns = getattr(c, line.groups) if line.groups else 1
-    parts = tensor.unflatten(rows, (turns, -1)).split(
-        [shape[rows] // turns for shape in wanted], rows + 1)
-    return {t: part.flatten(rows, rows + 1) for t, part in zip(targets, parts)}
-
-
-def _converted(
-    tensors: Mapping[str, Tensor], plan: Mapping[str, Weight],
-    shapes: Mapping[str, torch.Size], c: GPTConfig,
-) -> dict[str, Tensor]:
-    "Every tensor under our names, by the line of the map that belongs to it."
-    parts: dict[str, Tensor] = {}
-    for line in plan.values():
-        names = _sources(line, tensors)
-        if not line.source:
-            new = {t: torch.full(shapes[t], line.constant) for t in line.targets.split()}
-        elif not line.targets or names[0] not in tensors: continue
-        else:
-            given = [tensors[name] for name in names]
-            tensor = torch.stack(given) if "{e}" in line.source else given[0]
-            new = _shared_out(tensor, line, shapes, c)
-        _complain(f"{line.source} fills again", [name for name in new if name in parts])
-        parts.update(new)
-    return parts
-
-# %% ../nbs/09_gpt.ipynb #cfe92b18
-@torch.no_grad()
-def load_weights(
-    model: GPT,
-    tensors: Mapping[str, Tensor],          # a checkpoint: name -> tensor
-    lines: Sequence[Weight],                # the map, such as `GPT2_WEIGHTS`
-) -> None:
-    """Fill the model from a checkpoint; every tensor is used once, every parameter filled once.
-
-    Raises ValueError, before anything is copied, for tensors that are missing, left over, of
-    another shape, or filled twice."""
-    c, tied = model.config, model.config.tie_embeddings
-    plan = _per_layer(lines, c.n_layers, list(tensors))
-    names = {name: line for line in plan.values() for name in _sources(line, tensors)}
-    shapes = {name: p.shape for name, p in model.state_dict().items()}
-    spare = {"", "head.weight"} if tied else {""}
-    needed = {name for name, line in names.items() if name and line.targets not in spare}
-    _complain("the checkpoint lacks", sorted(needed - tensors.keys()))
-    _complain("the map has no line for", sorted(tensors.keys() - names.keys()))
-    head = {"head.weight": shapes["token_embedding.weight"]} if tied else {}
-    parts = _converted(tensors, plan, shapes | head, c)
-    _complain("nothing fills", sorted(shapes.keys() - parts.keys()))
-    table = parts["token_embedding.weight"]
-    if tied and not torch.equal(parts.pop("head.weight", table), table):
-        raise ValueError("the checkpoint's head is not its embedding: "
-                         "this model needs tie_embeddings=False")
-    model.load_state_dict(parts)
-
-# %% ../nbs/09_gpt.ipynb #e9fa2a21
-def _joined(line: Weight, state: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    "What `_shared_out` took apart, put together again."
-    rows, turns = 1 if "{e}" in line.source else 0, 1
-    if line.groups: turns = getattr(c, line.groups)
-    parts = [state[t].unflatten(rows, (turns, -1)) for t in line.targets.split()]
-    tensor = torch.cat(parts, rows + 1).flatten(rows, rows + 1)
-    if line.transpose: tensor = tensor.mT
-    if not rows: return {line.source: tensor.contiguous()}
-    return {line.source.replace("{e}", str(e)): t.contiguous() for e, t in enumerate(tensor)}
-
-
-@torch.no_grad()
-def export_weights(
-    model: GPT,
-    lines: Sequence[Weight],                # the map, such as `GPT2_WEIGHTS`
-    *,
-    prefix: bool = True,                    # write what the map has in [brackets]
-) -> dict[str, Tensor]:                     # name -> tensor
-    """The model's weights under the names of a map: what `load_weights` reads.
-
-    Raises ValueError for parameters that the map cannot hold."""
-    found, state, tied = {}, dict(model.state_dict()), model.config.tie_embeddings
-    written = {"head.weight"} if tied else set()
-    lines = [replace(line, source=re.sub(r"\[(.*)\]", r"\1" if prefix else "", line.source))
-             for line in lines]
-    for line in _per_layer(lines, model.config.n_layers).values():
-        targets = line.targets.split()
-        if not targets or written.issuperset(targets): continue
-        _complain("this model has no", [t for t in targets if t not in state])
-        if line.source: found |= _joined(line, state, model.config)
-        else: _complain(f"the map says {line.constant} for",
-                        [t for t in targets if (state[t] != line.constant).any()])
-        written.update(targets)
-    _complain("the map has no line for", sorted(state.keys() - written))
-    return found
-
-# %% ../nbs/09_gpt.ipynb #fcbca21d
-META_WEIGHTS: tuple[Weight, ...] = (
-    *_layer("tok_embeddings", "token_embedding"),
-    *_blocks("layers", {
-        "attention_norm": "attention_norm",
-        "attention.wq": "attention.query",
-        "attention.wk": "attention.key",
-        "attention.wv": "attention.value",
-        "attention.wo": "attention.output",
-        "ffn_norm": "feed_forward_norm",
-        "feed_forward.w1": "feed_forward.gate",
-        "feed_forward.w2": "feed_forward.down",
-        "feed_forward.w3": "feed_forward.up"}),
-    *_layer("norm", "norm"),
-    *_layer("output", "head"),
-)
-
-
-def _llama2c_shapes(c: GPTConfig) -> list[tuple[str, tuple[int, ...]]]:
-    "Names and shapes in the order of the file; those of layers come as one block of L."
-    L, D, F = c.n_layers, c.d_model, c.ff_width
-    q, kv = c.n_heads * c.head_width, c.kv_heads * c.head_width
-    angles = (c.context_length, c.head_width // 2)
-    layers = {"attention_norm": (D,), "attention.wq": (q, D), "attention.wk": (kv, D),
-              "attention.wv": (kv, D), "attention.wo": (D, q), "ffn_norm": (D,),
-              "feed_forward.w1": (F, D), "feed_forward.w2": (D, F), "feed_forward.w3": (F, D)}
-    shapes = [("tok_embeddings", (c.vocab_size, D)),
-              *((f"layers.{name}", (L, *shape)) for name, shape in layers.items()),
-              ("norm", (D,)), ("cos", angles), ("sin", angles)]
-    return shapes if c.tie_embeddings else [*shapes, ("output", (c.vocab_size, D))]
-
-# %% ../nbs/09_gpt.ipynb #2e8dbd2e
-def read_llama2c(
-    path: str | Path,                       # a checkpoint in llama2.c's first ("legacy") layout
-) -> tuple[GPTConfig, dict[str, Tensor]]:   # the model it needs, and tensors for `META_WEIGHTS`
-    "Read a checkpoint of llama2.c. ValueError if its size is not what its header says."
-    data = Path(path).read_bytes()
-    if len(data) < 28: raise ValueError(f"{path} has {len(data)} bytes, and no header of 28")
-    D, F, L, H, K, V, T = np.frombuffer(data, "<i4", 7).tolist()
-    config = _llama(abs(V), T, D, L, H, n_kv_heads=K, d_ff=F, norm_eps=1e-5,
-                    rope_layout="interleaved", tie_embeddings=V > 0)
-    shapes = _llama2c_shapes(config)
-    expected = 28 + 4 * sum(math.prod(shape) for _, shape in shapes)
-    if len(data) != expected:
-        raise ValueError(f"{path} has {len(data)} bytes, its header asks for {expected}")
-    tensors, at = {}, 28
-    for name, shape in shapes:
-        numbers = np.frombuffer(data, "<f4", math.prod(shape), at).astype(np.float32)
-        tensor, at = torch.from_numpy(numbers).view(shape), at + 4 * math.prod(shape)
-        if name in ("cos", "sin"): continue                    # our rotary tables are our own
-        if not name.startswith("layers."): tensors[f"{name}.weight"] = tensor
-        else: tensors |= {f"layers.{i}{name[6:]}.weight": t for i, t in enumerate(tensor)}
-    return config, tensors
-
 # %% ../nbs/09_gpt.ipynb #57c0ab19
 _FILES = "config.json", "model.safetensors"
 
 
-def _checksum(config: str, tensors: Mapping[str, Tensor]) -> str:
+def _model_checksum(config: str, tensors: Mapping[str, Tensor]) -> str:
     "CRC-32 of a configuration and all tensors, by name."
-    crc = zlib.crc32(config.encode())
+    crc = checksum(config.encode())
     for name in sorted(tensors):
         numbers = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        data: Any = numbers.numpy()
-        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+        crc = checksum(numbers.numpy(), checksum(name.encode(), crc))
     return f"{crc:08x}"
 
 
@@ -1039,11 +767,18 @@ def _write_model(model: GPT, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, state = model.config.to_json(), model.state_dict()
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    mark = {"crc32": _checksum(config, tensors)}
+    mark = {"crc32": _model_checksum(config, tensors)}
     text, weights = (folder / name for name in _FILES)
     with replacing(text) as first, replacing(weights) as second:
         first.write(config.encode())
         second.write(safetensors.torch.save(tensors, mark))
+
+# %% ../nbs/09_gpt.ipynb #2f281076
+def complain(what: str, names: Sequence[str]) -> None:
+    "A ValueError that names the first few, if there are any."
+    if names:
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{what}: {', '.join(names[:3])}{rest}")
 
 # %% ../nbs/09_gpt.ipynb #db432b48
 def _read_tensors(path: Path, config: str) -> dict[str, Tensor]:
@@ -1054,7 +789,7 @@ def _read_tensors(path: Path, config: str) -> dict[str, Tensor]:
             mark = (file.metadata() or {}).get("crc32")
     except safetensors.SafetensorError as e:
         raise ValueError(f"{path} is damaged: {e}") from e
-    if mark in (None, found := _checksum(config, tensors)): return tensors
+    if mark in (None, found := _model_checksum(config, tensors)): return tensors
     raise ValueError(f"{path} or {_FILES[0]} is damaged, or they were not saved together: "
                      f"their checksum is {found}, expected {mark}")
 
@@ -1062,8 +797,8 @@ def _read_tensors(path: Path, config: str) -> dict[str, Tensor]:
 def _check_tensors(path: Path, given: Mapping[str, Tensor], model: GPT) -> None:
     "ValueError unless every parameter has one tensor of its shape, and there are no others."
     wanted = model.state_dict()
-    _complain(f"{path} lacks", sorted(wanted.keys() - given.keys()))
-    _complain(f"this model has no place in it for tensors of {path}",
+    complain(f"{path} lacks", sorted(wanted.keys() - given.keys()))
+    complain(f"this model has no place in it for tensors of {path}",
               sorted(given.keys() - wanted.keys()))
     for name, tensor in wanted.items():
         if (shape := given[name].shape) != tensor.shape:

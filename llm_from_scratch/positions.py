@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .tensors import _may_look
+from .tensors import _may_look, drawing
 
 # %% ../nbs/06_positions.ipynb #bf593261
 def sinusoidal(
@@ -141,8 +141,12 @@ class LearnedPositions(nn.Module):
         if context_length < 1 or d_model < 1:
             raise ValueError("a table of positions needs at least one row and one column, "
                              f"got {context_length} and {d_model}")
-        table = torch.empty(context_length, d_model)
-        self.weight = nn.Parameter(table.normal_(std=0.02, generator=generator))
+        self.weight = nn.Parameter(torch.empty(context_length, d_model))
+        if drawing.get(): self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        "Draw the table anew, with a standard deviation of 0.02."
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
 
     def forward(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
         "The vector of each position. ValueError for one that the table does not have."
@@ -197,7 +201,7 @@ def _check_fit(x: Tensor, positions: Tensor, d_head: int) -> None:
     if x.shape[-1] != d_head:
         raise ValueError(f"expected heads of width {d_head}, got shape {tuple(x.shape)}")
     batch, length = x.shape[0], x.shape[-2]
-    if positions.shape not in ((length,), (batch, length)):
+    if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"expected positions of shape {(length,)} or {(batch, length)}, "
                          f"got {tuple(positions.shape)}")
 
@@ -247,7 +251,7 @@ class Rope(_Tabulated):
     def forward(
         self,
         x: Float[Tensor, "B H T d"],                        # queries or keys
-        positions: Int[Tensor, "T"] | Int[Tensor, "B T"],   # of each token, from 0 on
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"],  # of each token, from 0 on
     ) -> Float[Tensor, "B H T d"]:
         "Turn each vector by its position. ValueError for a wrong width or position."
         _check_fit(x, positions, self.d_head)
@@ -385,6 +389,18 @@ class Alibi(nn.Module):
         make = _bias if torch.compiler.is_compiling() else _cached_bias      # sizes may vary
         return make(self.n_heads, n_queries, n_keys, torch.device(device or "cpu"),
                     dtype or torch.get_default_dtype())
+
+    def between(
+        self,
+        queries: Int[Tensor, "B T"],               # positions, of each row its own
+        keys: Int[Tensor, "B S"],
+        dtype: torch.dtype | None = None,          # None: torch's default
+    ) -> Float[Tensor, "B H T S"]:
+        "The same where the keys of a row may stand in any order."
+        distance = (queries[:, :, None] - keys[:, None]).abs()
+        slopes = alibi_slopes(self.n_heads).to(queries.device)
+        bias = -slopes[:, None, None] * distance[:, None]
+        return bias.to(dtype or torch.get_default_dtype())
 
 def _bias(n_heads: int, n_queries: int, n_keys: int, device: torch.device,
           dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 # %% ../nbs/04_storyland.ipynb #866c234d
 from __future__ import annotations
 
-import math, random, re, zlib
+import math, random, re
 from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +12,8 @@ from functools import cache, cached_property, partial
 from itertools import accumulate, islice, pairwise, permutations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .files import checksum
 
 if TYPE_CHECKING: from llm_from_scratch.text import Tokenizer
 
@@ -1088,7 +1090,7 @@ SPLITS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 
 
 def _part(text: str) -> int:
     "The remainder of the checksum by 100."
-    return zlib.crc32(text.encode()) % 100
+    return checksum(text.encode()) % 100
 
 def split_of(text: str) -> str:
     "The split that a story belongs to, now and under any seed."

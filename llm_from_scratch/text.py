@@ -3,15 +3,16 @@
 # %% ../nbs/02_text.ipynb #83a13341
 from __future__ import annotations
 
-import hashlib, json, os, tempfile, unicodedata
+import hashlib, json, os, unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import regex
+
+from .files import digest, read_json, write_text
 
 # %% auto #0
 __all__ = ['CLEANING_STEPS', 'SPACED_PATTERN', 'clean', 'deduplicate', 'Tokenizer', 'CharTokenizer', 'WordTokenizer',
@@ -308,39 +309,23 @@ class TableTokenizer:
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path} is not a {cls.__name__} file: {e}") from e
 
-# %% ../nbs/02_text.ipynb #3865efa2
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    "Write beside `path`, then rename: a reader finds the old file or the new, never a part."
-    path = Path(path)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text); f.flush(); os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
 # %% ../nbs/02_text.ipynb #2d98b6e7
 _FORMAT, _VERSION = "llm_from_scratch.text", 1
 
-def _checksum(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
 def _write_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
-    head = {"format": _FORMAT, "version": _VERSION, "class": kind, "sha256": _checksum(state)}
-    write_atomically(path, json.dumps({**head, "state": state}) + "\n")
+    head = {"format": _FORMAT, "version": _VERSION, "class": kind, "sha256": digest(state)}
+    write_text(path, json.dumps({**head, "state": state}) + "\n")
 
 def _read_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+    found = read_json(path)
+    if found.get("format") != _FORMAT:
         raise ValueError(f"not of the format {_FORMAT!r}")
     if found.get("version") != _VERSION:
         raise ValueError(f"this library reads version {_VERSION}, "
                          f"not {found.get('version')!r}")
     if found.get("class") != kind:
         raise ValueError(f"it holds a {found.get('class')}")
-    if found.get("sha256") != _checksum(found.get("state", {})):
+    if found.get("sha256") != digest(found.get("state", {})):
         raise ValueError("the checksum does not match, the file is damaged")
     return found["state"]
 

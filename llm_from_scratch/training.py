@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import base64, importlib.util, json, logging, math, os, random, secrets
-import shutil, signal, statistics, struct, time, zlib
+import shutil, signal, statistics, struct, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from io import BufferedIOBase
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -22,8 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .data import (
-    IGNORE, BatchLoader, _sync_folder, document_mask, document_positions, replacing)
-from .gpt import GPTConfig, _check_fields, flops_per_token
+    IGNORE, BatchLoader, document_mask, document_positions)
+from llm_from_scratch.files import (
+    Config, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
+    write_text)
+from .gpt import GPTConfig, flops_per_token
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
 from .tensors import best_device, seed_all
@@ -34,8 +38,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['REASONS', 'evaluate', 'TrainConfig', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint', 'loader_for',
-           'Callback', 'TrainResult', 'Trainer', 'predict_run', 'plot_history']
+__all__ = ['REASONS', 'BUDGETS', 'evaluate', 'TrainConfig', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint',
+           'loader_for', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'predict_run', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -85,7 +89,7 @@ def evaluate(
 
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     "Every choice of a training run; checked when made, never changed afterwards."
 
     steps: int | None = None            # end after so many steps
@@ -121,26 +125,9 @@ class TrainConfig:
     max_skips: int = 10                 # stop after so many skipped steps in a row
     on_save_error: str = "stop"         # or "skip": the disk is full, or gone
 
-    def __new__(cls, *_: Any, **given: Any) -> TrainConfig:
-        _check_fields([field.name for field in fields(cls)], list(given))
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_choices(self)
-
-    def to_json(self) -> str:
-        "All fields as JSON, one to a line."
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
-        "What `to_json` wrote. ValueError for a field or value that cannot be."
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-        if isinstance(found.get("betas"), list): found["betas"] = tuple(found["betas"])
-        return cls(**found)
 
 # %% ../nbs/11_training.ipynb #f6040a42
 _COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0,
@@ -217,6 +204,15 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Any], list[torch.optim.Optimizer]]] =
     "muon": _muon,        # for the matrices, AdamW for the rest
 }
 
+def make_optimizers(
+    model: nn.Module, config: TrainConfig,
+) -> list[torch.optim.Optimizer]:
+    "The optimizers of a run; each group remembers its peak as `initial_lr`."
+    found = OPTIMIZERS[config.optimizer](model, config)
+    for group in (group for optimizer in found for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return found
+
 # %% ../nbs/11_training.ipynb #92e9f1ba
 PRECISIONS: dict[str, torch.dtype | None] = {
     "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
@@ -229,11 +225,28 @@ def planned_steps(config: TrainConfig, loader: BatchLoader) -> int | None:
     known = [config.steps, config.tokens and math.ceil(config.tokens / per_step)]
     return min((n for n in known if n), default=None)
 
+def expected_steps(
+    config: TrainConfig, loader: BatchLoader,
+    step: int, seconds: float,        # steps made so far, and the time they took
+) -> int:
+    "How many steps the budgets allow; of seconds alone, at this speed."
+    known = planned_steps(config, loader)
+    if known is not None: return known
+    guess = round(step * (config.seconds or 0) / max(seconds, 1e-9))
+    return max(step + 1, config.warmup + (config.decay or 0), guess)
+
 def lr_multiplier(config: TrainConfig, step: int, total: int) -> float:
     "The learning rate of a step, divided by its peak."
     options: dict[str, Any] = {"decay": config.decay} if config.schedule == "wsd" else {}
     return SCHEDULES[config.schedule](step, total, peak=1.0, warmup=config.warmup,
                                       floor=config.floor, **options)
+
+def set_learning_rate(
+    optimizers: Sequence[torch.optim.Optimizer], multiplier: float,
+) -> None:
+    "Give every group its peak times the schedule's multiplier."
+    for group in (group for o in optimizers for group in o.param_groups):
+        group["lr"] = multiplier * group["initial_lr"]
 
 # %% ../nbs/11_training.ipynb #8a424bb2
 def count_targets(targets: Int[Tensor, "B T"]) -> int:
@@ -336,6 +349,16 @@ class Precision:
         "Gradients as they would be without the factor."
         for optimizer in optimizers: self.scaler.unscale_(optimizer)
 
+    def clip(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+        longest: float | None,
+    ) -> dict[str, Any]:
+        "Bound the gradient; its norm, or which parameter's is not finite."
+        self.unscale(optimizers)
+        try: norm = clip_grad_norm(model.named_parameters(), longest or math.inf)
+        except ValueError as e: return {"gradient": None, "fault": str(e)}
+        return {"gradient": float(norm)}
+
     def update(
         self, optimizers: Sequence[torch.optim.Optimizer], skip: bool = False,
     ) -> None:
@@ -343,6 +366,7 @@ class Precision:
         if not skip:
             for optimizer in optimizers: self.scaler.step(optimizer)
         self.scaler.update()
+        for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         "The decision, and where the scaler is."
@@ -453,28 +477,44 @@ _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16",
           torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
           torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
+File = str | os.PathLike[str] | IO[bytes] | BufferedIOBase
+
 def write_tensors(
-    path: str | os.PathLike[str],
+    file: File,                                # a path that is new, or a file to write to
     tensors: Mapping[str, Tensor],
+    about: Mapping[str, str] | None = None,    # words that the header holds
 ) -> dict[str, int]:                  # the size of the file and the CRC-32 of its bytes
     "Write a `safetensors` file, tensor after tensor, as fast as the disk takes it."
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as other:
-        crc = _put(file, 0, _safetensors_header(tensors), other)
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "xb") as out:
+            facts = write_tensors(out, tensors, about)
+            out.flush(); os.fsync(out.fileno())        # on the disk, not only on its way
+            return facts
+    header = _safetensors_header(tensors, about)
+    with ThreadPoolExecutor(1) as other:
+        crc, size = _put(file, 0, header, other), len(header)
         for tensor in tensors.values():
-            data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-            crc = _put(file, crc, data, other)
-        file.flush(); os.fsync(file.fileno())          # on the disk, not only on its way
-        return {"bytes": file.tell(), "crc32": crc}
+            data = _raw(tensor)
+            crc, size = _put(file, crc, data, other), size + len(data)
+    return {"bytes": size, "crc32": crc}
 
-def _put(file: BinaryIO, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
+def _raw(tensor: Tensor) -> Any:
+    "The bytes of a tensor, without a copy where it lies in one piece."
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+
+def _put(file: Any, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
-    summed = other.submit(zlib.crc32, data, crc)
+    summed = other.submit(checksum, data, crc)
     file.write(data)
     return summed.result()
 
-def _safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+# %% ../nbs/11_training.ipynb #82967df8
+def _safetensors_header(
+    tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None,
+) -> bytes:
     "Its length in 8 bytes, then JSON: type, shape and place of each tensor."
-    header, at = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    at = 0
     for name, t in tensors.items():
         if t.dtype not in _TYPES: raise ValueError(f"cannot save {name}: its type is {t.dtype}")
         end = at + t.numel() * t.element_size()
@@ -506,18 +546,15 @@ def save_checkpoint(
         _write_state(beside / "state.json", {"step": step, **(state or {}), "files": files})
         _discard(path)                             # the same step once more: the new one counts
         os.rename(beside, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally: shutil.rmtree(beside, ignore_errors=True)
     if keep: _thin(path.parent, keep, best)
     return path
 
 # %% ../nbs/11_training.ipynb #5b820587
 def _write_state(path: Path, state: Mapping[str, Any]) -> None:
-    text = json.dumps(state, indent=None)
-    with open(path, "x", encoding="utf-8", newline="\n") as file:
-        file.write(f"{zlib.crc32(text.encode()):08x}\n{text}")
-        file.flush(); os.fsync(file.fileno())
-    _sync_folder(path.parent)
+    text = json.dumps(state)
+    write_text(path, f"{checksum(text.encode()):08x}\n{text}")
 
 def _discard(path: Path) -> None:
     "Remove a checkpoint; from its first moment on nobody takes what is left of it for whole."
@@ -542,14 +579,9 @@ class DamagedCheckpoint(ValueError):
 def _read_checked(path: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
     "The tensors of a file, if it is the one that was written."
     if not path.exists(): raise ValueError(f"{path.name} is missing")
-    size, crc = path.stat().st_size, 0
-    if size != expected["bytes"]:
+    if (size := path.stat().st_size) != expected["bytes"]:
         raise ValueError(f"{path.name} has {size:,} bytes, expected {expected['bytes']:,}")
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20): crc = zlib.crc32(chunk, crc)
-    if crc != expected["crc32"]:
-        raise ValueError(f"{path.name} has checksum {crc:08x}, "
-                         f"expected {expected['crc32']:08x}")
+    check_checksum(file_checksum(path), expected["crc32"], path.name)
     return {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -557,9 +589,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try: crc, text = path.read_text(encoding="utf-8").split("\n", 1)
     except FileNotFoundError: raise ValueError(f"{path.name} is missing") from None
     except ValueError: raise ValueError(f"{path.name} is no state of a training run") from None
-    if crc != (found := f"{zlib.crc32(text.encode()):08x}"):
+    if crc != (found := f"{checksum(text.encode()):08x}"):
         raise ValueError(f"{path.name} has checksum {found}, expected {crc[:8]}")
-    return json.loads(text)
+    return parse_json(text)
 
 # %% ../nbs/11_training.ipynb #a8d95995
 @dataclass(frozen=True)
@@ -657,10 +689,11 @@ def loader_for(
     return BatchLoader(data, context_length, config.batch_size,
                        rank=world.rank, world_size=world.size, **options)
 
-def _check_loader(
+def _check_run(
     config: TrainConfig, train: BatchLoader, world: ProcessGroup,
 ) -> None:
-    "A loader that reads other batches than configured trains another model."
+    "An impossible schedule, or other batches than configured, show before the start."
+    lr_multiplier(config, 0, planned_steps(config, train) or 1 << 40)
     if train.plan.batch_size != config.batch_size:
         raise ValueError(
             f"the loader's batches have {train.plan.batch_size} rows, "
@@ -711,6 +744,7 @@ class Callback:
 # %% ../nbs/11_training.ipynb #0fc25276
 REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted",
            "spike", "nan", "save error")     # the most severe comes last
+BUDGETS = REASONS[1:4]
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -749,8 +783,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),     # beside the usual ones
         listeners: Sequence[Callable[[dict[str, Any]], Any]] = (),
     ) -> None:
-        _check_loader(config, train, world or ProcessGroup())
-        lr_multiplier(config, 0, planned_steps(config, train) or 1 << 40)
+        _check_run(config, train, world or ProcessGroup())
         self.config, self.train, self.validation = config, train, validation
         self.folder = None if folder is None else Path(folder)
         self.world = world or ProcessGroup(device=best_device())
@@ -759,96 +792,42 @@ class Trainer:
         self.ready = self.world.wrap(
             compiled(self.model, device) if config.compile else self.model)
         self.precision = Precision(config.precision, device)
-        self.optimizers = OPTIMIZERS[config.optimizer](self.model, config)
-        self.peaks = [[group["lr"] for group in optimizer.param_groups]
-                      for optimizer in self.optimizers]
+        self.optimizers = make_optimizers(self.model, config)
         self.generators = Generators(self.model, self.world)
         self.batches = Batches(train, device, config.document_mask)
-        self.counted = -1, 0.0             # a step, and its targets everywhere
-        self.step = self.tokens = 0
-        self.seconds, self.clock = 0.0, time.perf_counter()
-        self.reason, self.message = "", ""
-        self.ending = self.spent = False   # the last step, by a budget
+        self.agreement = Agreement(self.world, self.batches)
+        self.ending = Ending(self.world.size)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.listeners = list(listeners)   # called with each record
         self.callbacks = usual_callbacks(config, callbacks)
 
     def train_step(self) -> dict[str, Any]:
         "Gradient, one all-reduce, judgment, update; what is to be logged."
-        targets, batch = self._targets(), self.batches.at(self.train.step)[1]
-        multiplier = self.set_learning_rate()
+        targets = self.agreement.targets(self.train.step)
+        multiplier = lr_multiplier(self.config, self.step, self.planned_steps())
+        set_learning_rate(self.optimizers, multiplier)
         part = accumulate(
-            self.ready, batch, self.config.micro_batch_size, loss=self.loss,
+            self.ready, self.batches.at(self.train.step)[1],
+            self.config.micro_batch_size, loss=self.loss,
             total=targets / self.world.size,
             backward=self.precision.backward, autocast=self.precision.autocast)
         self.train.step += 1
-        loss = self._share(part)
+        loss, passed = self.agreement.share(part, self.train.step, self.ending)
+        norm = self.precision.clip(self.model, self.optimizers, self.config.clip)
         record = {"step": self.step + 1, "loss": loss,
-                  "lr": multiplier * self.config.lr, **self._clip(),
+                  "lr": multiplier * self.config.lr, **norm,
                   "tokens": self.tokens + int(targets)}
         judged = [callback.judge(self, record) for callback in self.callbacks]
         skip = next(filter(None, judged), "")
         self.precision.update(self.optimizers, skip=skip != "")
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
         self.step, self.tokens = record["step"], record["tokens"]
+        self.seconds += passed
         if skip: record = {"event": "skipped", **record, "message": skip}
         return record | {"seconds": round(self.seconds, 4)}
 
-    def set_learning_rate(self) -> float:
-        "Give every group its peak times the schedule's multiplier; return it."
-        multiplier = lr_multiplier(self.config, self.step, self.planned_steps())
-        for optimizer, peaks in zip(self.optimizers, self.peaks):
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = multiplier * peak
-        return multiplier
-
     def planned_steps(self) -> int:
         "How many steps the budgets allow; of seconds alone, at this speed."
-        c, known = self.config, planned_steps(self.config, self.train)
-        if known is not None: return known
-        guess = round(self.step * (c.seconds or 0) / max(self.seconds, 1e-9))
-        return max(self.step + 1, c.warmup + (c.decay or 0), guess)
-
-    def _targets(self) -> float:
-        "Targets of the batch at hand, of all processes."
-        step, targets = self.counted
-        if step != self.train.step:                # the first step of a run
-            targets, = self.world.reduce(self.batches.at(self.train.step)[0])
-        return targets
-
-    def _share(self, part: Tensor) -> float:
-        "One all-reduce: loss, time, targets of the next batch, wish to stop."
-        upcoming = self.batches.at(self.train.step)[0]    # while others compute
-        mine, now = float(part), time.perf_counter()
-        passed = now - self.clock if self.world.is_main else 0.0
-        wishes = [float(reason == self.reason) for reason in REASONS[1:]]
-        loss, passed, targets, *wishes = self.world.reduce(
-            mine, passed, upcoming, *wishes)
-        self.clock, self.seconds = now, self.seconds + passed
-        self.counted = self.train.step, targets
-        for reason, asked in zip(REASONS[1:], wishes):
-            if asked: self.stop(reason, agreed=True)
-        return loss / self.world.size
-
-    def stop(
-        self, reason: str, message: str = "",
-        agreed: bool = False,     # every process calls this at the same step
-    ) -> None:
-        """End the run after this step, of several reasons for the most severe.
-
-        A stop that one process asks for reaches the others with the next step."""
-        if REASONS.index(reason) >= REASONS.index(self.reason):
-            known = self.message if reason == self.reason else ""
-            self.reason, self.message = reason, message or known
-        self.ending |= agreed or self.world.size == 1
-
-    def _clip(self) -> dict[str, Any]:
-        "Bound the gradient; its norm, or which parameter's is not finite."
-        self.precision.unscale(self.optimizers)
-        named = self.model.named_parameters()
-        try: norm = clip_grad_norm(named, self.config.clip or math.inf)
-        except ValueError as e: return {"gradient": None, "fault": str(e)}
-        return {"gradient": float(norm)}
+        return expected_steps(self.config, self.train, self.step, self.seconds)
 
     def fit(
         self,
@@ -857,13 +836,13 @@ class Trainer:
         "Train until something stops the run, and say how it ended."
         bar = [ProgressBar()] if progress and self.world.is_main else []
         callbacks = [*self.callbacks, *bar]
-        self.reason, self.message, self.ending, self.spent = "", "", False, False
+        self.ending = Ending(self.world.size)
         self.generators.begin(self.config.seed)
-        self.clock = time.perf_counter()
+        self.agreement.clock = time.perf_counter()
         self.ready.train()
         try:
             for callback in callbacks: callback.begin(self)
-            while not self.ending:
+            while not self.ending.now:
                 record = self.train_step()
                 for callback in callbacks: callback.step(self, record)
             for callback in callbacks: callback.end(self)
@@ -872,16 +851,25 @@ class Trainer:
         self.generators.rest()
         return self.result()
 
+    def stop(
+        self, reason: str, message: str = "",
+        agreed: bool = False,     # every process calls this at the same step
+    ) -> None:
+        """End the run after this step, of several reasons for the most severe.
+
+        A stop that one process asks for reaches the others with the next step."""
+        self.ending.ask(reason, message, agreed)
+
     def result(self) -> TrainResult:
         "How the run stands."
-        ends = self.message or f"{self.step:,} steps, {self.tokens:,} tokens"
-        return TrainResult(
-            self.reason, f"ended by {self.reason}: {ends}", self.step,
-            self.tokens, self.seconds, self.best, self.history)
+        reason, message = self.ending.reason, self.ending.message
+        ends = message or f"{self.step:,} steps, {self.tokens:,} tokens"
+        return TrainResult(reason, f"ended by {reason}: {ends}", self.step,
+                           self.tokens, self.seconds, self.best, self.history)
 
     def due(self, every: int | None) -> bool:
         "Whether something is to be done after this step, or it is the last."
-        return self.spent or (every is not None and self.step % every == 0)
+        return self.ending.spent or (every is not None and self.step % every == 0)
 
     def find(self, kind: type[Any]) -> Any:
         "The callback of this class."
@@ -916,28 +904,11 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         "Put back what `state_dict` gave. ValueError for another model's state."
         own, parts = state["trainer"], self.parts()
-        for name in sorted({*state} - {*parts, "trainer"}):
-            _log.warning("the checkpoint has a state of %s, which this run "
-                         "does not have: it is left out", name)
+        _say_unknown({*state} - {*parts, "trainer"})
         for name, part in parts.items():
             if name in state: part.load_state_dict(state[name])
         self.step, self.tokens = own["step"], own["tokens"]
         self.seconds = own["seconds"]
-
-    @property
-    def model_config(self) -> Any:
-        "The configuration of the model, if it has one."
-        return getattr(self.model, "config", None)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        "Put back everything that a checkpoint holds, if it is of this run."
-        if "parts" not in checkpoint.state:
-            raise ValueError(f"{checkpoint.path.name} was written by an older "
-                             "version of this library and cannot be resumed")
-        _check_same(checkpoint.state["about"], _about(self))
-        self.load_state_dict({
-            name: join_state(checkpoint.tensors.get(name, {}), rest)
-            for name, rest in checkpoint.state["parts"].items()})
 
     def resume(
         self,
@@ -947,17 +918,8 @@ class Trainer:
     ) -> int:                              # steps already made; 0 if none
         "Resume the last checkpoint; a `DamagedCheckpoint` names the one before."
         home = Path(folder or self.folder or ".")
-        found = [path for path in checkpoints(home)
-                 if step is None or int(path.name[5:]) == step]
-        if step is not None and not found:
-            raise FileNotFoundError(
-                f"there is no checkpoint of step {step} in {home}")
-        while found:
-            try: self.restore(load_checkpoint(found.pop()))
-            except DamagedCheckpoint as e:
-                if not (skip_damaged and found): raise
-                _log.warning(str(e))
-            else: break
+        checkpoint = _read_newest(_found(home, step), skip_damaged)
+        if checkpoint is not None: _restore(self, checkpoint)
         for callback in self.callbacks: callback.resumed(self, home)
         return self.step
 
@@ -978,6 +940,57 @@ class Batches:
             self._ready = step, counted, _move(batch, self.device)
         return self._ready[1:]
 
+# %% ../nbs/11_training.ipynb #8052075b
+class Ending:
+    "Whether a run ends with this step, and why, on each of `size` processes."
+    def __init__(self, size: int) -> None:
+        self.size, self.reason, self.message = size, "", ""
+        self.now = self.spent = False      # the last step; the last by a budget
+
+    def ask(self, reason: str, message: str = "", agreed: bool = False) -> None:
+        "Of several reasons the most severe counts; a wish must be heard first."
+        if REASONS.index(reason) >= REASONS.index(self.reason):
+            known = self.message if reason == self.reason else ""
+            self.reason, self.message = reason, message or known
+        self.now |= agreed or self.size == 1
+        self.spent |= agreed and reason in BUDGETS
+
+    def wishes(self) -> list[float]:
+        "For each reason a 1 if this process has it."
+        return [float(reason == self.reason) for reason in REASONS[1:]]
+
+    def hear(self, wishes: Iterable[float]) -> None:
+        "End for the reasons that any process has."
+        for reason, asked in zip(REASONS[1:], wishes):
+            if asked: self.ask(reason, agreed=True)
+
+# %% ../nbs/11_training.ipynb #03ee46d5
+class Agreement:
+    "What the processes of a run tell each other: one all-reduce a step."
+    def __init__(self, world: ProcessGroup, batches: Batches) -> None:
+        self.world, self.batches = world, batches
+        self.counted = -1, 0.0             # a step, and its targets everywhere
+        self.clock = time.perf_counter()
+
+    def targets(self, step: int) -> float:
+        "Targets of a batch, of all processes together."
+        if self.counted[0] != step:                # the first step of a run
+            self.counted = step, self.world.reduce(self.batches.at(step)[0])[0]
+        return self.counted[1]
+
+    def share(
+        self, part: Tensor, step: int, ending: Ending,
+    ) -> tuple[float, float]:              # loss of the batch, seconds it took
+        "Tell what this process has, and the targets of the batch of `step`."
+        upcoming = self.batches.at(step)[0]        # while others compute
+        mine, now = float(part), time.perf_counter()
+        passed = now - self.clock if self.world.is_main else 0.0
+        loss, passed, targets, *wishes = self.world.reduce(
+            mine, passed, upcoming, *ending.wishes())
+        self.clock, self.counted = now, (step, targets)
+        ending.hear(wishes)
+        return loss / self.world.size, passed
+
 # %% ../nbs/11_training.ipynb #b6744a16
 class Budget(Callback):
     "Ends a run after so many steps, tokens or seconds."
@@ -994,10 +1007,25 @@ class Budget(Callback):
         used = trainer.step, trainer.tokens, trainer.seconds
         for (name, limit), n in zip(self.limits.items(), used):
             if limit is None or n < limit: continue
-            trainer.spent = True
             return trainer.stop(name, agreed=True)
 
 # %% ../nbs/11_training.ipynb #991e7c84
+def find_fault(
+    record: dict[str, Any],
+    detector: SpikeDetector | None,   # None: no loss counts as a spike
+    scales: bool,                     # whether a scaler bounds the gradients
+) -> tuple[str, str] | None:          # the kind of fault, and what it is
+    "What is wrong with a step, the most severe first; None if nothing is."
+    loss, fault = record["loss"], record.pop("fault", None)
+    if not math.isfinite(loss):
+        record["gradient"] = None
+        return "nan", f"the loss is {loss}"
+    if fault: return ("overflow", "float16 overflows") if scales else ("nan", fault)
+    if detector is None or not detector.is_spike(loss): return None
+    return "spike", (f"the loss is {loss:.4g}, the last ones allow "
+                     f"{detector.limit():.4g}")
+
+# %% ../nbs/11_training.ipynb #6ad98319
 class SpikeGuard(Callback):
     "Skips a step whose loss or gradient is NaN or infinite, or a spike."
     def __init__(
@@ -1009,42 +1037,22 @@ class SpikeGuard(Callback):
         self.skipped = 0                               # steps in a row
 
     def judge(self, trainer: Trainer, record: dict[str, Any]) -> str | None:
-        loss, fault = record["loss"], record.pop("fault", None)
-        if not math.isfinite(loss):
-            record["gradient"] = None
-            return self.skip(trainer, record, "nan", f"the loss is {loss}")
-        if fault and trainer.precision.scales:
-            return self.overflow(trainer, record)
-        if fault: return self.skip(trainer, record, "nan", fault)
-        if self.wishes["spike"] == "ignore": return None
-        if not self.detector.is_spike(loss): return None
-        what = (f"the loss is {loss:.4g}, the last ones allow "
-                f"{self.detector.limit():.4g}")
-        return self.skip(trainer, record, "spike", what)
-
-    def skip(
-        self, trainer: Trainer, record: dict[str, Any], kind: str, what: str,
-    ) -> str:
-        "Skip the step; end the run if so configured, or after too many."
+        heeds = self.wishes["spike"] != "ignore"
+        found = find_fault(record, self.detector if heeds else None,
+                           trainer.precision.scales)
+        if found is None: return None
         self.skipped += 1
-        record["event"] = kind
-        message = (f"step {record['step']}: {what}; "
-                   "the weights stay as they were")
+        record["event"], message = found[0], f"step {record['step']}: {found[1]}"
+        if found[0] == "overflow":         # the scaler will take a smaller factor
+            if self.skipped < 40: return message
+            trainer.stop("nan", f"{message}, however small the factor", agreed=True)
+            return message
+        message += "; the weights stay as they were"
         _log.warning(message)
-        if self.wishes[kind] == "stop": trainer.stop(kind, message, agreed=True)
+        again = f", for {self.skipped} steps in a row"
+        if self.wishes[found[0]] == "stop": trainer.stop(found[0], message, agreed=True)
         elif self.skipped >= self.max_skips:
-            trainer.stop(kind, f"{message}, for {self.skipped} steps in a row",
-                         agreed=True)
-        return message
-
-    def overflow(self, trainer: Trainer, record: dict[str, Any]) -> str:
-        "The scaler will take a smaller factor; only if that never helps, stop."
-        self.skipped += 1
-        record["event"] = "overflow"
-        message = f"step {record['step']}: float16 overflows"
-        if self.skipped >= 40:
-            trainer.stop("nan", f"{message}, however small the factor",
-                         agreed=True)
+            trainer.stop(found[0], message + again, agreed=True)
         return message
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -1055,8 +1063,7 @@ class SpikeGuard(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped = state["skipped"]
-        self.detector.losses.clear()
-        self.detector.losses.extend(state["losses"])
+        self.detector.losses = deque(state["losses"], self.detector.losses.maxlen)
 
 # %% ../nbs/11_training.ipynb #10e93192
 class Evaluator(Callback):
@@ -1105,7 +1112,8 @@ class Throughput(Callback):
     "Adds tokens per second to each record, and MFU for a model of ours."
     def begin(self, trainer: Trainer) -> None:
         self.before, self.speed = (trainer.seconds, trainer.tokens), 0.0
-        config, length = trainer.model_config, trainer.train.context_length
+        config = getattr(trainer.model, "config", None)
+        length = trainer.train.context_length
         if not isinstance(config, GPTConfig): return
         name, device = trainer.precision.name, trainer.world.device
         peak = matrix_speed(device, PRECISIONS[name]) * trainer.world.size
@@ -1274,6 +1282,14 @@ def usual_callbacks(
                              "give one of them another `name`")
     return found
 
+# %% ../nbs/11_training.ipynb #207e8bcb
+
+def _say_unknown(names: set[str]) -> None:
+    "Warn of states that nobody takes."
+    for name in sorted(names):
+        _log.warning("the checkpoint has a state of %s, which this run "
+                     "does not have: it is left out", name)
+
 # %% ../nbs/11_training.ipynb #9ebfbeb2
 class OptimizerMemory:
     "What optimizers remember, by the name of the parameter it belongs to."
@@ -1332,6 +1348,126 @@ def split_parts(
     return ({name: tensors for name, (tensors, _) in split.items() if tensors},
             {name: rest for name, (_, rest) in split.items()})
 
+# %% ../nbs/11_training.ipynb #a68735aa
+def save(
+    file: File,                                # a path, or a file to write to
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+    step: int = 0,                             # steps already made
+) -> None:
+    """Write a model, what its optimizers remember and the step, as `safetensors`.
+
+    A file at a path is replaced once the new one is complete, or stays as it was.
+
+    >>> import io
+    >>> model = torch.nn.Linear(2, 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> save(file := io.BytesIO(), model, optimizer, step=3)
+    >>> _ = file.seek(0)
+    >>> load(file, model, optimizer)
+    3
+    """
+    optimizers = _several(optimizer)
+    tensors, rest = split_state({
+        "step": step, "model": dict(model.state_dict()),
+        "optimizer": OptimizerMemory(model, optimizers).state_dict(),
+        "settings": {str(i): _settings(o) for i, o in enumerate(optimizers)}})
+    about = {"format": _FORMAT, "state": json.dumps(rest), "crc32": "0" * 8}
+    crc = checksum(_safetensors_header(tensors, about))
+    for tensor in tensors.values(): crc = checksum(_raw(tensor), crc)
+    about["crc32"] = f"{crc:08x}"
+    if not isinstance(file, (str, os.PathLike)): write_tensors(file, tensors, about)
+    else:
+        with replacing(file) as out: write_tensors(out, tensors, about)
+
+# %% ../nbs/11_training.ipynb #ca20f8b3
+def load(
+    file: File,                                # a path, or a file to read from
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+) -> int:                                      # the step
+    """Put back what `save` wrote; without an optimizer, the weights alone.
+
+    `DamagedCheckpoint` for a file that cannot be read, ValueError for one of
+    another model or optimizer; then nothing has changed.
+
+    >>> import io
+    >>> load(io.BytesIO(b"no weights"), torch.nn.Linear(2, 2))
+    Traceback (most recent call last):
+    llm_from_scratch.training.DamagedCheckpoint: the file is damaged, or \
+was not written by `save`: it has no readable header
+    """
+    is_path, optimizers = isinstance(file, (str, os.PathLike)), _several(optimizer)
+    name = Path(file).name if is_path else "the file"
+    state = _read_saved(Path(file).read_bytes() if is_path else file.read(), name)
+    _check_shapes(model.state_dict(), state["model"], name)
+    if optimizers:
+        settings = [*state["settings"].values()]
+        _check_kinds([*map(_settings, optimizers)], settings, name)
+        OptimizerMemory(model, optimizers).load_state_dict(state["optimizer"])
+        for o, saved in zip(optimizers, settings): _set(o, saved)
+    model.load_state_dict(state["model"])
+    return state["step"]
+
+# %% ../nbs/11_training.ipynb #f737527d
+_FORMAT = "llm-from-scratch: model, optimizer, step"
+
+def _read_saved(data: bytes, name: str) -> dict[str, Any]:
+    "The state in a file that `save` wrote, if every byte of it is there."
+    length = int.from_bytes(data[:8], "little")
+    try: about = json.loads(data[8:8 + length]).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError):
+        raise DamagedCheckpoint(f"{name} is damaged, or was not written by `save`: "
+                                "it has no readable header") from None
+    if about.get("format") != _FORMAT:
+        raise DamagedCheckpoint(f"{name} was not written by `save`: its format is "
+                                f"{about.get('format')!r}, expected {_FORMAT!r}")
+    crc = about.get("crc32")
+    blank = data[:8 + length].replace(f'"crc32": "{crc}"'.encode(),
+                                      b'"crc32": "00000000"')
+    found = f"{checksum(memoryview(data)[8 + length:], checksum(blank)):08x}"
+    if found != crc:
+        raise DamagedCheckpoint(f"{name} is damaged: it has checksum {found}, "
+                                f"expected {crc}")
+    return join_state(safetensors.torch.load(data), json.loads(about["state"]))
+
+# %% ../nbs/11_training.ipynb #7919c75e
+def _several(optimizer: Any) -> Sequence[torch.optim.Optimizer]:
+    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+
+def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    "The kind of an optimizer, and what is set for each of its groups."
+    groups = [{k: v for k, v in group.items() if k != "params"}
+              for group in optimizer.param_groups]
+    return {"kind": type(optimizer).__name__, **{str(i): g for i, g in enumerate(groups)}}
+
+def _set(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> None:
+    "Put back what `_settings` gave."
+    for i, group in enumerate(optimizer.param_groups):
+        group.update({key: tuple(value) if isinstance(value, list) else value
+                      for key, value in settings[str(i)].items()})
+
+def _check_shapes(
+    mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], name: str,
+) -> None:
+    "ValueError for the weights of another model."
+    missing, unknown = sorted({*mine} - {*saved}), sorted({*saved} - {*mine})
+    other = [f"{key} {tuple(saved[key].shape)} for {tuple(t.shape)}"
+             for key, t in mine.items() if key in saved and t.shape != saved[key].shape]
+    if not (missing or unknown or other): return
+    raise ValueError(f"{name} is of another model: missing {missing}, "
+                     f"unknown {unknown}, other shapes {other}")
+
+def _check_kinds(
+    mine: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]], name: str,
+) -> None:
+    "ValueError for what other optimizers remember."
+    now, was = ([f"{s['kind']} of {len(s) - 1} groups" for s in settings]
+                for settings in (mine, saved))
+    if now != was:
+        raise ValueError(f"{name} holds what {was or 'no optimizer'} remembers, "
+                         f"expected {now}")
+
 # %% ../nbs/11_training.ipynb #1c6a0354
 def _about(trainer: Trainer) -> dict[str, Any]:
     "Enough to notice that a checkpoint belongs to another run."
@@ -1339,7 +1475,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     data = {"tokens": len(loader.ids), "batch_size": plan.batch_size,
             "shuffle": plan.shuffle, "context_length": loader.context_length,
             "seed": int(plan._seed[0])}
-    config = trainer.model_config
+    config = getattr(trainer.model, "config", None)
     shape = json.loads(config.to_json()) if hasattr(config, "to_json") else {}
     return {"config": asdict(trainer.config), "data": data, "model": shape}
 
@@ -1355,6 +1491,33 @@ def _check_same(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                                  f"{key} was {old!r} and is {new!r}")
             _log.warning("resumed with another %s: it was %r and is %r",
                          key, old, new)
+
+# %% ../nbs/11_training.ipynb #cd82718f
+def _found(home: Path, step: int | None) -> list[Path]:
+    "The checkpoints that a run may resume from, the best last."
+    found = [path for path in checkpoints(home)
+             if step is None or int(path.name[5:]) == step]
+    if step is None or found: return found
+    raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
+
+def _read_newest(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
+    "The newest of these checkpoints, or the newest one that is whole."
+    while found:
+        try: return load_checkpoint(found.pop())
+        except DamagedCheckpoint as e:
+            if not (skip_damaged and found): raise
+            _log.warning(str(e))
+    return None
+
+def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    "Put back everything that a checkpoint holds, if it is of this run."
+    if "parts" not in checkpoint.state:
+        raise ValueError(f"{checkpoint.path.name} was written by an older "
+                         "version of this library and cannot be resumed")
+    _check_same(checkpoint.state["about"], _about(trainer))
+    trainer.load_state_dict({
+        name: join_state(checkpoint.tensors.get(name, {}), rest)
+        for name, rest in checkpoint.state["parts"].items()})
 
 # %% ../nbs/11_training.ipynb #74c067ac
 @dataclass(frozen=True)

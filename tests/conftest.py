@@ -101,8 +101,15 @@ def pytest_configure(config):
 
 def check_shapes():
     "Check every jaxtyping shape of the library while the tests run."
-    from jaxtyping import install_import_hook
-    install_import_hook('llm_from_scratch', 'conftest.checked')
+    import jaxtyping
+    jaxtyping.install_import_hook('llm_from_scratch', 'conftest.checked')
+    plain, config = jaxtyping.jaxtyped, jaxtyping.config
+
+    def jaxtyped(**options):
+        "A function inside another is defined whenever that one runs: it gets no checks while nothing is checked."
+        check = plain(**options)
+        return lambda f: f if config.jaxtyping_disable and '<locals>' in getattr(f, '__qualname__', '') else check(f)
+    jaxtyping.jaxtyped = jaxtyped
 
 
 def checked(function):

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_from_scratch import data, training
+from llm_from_scratch import files, training
 from llm_from_scratch.tensors import Dropout, Embedding, Linear, cross_entropy
 from llm_from_scratch.training import SpikeGuard, TrainConfig, Trainer, latest_checkpoint, loader_for, read_log
 
 SAVING = ['save_checkpoint', 'write_tensors', '_thin', '_write_state', '_cut_log', '_discard']
-WATCHED = {training.__file__, data.__file__}
+WATCHED = {training.__file__, files.__file__}
 
 
 class Noisy(torch.nn.Module):

@@ -1,17 +1,20 @@
 "Chapter 7 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation, hostile pages."
-import inspect, json, math, re, subprocess, sys
+import functools, inspect, json, math, re, subprocess, sys
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from caches import check_cache
 from hypothesis import given, settings, strategies as st
+from shapes import unchecked
 from torch import nn
 from torch.nn import functional as F
 
 from llm_from_scratch.attention import (BACKENDS, Cache, HeadView, MultiHeadAttention, attention, attention_weights, causal_mask,
                                         document_mask, head_view, sliding_window_mask)
+from llm_from_scratch.gpt import GPT, GPTConfig, MIXERS
 from llm_from_scratch.positions import Alibi, Rope
 
 INPUTS = []
@@ -282,9 +285,11 @@ def test_softcap_and_sinks_against_transformers():
 
 # ---- caches ----
 
-class ListCache:
-    "Keeps every piece in a list, and joins them when asked."
-    def __init__(self): self.pieces = {}
+class ListCache(Cache):
+    "Only an `update`: keeps every piece in a list, and joins them when asked."
+    def __init__(self):
+        super().__init__()
+        self.pieces = {}
 
     def update(self, layer, k, v):
         self.pieces.setdefault(layer, []).append((k, v))
@@ -305,7 +310,6 @@ def test_any_split_gives_the_whole(split, scheme, K, window, extras, backend):
     (T, cuts), layer = split, layer_for(scheme, K, window, extras, backend)
     x, = random(6, (2, T, 16))
     cache, borders = ListCache(), [0, *cuts, T]
-    assert isinstance(cache, Cache)
     pieces = [layer(x[:, a:b], torch.arange(a, b), cache=cache) for a, b in zip(borders, borders[1:])]
     torch.testing.assert_close(torch.cat(pieces, 1), layer(x, torch.arange(T)), atol=1e-10, rtol=1e-10)
     assert list(cache.pieces) == [3] and sum(k.shape[2] for k, _ in cache.pieces[3]) == T
@@ -317,6 +321,102 @@ def test_a_mask_replaces_the_default_with_a_cache_too():
     layer(x[:, :5], torch.arange(5), cache=cache)
     second = layer(x[:, 5:], torch.arange(5, 8), causal_mask(3, 8), cache=cache)
     torch.testing.assert_close(second, layer(x, torch.arange(8), causal_mask(8))[:, 5:])
+    cache = Cache()                                                          # one that has forgotten what the window has passed
+    layer(x[:, :5], torch.arange(5), cache=cache)
+    with unchecked(), pytest.raises(ValueError, match=r'3 queries and 5 keys .* got \(3, 8\)'): layer(x[:, 5:], torch.arange(5, 8), causal_mask(3, 8), cache=cache)
+
+
+@functools.cache
+def small(name):
+    "A GPT with strong opinions and one of the plans that a cache has to serve."
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(MIXERS, 'decay', lambda c, layer, scheme: Decay(layer))
+        config = GPTConfig(vocab_size=40, context_length=32, d_model=16, n_layers=2, n_heads=4, **{'positions': 'rope', **PLANS[name]})
+        made = GPT(config, generator=torch.Generator().manual_seed(2))
+    for p in made.parameters(): p.data *= 5
+    return made.double()
+
+
+PLANS = {**{name: {'positions': name} for name in ('learned', 'rope', 'alibi', 'sinusoidal', 'none')}, 'window': {'window': 3}, 'window of one': {'window': 1},
+         'alibi, window': {'positions': 'alibi', 'window': 2, 'backend': 'manual'}, 'grouped, sinks': {'n_kv_heads': 2, 'sinks': True}, 'mixed': {'layers': [{'window': 2}, {}]},
+         'recurrent': {'layers': [{'mixer': 'decay'}, {'window': 4}]}}
+
+
+class Decay(nn.Module):
+    "A layer without keys and values: h ← h / 2 + x, over the tokens that are no padding. What it remembers is a state."
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, positions=None, mask=None, cache=None):
+        state = {} if cache is None else cache.state(self.layer)
+        h, out = state.get('h', torch.zeros_like(x[:, 0])), []
+        real = torch.ones_like(x[..., 0]).bool() if positions is None else (positions >= 0).expand(x.shape[:2])
+        for t in range(x.shape[1]):
+            h = torch.where(real[:, t, None], h / 2 + x[:, t], h)
+            out.append(h)
+        state['h'] = h
+        return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize('name', PLANS)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_a_cache_changes_nothing(name, data):
+    with unchecked(): check_cache(Cache, small(name), data, 40)
+
+
+@pytest.mark.parametrize('name', ['rope', 'window', 'alibi'])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_an_update_is_all_that_a_cache_needs(name, data):
+    with unchecked(): check_cache(ListCache, small(name), data, 40, reorders=False)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_a_window_bounds_the_memory(ragged):
+    "Whatever the length, a layer keeps no more than its window (of ragged rows: twice), and says the same."
+    cache, model, ids = Cache(), small('window'), torch.randint(40, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids)
+        for t in range(30):
+            positions = torch.tensor([t]).expand(2, 1) if ragged else torch.tensor([t])
+            torch.testing.assert_close(model(ids[:, t : t + 1], positions=positions, cache=cache), expected[:, t : t + 1])
+            assert all(cache.state(layer)['keys'].shape[2] <= (2 * 3 if ragged else 2) for layer in (0, 1))
+
+
+def test_a_cache_is_called_once_a_layer_and_its_mask_made_once(monkeypatch):
+    "Of ragged rows, layers with the same window share the positions of the keys and the mask."
+    import llm_from_scratch.attention as module
+    calls, model = [], small('rope')
+    monkeypatch.setattr(module, 'visible', lambda *a, real=module.visible: calls.append(1) or real(*a))
+    cache, positions = Cache(), torch.tensor([[0, 1, 2], [-1, 0, 1]])
+    for n in (1, 2):
+        model(torch.zeros(2, 3).long(), positions=positions, cache=cache)
+        assert len(calls) == n and cache.state(0)['positions'] is cache.state(1)['positions']
+        positions += 3                                                       # in place, as a decoding loop with fixed memory does
+        positions[1, 0] = -1
+    assert cache.state(1)['positions'].tolist() == [[0, 1, 2, 3, 4, 5], [-1, 0, 1, -1, 3, 4]]
+
+
+def test_positions_that_all_rows_share_and_none():
+    layer, plain = layer_for('rotary', 2, 3, False), layer_for('alibi', 2, 3, False)
+    x, = random(8, (3, 6, 16))
+    torch.testing.assert_close(layer(x, torch.arange(6)[None]), layer(x, torch.arange(6)))
+    torch.testing.assert_close(layer.weights(x, torch.arange(6)[None]), layer.weights(x, torch.arange(6)))
+    cache = Cache()
+    torch.testing.assert_close(torch.cat([layer(x[:, :4], torch.arange(4)[None], cache=cache), layer(x[:, 4:], torch.arange(4, 6)[None], cache=cache)], 1), layer(x, torch.arange(6)))
+    torch.testing.assert_close(plain(x), plain(x, torch.arange(6)))
+    with pytest.raises(ValueError, match='rotary embeddings need positions'): layer(x)
+    with pytest.raises(ValueError, match=r'\(2, 6\)'), unchecked(): layer(x, torch.arange(6).expand(2, -1))
+
+
+def test_padding_is_seen_by_nobody_without_a_cache():
+    layer = layer_for('alibi', 2, 3, True)
+    x, = random(8, (1, 5, 16))
+    padded, at = torch.cat([torch.ones(1, 2, 16), x, torch.ones(1, 1, 16)], 1).double(), torch.tensor([[-1, -1, 0, 1, 2, 3, 4, -1]])
+    torch.testing.assert_close(layer(padded, at)[:, 2:7], layer(x))
+    assert layer.weights(padded, at)[..., 2:7, [0, 1, 7]].abs().max() == 0
 
 
 def test_positions_of_each_row_are_used():

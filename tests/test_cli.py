@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written(call, data, tmp_path):
 
 @pytest.mark.parametrize('text, said', [('{"steps": 3, "batchsize": 4}', "a configuration has no field 'batchsize': did you mean 'batch_size'?"),
                                         ('{"steps": -3}', 'steps must be a whole number of at least 1, got -3'),
-                                        ('[3]', 'settings.json does not hold a JSON object'), ('{', 'settings.json is not JSON: ')])
+                                        ('[3]', 'settings.json: expected a JSON object, got list'), ('{', 'settings.json: not JSON: ')])
 def test_what_is_wrong_in_a_settings_file(call, tmp_path, text, said):
     (tmp_path/'settings.json').write_text(text, encoding='utf-8')
     out, err, status = call('train', '--config', 'settings.json')

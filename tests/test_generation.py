@@ -4,6 +4,7 @@ import itertools, math, random, re
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from caches import check_cache
 from shapes import unchecked
 
 from llm_from_scratch.attention import Cache
@@ -205,7 +206,7 @@ def test_sliding_is_the_same_alone_in_a_batch_and_with_a_cache(name, limit):
 def test_sliding_reads_what_it_says():
     "The model sees the last part of the text only, and never more than the context."
     seen = []
-    def model(ids, positions=None, mask=None, cache=None):
+    def model(ids, positions=None, cache=None):
         seen.append(ids.tolist())
         return torch.eye(50, dtype=torch.float64)[(ids + 1) % 50].log()
     assert generate(model, [[0]], 12, overflow='slide', context_length=4, cache=None) == [list(range(1, 13))]
@@ -218,12 +219,22 @@ def test_the_whole_context_can_be_used_and_not_a_token_more():
     with pytest.raises(ValueError, match='context of 11, the model has 10'): generate(model, [[1, 2, 3]], 9)
 
 
-def test_cached_logits_are_the_logits_without():
-    model, ids = opinionated('rope'), torch.arange(9)[None]
-    cache = SimpleCache()
-    assert isinstance(cache, Cache)
-    parts = [model(ids[:, a:b], positions=torch.arange(a, b), cache=cache) for a, b in ((0, 4), (4, 5), (5, 9))]
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-10)
+@pytest.mark.parametrize('name', MODELS)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_a_cache_changes_nothing(name, data):
+    with unchecked(): check_cache(SimpleCache, opinionated(**MODELS[name]), data, 40)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_a_window_bounds_the_memory(ragged):
+    model, cache, ids = opinionated(window=4), SimpleCache(), torch.randint(40, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids)
+        for t in range(32):
+            positions = torch.tensor([t]).expand(2, 1) if ragged else torch.tensor([t])
+            torch.testing.assert_close(model(ids[:, t : t + 1], positions=positions, cache=cache), expected[:, t : t + 1])
+            assert all(cache.state(layer)['keys'].shape[2] <= 4 * 4 for layer in (0, 1))
 
 
 def test_a_cache_gives_back_what_it_was_given_and_moves_seldom():
@@ -235,6 +246,7 @@ def test_a_cache_gives_back_what_it_was_given_and_moves_seldom():
         assert torch.equal(k, torch.cat(whole, 2)) and torch.equal(v, -k)
     assert len(places) <= 8                                                  # 3, 8, 18, 38 … positions
     cache.reorder([1, 1, 0])
+    assert isinstance(cache, Cache)
     more = torch.randn(3, 3, 1, 4, generator=g)
     k, v = cache.update(7, more, more)
     assert torch.equal(k, torch.cat([torch.cat(whole, 2)[[1, 1, 0]], more], 2)) and torch.equal(v[:, :, -1:], more)
@@ -270,7 +282,7 @@ def test_rows_end_by_themselves():
 @settings(max_examples=40)
 def test_required_tokens_come_and_banned_ones_do_not(required, extra, seed):
     banned = [i for i in range(7) if i not in required][:1]
-    def model(ids, positions=None, mask=None, cache=None): return torch.zeros(*ids.shape, 8, dtype=torch.float64)
+    def model(ids, positions=None, cache=None): return torch.zeros(*ids.shape, 8, dtype=torch.float64)
     row, = generate(model, [[0]], len(required) + extra, Sampler(required=required, banned=banned), end_token=7, seed=seed)
     assert set(required) <= set(row) and not set(banned) & set(row)
 
@@ -354,7 +366,7 @@ def test_streamed_text_is_the_text_of_the_tokens():
 
 def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
     letters = CharTokenizer.train(['abcdefghij'])
-    def counts(ids, positions=None, mask=None, cache=None): return torch.eye(10)[(ids + 1) % 10].log()     # a b c d …
+    def counts(ids, positions=None, cache=None): return torch.eye(10)[(ids + 1) % 10].log()     # a b c d …
     options = dict(stop=['ef', 'j'], tokenizer=letters)
     assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, **options)] == ['bcdef', 'hij', 'ef']
     assert ''.join(stream(counts, letters, 'a', 9, stop=['ef', 'j'])) == 'bcd'
@@ -435,7 +447,7 @@ def test_distance_is_the_least_number_of_tokens(pattern):
 def test_constrained_text_always_matches(pattern, extra, seed, ends):
     for tokenizer in (PAIRS, MANY):
         end = tokenizer.vocab_size if ends else None
-        def model(ids, positions=None, mask=None, cache=None): return torch.zeros(*ids.shape, tokenizer.vocab_size + 1)
+        def model(ids, positions=None, cache=None): return torch.zeros(*ids.shape, tokenizer.vocab_size + 1)
         try: constraint = Constraint(pattern, tokenizer)
         except ValueError: continue
         room = int(constraint.distance[0]) + extra

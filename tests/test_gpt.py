@@ -1,9 +1,8 @@
-"Chapter 9 beyond its chapter: judges of the whole model, weight maps that do not fit, real weights, counts, memory, compilation."
-import copy, math, pickle, struct
+"Chapter 9 beyond its chapter: counts, memory, compilation."
+import copy, math, pickle
 from dataclasses import replace
 from itertools import accumulate
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -11,10 +10,10 @@ from hypothesis import given, settings, strategies as st
 from shapes import unchecked
 from torch.nn import functional as F
 
+from llm_from_scratch.attention import Cache
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
 from llm_from_scratch.bpe import EMBEDDED, load_tokenizer, model_folder
-from llm_from_scratch.gpt import (GPT, GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, PRESETS, GPTConfig, MemoryEstimate, TiedHead, Weight, chunked_cross_entropy,
-                                  count_parameters, estimate_memory, flops_per_token, load_weights, model_card, read_llama2c)
+from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig, MemoryEstimate, TiedHead, chunked_cross_entropy, count_parameters, estimate_memory, flops_per_token, model_card
 from llm_from_scratch.positions import POSITIONS, RopeScaling
 from llm_from_scratch.storyland import stories
 
@@ -53,8 +52,8 @@ def test_any_configuration_survives_json_pickle_and_counting(choice):
     config = GPTConfig(**choice, rope_scaling=scaling and RopeScaling(*scaling))
     assert GPTConfig.from_json(config.to_json()) == config
     assert pickle.loads(pickle.dumps(config)) == config and copy.deepcopy(config) == config
-    with torch.device('meta'): made = GPT(config)
-    assert sum(p.numel() for p in made.parameters()) == sum(count_parameters(config).values())
+    with torch.device('meta'), unchecked():
+        assert sum(p.numel() for p in GPT(config).parameters()) == sum(count_parameters(config).values())
 
 
 @pytest.mark.parametrize('bad, words', [
@@ -104,7 +103,7 @@ def test_no_logit_sees_the_future(positions, backend):
     for t in range(ids.shape[1]):
         changed = ids.clone()
         changed[:, t] = (ids[:, t] + 1) % 23
-        difference = (made(changed) - before).abs().amax((0, 2))
+        with unchecked(): difference = (made(changed) - before).abs().amax((0, 2))
         assert t == 0 or difference[:t].max() == 0
         assert (difference[t:] > 0).all()
 
@@ -142,15 +141,8 @@ def test_loss_is_that_of_the_logits():
 
 
 def test_cache_and_positions_continue_a_sequence():
-    class Lists:
-        def __init__(self): self.layers = {}
-        def update(self, layer, k, v):
-            if layer in self.layers: k, v = torch.cat([self.layers[layer][0], k], 2), torch.cat([self.layers[layer][1], v], 2)
-            self.layers[layer] = k, v
-            return k, v
-
     for options in ({}, LLAMA, dict(positions='alibi'), dict(positions='sinusoidal', window=3)):
-        made, ids, cache = model(**options), some_ids(), Lists()
+        made, ids, cache = model(**options), some_ids(), Cache()
         parts = [made(ids[:, a:b], positions=torch.arange(a, b), cache=cache) for a, b in ((0, 4), (4, 5), (5, 9))]
         torch.testing.assert_close(torch.cat(parts, 1), made(ids), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match='which positions'): made(ids, cache=cache)
@@ -166,6 +158,7 @@ def test_ids_that_do_not_fit(ids, words):
 def test_positions_beyond_the_context():
     for positions in (torch.arange(4, 13), torch.arange(-1, 8)):
         with pytest.raises(ValueError, match='positions must lie between 0 and 11'): model(**LLAMA)(some_ids(), positions=positions)
+    with pytest.raises(ValueError, match='positions must lie between 0 and 11'): model(**LLAMA)(some_ids(), positions=torch.arange(-2, 7).expand(len(some_ids()), -1))
 
 
 def test_dropout_only_in_training():
@@ -230,13 +223,13 @@ def test_layers_split_over_two_processes_against_one(tmp_path):
     import os, subprocess, sys
     from pathlib import Path
     here = Path(__file__).parent
-    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1'}
-    both = [subprocess.Popen([sys.executable, here/'two_processes.py', str(rank), tmp_path/'meeting'], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for one in both:
-        out, errors = one.communicate(timeout=600)
-        assert one.returncode == 0, errors
-        share, worst = map(float, out.split())
-        assert share == 0.5 and worst < 1e-5
+    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
+    ranks = [[]] if hasattr(os, 'fork') else ['0', '1']                      # one that forks imports torch once
+    started = [subprocess.Popen([sys.executable, here/'two_processes.py', tmp_path/'meeting', *rank], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    said = [one.communicate(timeout=600) for one in started]
+    assert not any(one.returncode for one in started), said
+    lines = [line.split() for out, _ in said for line in out.splitlines()]
+    assert sorted(rank for rank, *_ in lines) == ['0', '1'] and all(float(share) == 0.5 and float(worst) < 1e-5 for _, share, worst in lines), lines
 
 
 # ---- the chunked loss ----
@@ -313,17 +306,22 @@ PUBLISHED = {'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_
 
 @pytest.mark.parametrize('name', sorted(PRESETS))
 def test_counts_of_presets(name):
-    with torch.device('meta'): made = GPT(PRESETS[name])
-    count = sum(p.numel() for p in made.parameters())
-    assert count == sum(count_parameters(PRESETS[name]).values()) == PUBLISHED.get(name, count)
-    assert f'{count:,}' in model_card(PRESETS[name])
+    "The published number, or that of the model itself."
+    with unchecked():
+        expected = PUBLISHED.get(name) or sum(p.numel() for p in GPT(PRESETS[name]).parameters())
+        assert sum(count_parameters(PRESETS[name]).values()) == expected
+
+
+@pytest.mark.parametrize('name', ['nano', 'llama-260k', 'gpt2'])
+def test_a_card_says_how_many(name):
+    with unchecked(): assert f'{sum(count_parameters(PRESETS[name]).values()):,}' in model_card(PRESETS[name])
 
 
 @pytest.mark.parametrize('name', ['nano', 'small', 'gpt2', 'llama-1.1b', 'llama-260k'])
 def test_flops_against_torch(name):
     from torch.utils.flop_counter import FlopCounterMode
-    config, T = replace(PRESETS[name], n_layers=min(3, PRESETS[name].n_layers)), 128
-    with torch.device('meta'):
+    config, T = replace(PRESETS[name], n_layers=2), 128
+    with torch.device('meta'), unchecked():
         made, ids = GPT(replace(config, backend='manual')), torch.zeros(2, T, dtype=torch.long)
         with FlopCounterMode(display=False) as training: made(ids, ids).backward()
         with FlopCounterMode(display=False) as forward: made(ids)
@@ -331,8 +329,8 @@ def test_flops_against_torch(name):
     assert abs(forward.get_total_flops() / ids.numel() / flops_per_token(config, T, training=False) - 1) < 0.01
 
 
-@pytest.mark.parametrize('config, batch_size', [(PRESETS['nano'], 4), (PRESETS['tiny'], 8), (PRESETS['small'], 2), (PRESETS['llama-260k'], 4),
-                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 4)])
+@pytest.mark.parametrize('config, batch_size', [(PRESETS['nano'], 2), (PRESETS['tiny'], 4), (PRESETS['small'], 1), (PRESETS['llama-260k'], 1),
+                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 1)])
 def test_memory_against_the_allocator(config, batch_size):
     def train():
         made = GPT(config)
@@ -345,137 +343,6 @@ def test_memory_against_the_allocator(config, batch_size):
     peak, estimate = max(memory_over_time(train)), estimate_memory(config, batch_size)
     assert isinstance(estimate, MemoryEstimate) and abs(estimate.training / peak - 1) < 0.1
     assert estimate.training == max(estimate.moments.values()) and estimate.inference == estimate.parameters + estimate.cache
-
-
-# ---- other people's weights ----
-
-def randomized(module):
-    torch.manual_seed(0)
-    for p in module.parameters(): p.data = torch.randn_like(p) * 0.2
-    return module.eval()
-
-
-@pytest.fixture(scope='module')
-def hf():
-    transformers = pytest.importorskip('transformers', reason='the judge is an extra: dev')
-    transformers.logging.set_verbosity_error()
-    return transformers
-
-
-def gpt2_of(hf, layers=2):
-    return randomized(hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=23, n_positions=12, n_embd=16, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0,
-                                                       resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)))
-
-
-def agree(ours, theirs, lines):
-    load_weights(ours, theirs.state_dict(), lines)
-    ids = some_ids()
-    a, b = ours(ids), theirs(ids).logits
-    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    ours(ids[:, :-1], ids[:, 1:]).backward()
-    theirs(ids, labels=ids).loss.backward()
-    torch.testing.assert_close(ours.token_embedding.weight.grad, theirs.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_against_hf_gpt2(hf): agree(model(), gpt2_of(hf), GPT2_WEIGHTS)
-
-
-@pytest.mark.parametrize('n_kv_heads, tied, scaling', [(4, False, None), (2, True, None), (1, False, None),
-                                                       (2, False, RopeScaling('llama3', 8.0, 16)), (4, True, RopeScaling('linear', 2.0))])
-def test_against_hf_llama(hf, n_kv_heads, tied, scaling):
-    rope = {'rope_type': 'default', 'rope_theta': 500.0}
-    if scaling: rope |= {'rope_type': scaling.kind, 'factor': scaling.factor}
-    if scaling and scaling.kind == 'llama3': rope |= {'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
-    theirs = randomized(hf.LlamaForCausalLM(hf.LlamaConfig(
-        vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=n_kv_heads, intermediate_size=24, rms_norm_eps=1e-5,
-        max_position_embeddings=12, tie_word_embeddings=tied, rope_parameters=rope, bos_token_id=0, eos_token_id=0)))
-    agree(model(**LLAMA, n_kv_heads=n_kv_heads, d_ff=24, tie_embeddings=tied, rope_base=500.0, rope_scaling=scaling), theirs, LLAMA_WEIGHTS)
-
-
-def test_each_tensor_is_used_exactly_once(hf):
-    state, made = gpt2_of(hf).state_dict(), model()
-    before = {name: p.clone() for name, p in made.state_dict().items()}
-
-    def load(tensors, lines=GPT2_WEIGHTS): load_weights(made, tensors, lines)
-    with pytest.raises(ValueError, match='lacks: transformer.h.1.ln_1.bias'): load({k: v for k, v in state.items() if k != 'transformer.h.1.ln_1.bias'})
-    with pytest.raises(ValueError, match='no line for: extra'): load({**state, 'extra': torch.zeros(1)})
-    with pytest.raises(ValueError, match='no line for: transformer.h.2'): load(gpt2_of(hf, 3).state_dict())
-    with pytest.raises(ValueError, match='wpe.weight has shape'): load({**state, 'transformer.wpe.weight': torch.zeros(13, 16)})
-    with pytest.raises(ValueError, match='not its embedding'): load({**state, 'lm_head.weight': torch.zeros(23, 16)})
-    without = {k: v for k, v in state.items() if k != 'transformer.wpe.weight'}
-    with pytest.raises(ValueError, match='nothing fills: position_embedding.weight'): load(without, [line for line in GPT2_WEIGHTS if 'wpe' not in line.source])
-    with pytest.raises(ValueError, match='fills again: norm.weight'): load({**state, 'again': torch.zeros(16)}, [*GPT2_WEIGHTS, Weight('again', 'norm.weight')])
-    with pytest.raises(ValueError, match='two lines'): load(state, [*GPT2_WEIGHTS, GPT2_WEIGHTS[0]])
-    with pytest.raises(ValueError, match='this model has no: nowhere'): load({**state, 'x': torch.zeros(1)}, [*GPT2_WEIGHTS, Weight('x', 'nowhere')])
-    assert all(torch.equal(p, before[name]) for name, p in made.state_dict().items())          # nothing was copied before all was checked
-    load({k: v for k, v in state.items() if k != 'lm_head.weight'})                            # a tied head may be left out
-
-
-def test_an_untied_head_must_be_given(hf):
-    state = gpt2_of(hf).state_dict()
-    state['lm_head.weight'] = torch.randn(23, 16)
-    untied = model(tie_embeddings=False)
-    load_weights(untied, state, GPT2_WEIGHTS)
-    assert torch.equal(untied.head.weight, state['lm_head.weight'])
-    del state['lm_head.weight']
-    with pytest.raises(ValueError, match='lacks: lm_head.weight'): load_weights(untied, state, GPT2_WEIGHTS)
-
-
-STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but it was "
-         "too high.\nLily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do.")
-
-
-def read_pieces(path):
-    data, at, pieces = path.read_bytes(), 4, []
-    while at < len(data):
-        _, length = struct.unpack_from('<fi', data, at)
-        pieces.append(data[at + 8:at + 8 + length])
-        at += 8 + length
-    return pieces
-
-
-def test_real_weights_tell_a_story(shared_data):
-    folder = shared_data/'tinyllamas'
-    config, tensors = read_llama2c(folder/'stories260K.bin')
-    assert config == PRESETS['llama-260k']
-    made = GPT(config)
-    load_weights(made, tensors, META_WEIGHTS)
-    ids, pieces = torch.tensor([[1]]), read_pieces(folder/'tok512.bin')
-    with torch.no_grad(), unchecked():
-        for _ in range(130): ids = torch.cat([ids, made(ids)[:, -1].argmax(-1, keepdim=True)], 1)
-    text = b''.join(b'\n' if pieces[i] == b'<0x0A>' else pieces[i] for i in ids[0, 1:].tolist()).decode().strip()
-    assert text.startswith(STORY)
-    # The same model through the other layout of rotary pairs: permuted weights, "half".
-    from llm_from_scratch.positions import interleaved_to_half
-    for name, tensor in tensors.items():
-        if name.endswith(('.wq.weight', '.wk.weight')): tensors[name] = interleaved_to_half(tensor, 8 if '.wq.' in name else 4)
-    other = GPT(replace(config, rope_layout='half'))
-    load_weights(other, tensors, META_WEIGHTS)
-    torch.testing.assert_close(other(ids), made(ids), rtol=1e-4, atol=1e-4)
-
-
-def llama2c_file(path, V=11, tied=True, cut=0):
-    D, F_, L, H, K, T = 8, 12, 2, 4, 2, 6
-    n = V * D + L * (2 * D + 2 * D * D + 2 * D * K * 2 + 3 * D * F_) + D + 2 * T * 1 + (0 if tied else V * D)
-    numbers = np.random.default_rng(0).normal(size=n).astype('<f4').tobytes()
-    path.write_bytes(struct.pack('<7i', D, F_, L, H, K, V if tied else -V, T) + numbers[:len(numbers) - cut])
-    return numbers
-
-
-def test_llama2c_files(tmp_path):
-    path = tmp_path/'model.bin'
-    for tied in (True, False):
-        numbers = np.frombuffer(llama2c_file(path, tied=tied), '<f4')
-        config, tensors = read_llama2c(path)
-        assert config.tie_embeddings == tied and config.kv_heads == 2 and config.vocab_size == 11
-        made = GPT(config)
-        load_weights(made, tensors, META_WEIGHTS)
-        assert made.token_embedding.weight.flatten().tolist() == numbers[:88].tolist()
-        if not tied: assert made.head.weight.flatten().tolist() == numbers[-88:].tolist()
-    llama2c_file(path, cut=4)
-    with pytest.raises(ValueError, match='its header asks for'): read_llama2c(path)
-    path.write_bytes(b'short')
-    with pytest.raises(ValueError, match='no header'): read_llama2c(path)
 
 
 # ---- a model on disk ----
@@ -524,10 +391,10 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
     head = 8 + int.from_bytes(whole[:8], 'little')
     for at in range(head, len(whole)):
         weights.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        with pytest.raises(ValueError, match='model.safetensors or config.json is damaged'): GPT.from_pretrained(tmp_path)
+        with unchecked(), pytest.raises(ValueError, match='model.safetensors or config.json is damaged'): GPT.from_pretrained(tmp_path)
     for n in range(0, len(whole), 7):
         weights.write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
+        with unchecked(), pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize('change, words', [
@@ -583,7 +450,7 @@ def test_the_embedded_model_knows_its_world():
         made, words = GPT.from_pretrained(name), load_tokenizer(name)
         assert made.config.vocab_size == words.vocab_size and sum(p.numel() for p in made.parameters()) <= 1_000_000
     end, above, n = words.special_tokens['<|endoftext|>'], 0.0, 0
-    for story in stories(40, seed=77, split='test'):
+    for story in stories(25, seed=77, split='test'):
         ids = words.encode(story.text)
         assert words.decode(ids) == story.text and len(ids) < made.config.context_length
         with torch.no_grad(), unchecked(): above += float(made(torch.tensor([[end, *ids]]), torch.tensor([[*ids, end]]))) * (len(ids) + 1) + story.log_probability

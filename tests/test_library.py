@@ -10,7 +10,7 @@ from conftest import ROOT
 
 INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
-WITHOUT_TORCH = ['text', 'bpe', 'storyland', 'data', 'figures', 'cli']
+WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'data', 'figures', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
 EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from llm_from_scratch.text import (CLEANING_STEPS, RULE, UNKNOWN, WHITESPACE_PATTERN, WORD_PATTERN, CharTokenizer, MinHash, SpacedWordTokenizer, Tokenizer, WordTokenizer, choose_bands, clean,
-                                   deduplicate, excerpts, fit_power_law, jaccard, lsh_pairs, near_duplicates, pydoc_corpus, shingles, split_words, stable_hash, write_atomically)
+                                   deduplicate, excerpts, fit_power_law, jaccard, lsh_pairs, near_duplicates, pydoc_corpus, shingles, split_words, stable_hash)
 
 INPUTS = []
 
@@ -365,14 +365,6 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
 def test_foreign_files_are_refused(content, tmp_path):
     (tmp_path/'t.json').write_text(content, encoding='utf-8')
     with pytest.raises(ValueError, match='t.json is not a CharTokenizer file'): CharTokenizer.load(tmp_path/'t.json')
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path/'t.json'
-    write_atomically(path, 'old')
-    monkeypatch.setattr(os, 'fsync', lambda handle: (_ for _ in ()).throw(OSError('no space left')))
-    with pytest.raises(OSError, match='no space'): write_atomically(path, 'new')
-    assert path.read_text(encoding='utf-8') == 'old' and os.listdir(tmp_path) == ['t.json']
 
 
 WRITER = """

@@ -1,5 +1,5 @@
 "The trainer against the bare loop, one process against two, checkpoints against the safetensors library."
-import json, logging, math, os, sys
+import io, json, logging, math, os, sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,11 @@ from torch import nn
 from llm_from_scratch import training
 from llm_from_scratch.data import IGNORE, BatchLoader
 from llm_from_scratch.gpt import GPT, GPTConfig
-from llm_from_scratch.optim import SCHEDULES
+from llm_from_scratch.optim import SCHEDULES, AdamW
 from llm_from_scratch.training import (
-    OPTIMIZERS, Callback, LivePlot, OptimizerMemory, ProcessGroup, SpikeDetector, TensorBoard, TrainConfig, Trainer, accumulate, checkpoints, choose_precision, compiled, evaluate,
-    generator_states, join_state, latest_checkpoint, lm_loss, load_checkpoint, loader_for, lr_multiplier, matrix_speed, missing_compiler, plot_history, predict_run, read_log,
-    restore_generators, save_checkpoint, split_state, write_tensors)
+    OPTIMIZERS, Callback, DamagedCheckpoint, LivePlot, OptimizerMemory, ProcessGroup, SpikeDetector, TensorBoard, TrainConfig, Trainer, accumulate, checkpoints, choose_precision, compiled, evaluate,
+    generator_states, join_state, latest_checkpoint, lm_loss, load, load_checkpoint, loader_for, lr_multiplier, matrix_speed, missing_compiler, plot_history, predict_run, read_log,
+    restore_generators, save, save_checkpoint, split_state, write_tensors)
 
 INPUTS = []
 ROOT = Path(training.__file__).parent.parent
@@ -117,7 +117,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(rows, micro, ignored
 def test_every_group_follows_the_schedule():
     made = make(steps=6, optimizer='muon', warmup=4)
     made.step = 2
-    share = made.set_learning_rate()
+    share = training.lr_multiplier(made.config, made.step, made.planned_steps())
+    training.set_learning_rate(made.optimizers, share)
     assert share == lr_multiplier(made.config, 2, 6) == .6          # the third of four steps up, and one to go
     assert {g['lr'] for o in made.optimizers for g in o.param_groups} == {share * made.config.lr, share * made.config.muon_lr}
 
@@ -310,6 +311,108 @@ def test_every_generator_is_put_back():
     assert draw() != first
     restore_generators(model, states)
     assert draw() == first
+
+
+# Save and load ----------------------------------------------------------------------------------------------------
+
+class TestSaveAndLoad:
+    "A file of one's own loop: (model, optimizers, step) as they were, at a path or in a file object."
+    def loop(self, optimizers=None, seed=0):
+        made = make(dropout=0)
+        torch.manual_seed(seed)
+        for p in made.model.parameters(): p.data.normal_(0, .02)
+        return made.train, made.model, optimizers or [AdamW(made.model.parameters(), lr=.01)]
+
+    def go(self, train, model, optimizers, steps):
+        for step in steps:
+            for o in optimizers: o.zero_grad()
+            model(*train.batch(step)).backward()
+            for o in optimizers: o.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    @pytest.mark.parametrize('name', [*sorted(OPTIMIZERS), 'torch'])
+    @pytest.mark.parametrize('where', ['path', 'object'])
+    def test_a_loop_goes_on_bit_for_bit(self, tmp_path, name, where):
+        def fresh(seed, **settings):
+            train, model, _ = self.loop(seed=seed)
+            kinds = {'torch': lambda: [torch.optim.AdamW(model.parameters(), lr=.03, **settings)]}
+            return train, model, kinds.get(name, lambda: OPTIMIZERS[name](model, TrainConfig(steps=1, lr=.03)))()
+        run = fresh(0)
+        self.go(*run, range(3))
+        for o in run[2]: o.param_groups[0]['lr'] *= .5
+        file = tmp_path/'x.safetensors' if where == 'path' else io.BytesIO()
+        save(file, run[1], run[2] if len(run[2]) > 1 else run[2][0], step=3)
+        if where == 'object': file.seek(0)
+        other = fresh(1)
+        for o in other[2]: o.param_groups[-1]['lr'] = 7.0
+        step = load(file, other[1], other[2] if len(other[2]) > 1 else other[2][0])
+        assert step == 3 and [[g['lr'] for g in o.param_groups] for o in other[2]] == [[g['lr'] for g in o.param_groups] for o in run[2]]
+        assert [[g.get('betas') for g in o.param_groups] for o in other[2]] == [[g.get('betas') for g in o.param_groups] for o in run[2]]
+        assert all(map(torch.equal, self.go(*run, range(3, 6)), self.go(*other, range(3, 6))))
+
+    def test_the_file_is_safetensors_and_the_same_in_an_object(self, tmp_path):
+        run = self.loop(); self.go(*run, range(2))
+        save(tmp_path/'x', run[1], run[2], 2)
+        save(file := io.BytesIO(), run[1], run[2], 2)
+        assert (tmp_path/'x').read_bytes() == file.getvalue()
+        found = safetensors.torch.load_file(tmp_path/'x')
+        assert all(torch.equal(found[f'model.{n}'], t) for n, t in run[1].state_dict().items())
+        assert {n for n in found if n.startswith('optimizer.norm.bias')} == {f'optimizer.norm.bias.{k}' for k in ('step', 'exp_avg', 'exp_avg_sq')}
+
+    def test_without_an_optimizer_the_weights_alone(self, tmp_path):
+        run, (_, model, _) = self.loop(), self.loop(seed=1)
+        save(tmp_path/'x', run[1], run[2], 5)
+        assert load(tmp_path/'x', model) == 5 and all(map(torch.equal, run[1].parameters(), model.parameters()))
+
+    def test_every_flipped_byte_and_every_cut_is_noticed(self, tmp_path):
+        run = self.loop(); self.go(*run, range(1))
+        save(file := io.BytesIO(), run[1], run[2], 1)
+        whole, draw = file.getvalue(), np.random.default_rng(0)
+        before = [p.detach().clone() for p in run[1].parameters()]
+        for at in [0, 3, 7, 8, len(whole) - 1, *(whole.index(b'crc32') + i for i in range(18)), *map(int, draw.integers(0, len(whole), 120)), *map(int, draw.integers(8, 2000, 120))]:
+            hurt = bytearray(whole); hurt[at] ^= 1 << int(draw.integers(8))
+            with pytest.raises(DamagedCheckpoint, match='the file'): load(io.BytesIO(bytes(hurt)), run[1], run[2])
+        for size in (0, 1, 7, 8, 9, 500, len(whole) // 2, len(whole) - 1):
+            with pytest.raises(DamagedCheckpoint): load(io.BytesIO(whole[:size]), run[1], run[2])
+        with pytest.raises(DamagedCheckpoint, match='checksum'): load(io.BytesIO(whole + b'\0'), run[1], run[2])
+        assert all(map(torch.equal, before, run[1].parameters())) and load(io.BytesIO(whole), run[1], run[2]) == 1
+
+    def test_what_another_program_wrote_is_named_and_never_unpickled(self, tmp_path):
+        _, model, optimizers = self.loop()
+        torch.save(model.state_dict(), tmp_path/'model.pt')
+        safetensors.torch.save_file(model.state_dict(), tmp_path/'model.safetensors')
+        (tmp_path/'list').write_bytes((2).to_bytes(8, 'little') + b'[]')
+        for name, words in (('model.pt', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
+            with pytest.raises(DamagedCheckpoint, match=f'{name} .*{words}'): load(tmp_path/name, model, optimizers)
+        with pytest.raises(FileNotFoundError): load(tmp_path/'none', model)
+
+    def test_another_model_or_optimizer_is_refused_and_nothing_has_changed(self, tmp_path):
+        _, model, optimizers = self.loop()
+        save(tmp_path/'x', model, optimizers, 1)
+        save(tmp_path/'bare', model)
+        wide = make(d_model=16).model
+        before = [p.detach().clone() for p in wide.parameters()]
+        with pytest.raises(ValueError, match=r"x is of another model: missing \[\], unknown \[\], other shapes \['token_embedding.weight \(19, 8\) for \(19, 16\)'"): load(tmp_path/'x', wide)
+        with pytest.raises(ValueError, match=r"another model: missing \['bias', 'weight'\]"): load(tmp_path/'x', nn.Linear(2, 2))
+        assert all(map(torch.equal, before, wide.parameters()))
+        _, other, _ = self.loop(seed=1)
+        before = [p.detach().clone() for p in other.parameters()]
+        for wrong, words in ((torch.optim.SGD(other.parameters()), 'AdamW of 1 groups.*SGD'), (AdamW(OPTIMIZERS['adamw'](other, TrainConfig(steps=1))[0].param_groups), '3 groups')):
+            with pytest.raises(ValueError, match=words): load(tmp_path/'x', other, wrong)
+        with pytest.raises(ValueError, match='no optimizer'): load(tmp_path/'bare', other, AdamW(other.parameters()))
+        assert all(map(torch.equal, before, other.parameters()))
+
+    def test_a_write_that_fails_leaves_the_file_as_it_was(self, tmp_path, monkeypatch):
+        run = self.loop()
+        save(tmp_path/'x', run[1], run[2], 1)
+        before = (tmp_path/'x').read_bytes()
+        puts = iter(range(9))
+        def full(file, *args, put=training._put):
+            if next(puts) == 5: raise OSError(28, 'No space left on device')
+            return put(file, *args)
+        monkeypatch.setattr(training, '_put', full)
+        with pytest.raises(OSError, match='No space'): save(tmp_path/'x', run[1], run[2], 2)
+        assert (tmp_path/'x').read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['x']
 
 
 # Beside the run ---------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_killed_at_a_thousand_random_points(tmp_path):
     assert found['deaths'] >= 1000 and set(SAVING) <= set(found['where']) and len(found['where']) >= 50, found
 
 
-@pytest.mark.parametrize('name', ['_write_state', '_sync_folder', '_thin', '_discard'])
+@pytest.mark.parametrize('name', ['_write_state', 'sync_folder', '_thin', '_discard'])
 def test_an_error_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, name):
     save_checkpoint(tmp_path, 1, {'model': {'w': torch.ones(3)}}, keep=1)
     def fail(*args): raise KeyboardInterrupt
