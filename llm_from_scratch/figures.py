@@ -160,7 +160,9 @@ def _box(label: str, x: float, y: float, width: int, height: int, color: str) ->
             f'stroke="{color}" stroke-width="1.4"/>{words}')
 
 # %% ../nbs/figures.ipynb #a1f00002
-def label(x: float, y: float, text: str, size: float = 11, color: str = INK, **style: str) -> str:
+def label(
+    x: float, y: float, text: str, size: float = 11, color: str = INK, **style: str,
+) -> str:
     "A line of text, centered at x; `style` holds attributes such as `font_weight`."
     more = "".join(f' {k.replace("_", "-")}="{v}"' for k, v in style.items())
     anchor = "" if "text_anchor" in style else ' text-anchor="middle"'
@@ -244,7 +246,8 @@ def exploded(
 ) -> SVG:
     "A GPT from bottom to top, with the numbers of a real forward pass."
     if not 1 <= len(tokens) == len(ids) <= 3:
-        raise ValueError(f"draws up to three tokens and their ids, got {len(tokens)} and {len(ids)}")
+        raise ValueError("draws up to three tokens and their ids, "
+                         f"got {len(tokens)} and {len(ids)}")
     xs = [66 + 116 * i for i in range(len(tokens))]
     last, parts = xs[-1], []
     for x, token, i, low, high in zip(xs, tokens, ids, stream[0], stream[-1]):
@@ -282,7 +285,7 @@ def _layers(xs: Sequence[float], n_blocks: int) -> list[str]:
                   arrow((x + 16, 336), (x + 16, 304), (x + 9, 304)),
                   arrow((x + 16, 240), (x + 16, 210), (x + 9, 210))]
         for earlier in xs[:i]:
-            rise = 335 - (x - earlier) / 8                   # attention from an earlier position
+            rise = 335 - (x - earlier) / 8       # attention from an earlier position
             parts.append(f'<path d="M{earlier + 22:g},335 Q{(earlier + x) / 2:g},{rise:g} '
                          f'{x + 8:g},334" fill="none" stroke="{COLORS[0]}" '
                          'stroke-width="1.3" marker-end="url(#tip)"/>')

@@ -231,6 +231,21 @@ def export_weights(
     complain("the map has no line for", sorted(state.keys() - written))
     return found
 
+# %% ../nbs/pretrained.ipynb #70a00002
+TOUR_WEIGHTS: tuple[Weight, ...] = (
+    *layer_lines("token_embedding", "token_embedding"),
+    *layer_lines("position_embedding", "position_embedding"),
+    *block_lines("blocks", {
+        "attention_norm": "attention_norm",
+        "mlp_norm": "feed_forward_norm",
+        "attention.qkv": "attention.query attention.key attention.value",
+        "attention.output": "attention.output",
+        "mlp.0": "feed_forward.up",
+        "mlp.2": "feed_forward.down"}, bias=True),
+    *layer_lines("norm", "norm", bias=True),
+    *layer_lines("head", "head"),
+)
+
 # %% ../nbs/pretrained.ipynb #fcbca21d
 META_WEIGHTS: tuple[Weight, ...] = (
     *layer_lines("tok_embeddings", "token_embedding"),

@@ -719,7 +719,7 @@ def anatomy(book):
     "Every chapter has the same parts in the same order, so that a reader finds the question, the errors and the exercises where the last chapter had them."
     for stem, cells in book.chapters.items():
         name, text = chapter_name(stem), '\n\n'.join(c.source for c in cells if c.kind == 'markdown')
-        if not cells or not re.match(rf'# \S.*\{{#sec-{name}\}}\s*(\n|$)', cells[0].source): yield f'{stem}: cell 0: does not open with `# Title {{#sec-{name}}}`; begin the first cell with it'
+        if not cells or not re.match(rf'# \S.*\{{#sec-{name}( \.unnumbered)?\}}\s*(\n|$)', cells[0].source): yield f'{stem}: cell 0: does not open with `# Title {{#sec-{name}}}`; begin the first cell with it'
         if len(re.findall(r'^# ', plain(text), re.M)) > 1: yield f'{stem}: has a second title; one `#` heading, the rest begin with `##`'
         if f'default_exp {name}' not in '\n'.join(c.source for c in cells if c.kind == 'code').replace('#| ', ''): yield f'{stem}: has no cell `#| default_exp {name}`; add it below the title'
         if not re.search(r':::\s*\{[^}]*title="You will build"', text): yield f'{stem}: has no "You will build" callout; add ::: {{.callout-note title="You will build"}}'

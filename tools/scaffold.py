@@ -38,7 +38,7 @@ def wanted(n, name, title, root=ROOT):
     return int(n), name, title
 
 
-def part_of(n): return max(i for i, (first, _) in enumerate(PARTS) if first <= n)
+def part_of(n): return max((i for i, (first, _) in enumerate(PARTS) if first <= n), default=-1)      # -1: the tour, before all parts
 
 
 def insert(text, n, name):
