@@ -224,7 +224,8 @@ class _HeadNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
         weight = self.weight + self.offset if self.offset else self.weight
         rows = x.unflatten(-1, (-1, len(weight)))
-        return F.rms_norm(rows, weight.shape, weight, self.eps).flatten(-2)
+        # In one dtype, torch has a fused kernel, which computes in float32.
+        return F.rms_norm(rows, weight.shape, weight.to(x.dtype), self.eps).flatten(-2)
 
 # %% ../nbs/07_attention.ipynb #04a6da44
 def _check_heads(
