@@ -195,12 +195,12 @@ def test_a_row_does_not_depend_on_the_others_nor_on_a_cache(name):
 @pytest.mark.parametrize('limit', [1, 5, 8])
 def test_sliding_is_the_same_alone_in_a_batch_and_with_a_cache(name, limit):
     model, options = opinionated(name), dict(overflow='slide', context_length=limit)
-    for cache in ({}, {'cache': None}): generate(model, RAGGED, limit + 2, WARM, **options, **cache)       # with every shape checked
+    for cache in ({}, {'cache': None}) if limit == 5 else (): generate(model, RAGGED, limit + 2, WARM, **options, **cache)       # with every shape checked
     with unchecked():
-        rows = generate(model, RAGGED, 30, WARM, seed=3, **options)
-        assert generate(model, RAGGED, 30, WARM, seed=3, cache=None, **options) == rows
+        rows = generate(model, RAGGED, 20, WARM, seed=3, **options)
+        assert generate(model, RAGGED, 20, WARM, seed=3, cache=None, **options) == rows
         for prompt, seed, row in zip(RAGGED, row_seeds(3, 4), rows, strict=True):
-            assert generate(model, [prompt], 30, WARM, seed=[seed], **options)[0] == row
+            assert generate(model, [prompt], 20, WARM, seed=[seed], **options)[0] == row
 
 
 def test_sliding_reads_what_it_says():

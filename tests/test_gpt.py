@@ -45,7 +45,7 @@ choices = st.fixed_dictionaries(dict(
     tie_embeddings=st.booleans(), qk_norm=st.booleans(), sinks=st.booleans(), rope_scaling=st.sampled_from([None, ('linear', 2.0), ('yarn', 4.0, 16)])))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(choices)
 def test_any_configuration_survives_json_pickle_and_counting(choice):
     scaling = choice.pop('rope_scaling')
