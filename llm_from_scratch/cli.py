@@ -623,7 +623,8 @@ def _generate(
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
     from llm_from_scratch.bpe import load_tokenizer
-    from llm_from_scratch.generation import Constraint, stream
+    from llm_from_scratch.constraints import Constraint
+    from llm_from_scratch.generation import stream
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import best_device
     made = GPT.from_pretrained(model, device=device or best_device())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer, UInt64
+from jaxtyping import Int64, Integer, UInt64
 
 from .files import check_checksum, checksum, digest, replacing
 from .text import Tokenizer, clean, pydoc_corpus
@@ -23,7 +23,7 @@ else: Tensor = Any        # writing and reading token files needs no torch; only
 
 # %% auto #0
 __all__ = ['CACHE_VARIABLE', 'SPLITS', 'IGNORE', 'DownloadError', 'download', 'split_text', 'split_documents', 'load_corpus',
-           'TokenWriter', 'TokenFile', 'document_mask', 'document_positions', 'mix', 'rank_rows', 'BatchLoader']
+           'TokenWriter', 'TokenFile', 'mix', 'rank_rows', 'BatchLoader']
 
 # %% ../nbs/05_data.ipynb #9c9d6934
 def as_ids(
@@ -469,18 +469,6 @@ def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     at_once = hasattr(tokenizer, "encode_batch")
     while some := list(islice(texts, 256)):
         yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)
-
-# %% ../nbs/05_data.ipynb #056c8ac1
-def document_mask(
-    segments: Int64[Tensor, "B T"],     # the document of each token
-) -> Bool[Tensor, "B T T"]:             # True where a query (down) may look at a key (across)
-    "A causal mask that ends at the borders of documents, @eq-data-mask."
-    same = segments[:, :, None] == segments[:, None, :]
-    return same.tril()
-
-def document_positions(segments: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
-    "How many tokens of its document stand before each token in the same row."
-    return document_mask(segments).sum(-1) - 1
 
 # %% ../nbs/05_data.ipynb #35fff9fd
 def mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
