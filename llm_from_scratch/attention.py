@@ -3,10 +3,8 @@
 # %% ../nbs/07_attention.ipynb #43489171
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
 import torch
@@ -14,13 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import document_mask
 from .positions import Alibi, Rope
 from .tensors import Linear, softmax
 
 # %% auto #0
-__all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding_window_mask', 'MultiHeadAttention', 'Cache',
-           'head_view']
+__all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding_window_mask', 'document_mask',
+           'document_positions', 'MultiHeadAttention', 'Cache']
 
 # %% ../nbs/07_attention.ipynb #97af4931
 def causal_mask(
@@ -211,6 +208,18 @@ def sliding_window_mask(
     if window < 1: raise ValueError(f"a window holds at least 1 position, got {window}")
     past = causal_mask(n_queries, n_keys, device)
     return past.triu(past.shape[1] - n_queries - window + 1)
+
+# %% ../nbs/07_attention.ipynb #056c8ac1
+def document_mask(
+    segments: Int[Tensor, "B T"],       # the document of each token
+) -> Bool[Tensor, "B T T"]:             # True where a query (row) attends to a key (column)
+    "A causal mask that ends at the borders of documents, @eq-attention-documents."
+    same = segments[:, :, None] == segments[:, None, :]
+    return same.tril()
+
+def document_positions(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    "How many tokens of its document stand before each token in the same row."
+    return document_mask(segments).sum(-1) - 1
 
 # %% ../nbs/07_attention.ipynb #e585a34d
 class _HeadNorm(nn.Module):
@@ -562,121 +571,3 @@ def _last(positions: Tensor, n: int) -> Tensor: return positions[:, -n:]
 def _latest(positions: Tensor, n: int) -> Tensor:
     "The columns of the n latest positions of each row, in order."
     return positions.topk(n, 1).indices.sort(1).values
-
-# %% ../nbs/07_attention.ipynb #96f97dfd
-def _map_svg(weights: Tensor, name: str) -> str:
-    "A heat map as SVG: who looks, down; at whom, across; ten shades."
-    n = len(weights)
-    shades = (weights * 10).round().int().tolist()
-    paths = [f'<rect class="hv-frame" width="{n}" height="{n}"/>']
-    for shade in range(1, 11):
-        cells = "".join(f"M{s} {t}h1v1h-1z" for t, row in enumerate(shades)
-                        for s, value in enumerate(row) if value == shade)
-        if cells: paths.append(f'<path d="{cells}" opacity="{shade / 10:g}"/>')
-    title = escape(f"{name}: who looks, down; at whom, across", quote=True)
-    return (f'<svg viewBox="0 0 {n} {n}" role="img" aria-label="{title}">{"".join(paths)}'
-            f'<rect class="hv-row" width="{n}" height="1"/></svg>')
-
-# %% ../nbs/07_attention.ipynb #38c1086f
-#| code-fold: true
-#| code-summary: "The style"
-_STYLE = """<style>
-.head-view { --hv: 42 134 201; margin: 1.5rem 0; padding: 1px; color: inherit }
-.head-view .hv-maps { display: flex; flex-wrap: wrap; gap: .8rem }
-.head-view figure { flex: 1 1 7rem; max-width: 14rem; margin: 0; text-align: center }
-.head-view svg { display: block; width: 100%; height: auto }
-.head-view svg path { fill: rgb(var(--hv)) }
-.head-view .hv-frame { fill: none; stroke: currentColor; stroke-width: .15; opacity: .5 }
-.head-view .hv-row { fill: none; stroke: #d55e00; stroke-width: .35; display: none }
-.head-view.hv-on .hv-row { display: inline }
-.head-view figcaption { font-size: .85em; margin: .2rem 0 0; text-align: center }
-.head-view .hv-live { margin-top: 1rem }
-.head-view label { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
-.head-view input { flex: 1 1 12rem; min-height: 1.5rem }
-.head-view p { margin: .7rem 0 0; line-height: 1.9 }
-.head-view .hv-tokens { font-family: monospace; overflow-wrap: anywhere; cursor: pointer }
-.head-view .hv-tokens span { padding: .15em .28em; border-radius: .2em; white-space: pre }
-.head-view .hv-tokens .hv-here { outline: 2px solid #d55e00 }
-.head-view .hv-tokens .hv-most { text-decoration: underline; text-underline-offset: .2em }
-</style>"""
-
-# %% ../nbs/07_attention.ipynb #c9a9974a
-#| code-fold: true
-#| code-summary: "The script"
-_SCRIPT = """<script>
-(function (root) {
-  if (!root) return;
-  const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
-  const live = root.querySelector('.hv-live'), slider = live.querySelector('input');
-  const said = live.querySelector('output'), make = (tag) => document.createElement(tag);
-  const strips = data.names.map((name) => {
-    const line = make('p'), most = make('span'), tokens = make('span'), title = make('b');
-    title.textContent = name;
-    tokens.className = 'hv-tokens';
-    data.tokens.forEach((token, s) => {
-      const one = make('span');
-      one.textContent = token;
-      one.addEventListener('click', () => { slider.value = s; show(s); });
-      tokens.append(one);
-    });
-    line.append(title, ' ', most, make('br'), tokens);
-    live.append(line);
-    return { most, spans: [...tokens.children] };
-  });
-  function show(t) {
-    const name = (s) => '\\u201c' + data.tokens[s] + '\\u201d at ' + s;
-    said.textContent = name(t);
-    slider.setAttribute('aria-valuetext', name(t));
-    root.querySelectorAll('.hv-row').forEach((row) => row.setAttribute('y', t));
-    strips.forEach(({ most, spans }, h) => {
-      const row = data.weights[h][t], best = row.indexOf(Math.max(...row));
-      const share = `reads ${name(best)} (${row[best] / 10} %)`;
-      most.textContent = row[best] ? share : 'reads nothing';
-      spans.forEach((span, s) => {
-        span.style.background = `rgb(var(--hv) / ${(row[s] || 0) / 1000 * 0.5})`;
-        span.className = (s === t ? 'hv-here ' : '') + (s === best && row[s] ? 'hv-most' : '');
-      });
-    });
-  }
-  slider.addEventListener('input', () => show(+slider.value));
-  live.hidden = false; root.classList.add('hv-on'); show(+slider.value);
-})(document.querySelector(".head-view:not(.hv-on)"));     // the next one on the page
-</script>"""
-
-# %% ../nbs/07_attention.ipynb #dc41dc9d
-class HeadView(str):
-    "A piece of HTML that a notebook shows as it is; written to a file, any browser does."
-    def _repr_html_(self) -> str: return str(self)
-
-
-def _data(tokens: Sequence[str], names: Sequence[str], weights: Tensor) -> str:
-    "What the script reads, as JSON that cannot end a script too early."
-    shown = [token.replace("\n", "⏎").replace(" ", "␣") or "∅" for token in tokens]
-    thousandths = (weights * 1000).round().int().tolist()
-    data = {"tokens": shown, "names": list(names), "weights": thousandths}
-    text = json.dumps(data, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("&", "\\u0026")
-
-# %% ../nbs/07_attention.ipynb #66910183
-def head_view(
-    tokens: Sequence[str],                      # what stands at each position
-    weights: Float[Tensor, "H T T"],            # of each head, from `attention_weights`
-    names: Sequence[str] | None = None,         # of the heads; by default "head 1", "head 2", …
-    position: int = -1,                         # who reads, until somebody else is chosen
-) -> HeadView:
-    "A page of attention weights: a heat map for each head and, with JavaScript, what it reads."
-    H, T, S = weights.shape
-    names = [f"head {h + 1}" for h in range(H)] if names is None else names
-    if (len(tokens), len(names)) != (T, H) or T != S:
-        raise ValueError(f"weights of shape {(H, T, S)} need as many tokens as rows and "
-                         "columns, and a name for each head, "
-                         f"got {len(tokens)} tokens and {len(names)} names")
-    weights, start = weights.detach().float().cpu(), range(T)[position]
-    data = _data(tokens, names, weights)
-    maps = "".join(f"<figure>{_map_svg(w, name)}<figcaption>{escape(name)}</figcaption>"
-                   "</figure>" for w, name in zip(weights, names))
-    return HeadView(
-        f'<div class="head-view">{_STYLE}<div class="hv-maps">{maps}</div>'
-        f'<div class="hv-live" hidden><label>Who reads: <input type="range" min="0" '
-        f'max="{T - 1}" value="{start}"> <output></output></label></div>'
-        f'<script type="application/json">{data}</script>{_SCRIPT}</div>')

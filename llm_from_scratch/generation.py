@@ -6,16 +6,12 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-import regex
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -24,7 +20,7 @@ from .attention import Cache
 from .text import Tokenizer
 
 # %% auto #0
-__all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search', 'Constraint']
+__all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search']
 
 # %% ../nbs/13_generation.ipynb #269fe468
 def draw(
@@ -407,6 +403,24 @@ class _Row:
         if self.text is not None: self.text.push(token)
         return token
 
+# %% ../nbs/13_generation.ipynb #72fd07c2
+@runtime_checkable
+class TokenConstraint(Protocol):
+    "What generation asks of a constraint. A row is in a state, which is 0 at the beginning."
+
+    def prepare(self, sampler: Sampler, max_new_tokens: int) -> TokenConstraint:
+        "The constraint for these settings. ValueError if they leave no text."
+
+    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int,
+             end_token: int | None = None) -> None:
+        "Set the logits of tokens that cannot come to −∞, in place."
+
+    def advance(self, state: int, token: int) -> int:
+        "The state after a token."
+
+    def can_continue(self, state: int, remaining: int) -> bool:
+        "Can anything follow, with so many tokens left?"
+
 # %% ../nbs/13_generation.ipynb #8a80bdd1
 def generate_steps(
     model: Any,                                  # (ids, positions=, cache=) → logits
@@ -421,7 +435,7 @@ def generate_steps(
     overflow: str = "error",                     # or "slide": when the context is full
     context_length: int | None = None,           # None: what `model.config` says, if anything
     cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all again
-    constraint: "Constraint | None" = None,      # what the new text must match
+    constraint: TokenConstraint | None = None,   # what the new text must match
 ) -> Iterator[list[int | None]]:                 # a token for each row, None if it has ended
     """Write all rows at once, a token at a time. A row does not depend on the others.
 
@@ -442,7 +456,7 @@ def generate_steps(
 # %% ../nbs/13_generation.ipynb #a9693530
 def _steps(
     reader: _Reader, rows: list[_Row], max_new_tokens: int, sampler: Sampler,
-    end_token: int | None, constraint: "Constraint | None",
+    end_token: int | None, constraint: TokenConstraint | None,
 ) -> Iterator[list[int | None]]:
     for remaining in range(max_new_tokens, 0, -1):
         logits = reader([row.read for row in rows])
@@ -459,7 +473,7 @@ def _steps(
 
 
 def _close(row: _Row, token: int, remaining: int, end_token: int | None,
-           constraint: "Constraint | None") -> None:
+           constraint: TokenConstraint | None) -> None:
     "Close the row if its text has come to an end."
     if token == end_token or (row.text is not None and row.text.stopped): row.is_open = False
     elif constraint is not None:
@@ -666,283 +680,3 @@ def _check_beams(model: Any, prompt: Sequence[int], n_beams: int, max_new_tokens
     limit = _context_limit(model, context_length)
     _check_room([prompt], max_new_tokens, limit, "error")
     return limit
-
-# %% ../nbs/13_generation.ipynb #9728fdd7
-class _Expressions:
-    """Regular expressions by number: equal ones have the same.
-
-    0 matches nothing at all, 1 only the empty text."""
-
-    NOTHING, EMPTY = 0, 1
-
-    def __init__(self) -> None:
-        self.nodes: list[tuple[Any, ...]] = []
-        self._numbers: dict[tuple[Any, ...], int] = {}
-        self._derived: dict[tuple[int, str], int] = {}
-        for kind in ("nothing", "empty"): self.make(kind)
-
-    def make(self, *node: Any) -> int:
-        "The number of an expression: its kind, and its parts."
-        number = self._numbers.setdefault(node, len(self.nodes))
-        if number == len(self.nodes): self.nodes.append(node)
-        return number
-
-    def then(self, a: int, b: int) -> int:
-        "First `a`, then `b`."
-        if self.NOTHING in (a, b): return self.NOTHING
-        if self.EMPTY in (a, b): return a + b - self.EMPTY           # the other one
-        return self.make("then", a, b)
-
-    def either(self, *options: int) -> int:
-        "Any of `options`; their order and repetitions do not matter."
-        flat = {inner for o in options for inner in
-                (self.nodes[o][1] if self.nodes[o][0] == "either" else (o,))} - {self.NOTHING}
-        if len(flat) < 2: return flat.pop() if flat else self.NOTHING
-        return self.make("either", tuple(sorted(flat)))
-
-    def star(self, a: int) -> int:
-        "`a`, any number of times."
-        if a in (self.NOTHING, self.EMPTY): return self.EMPTY
-        return a if self.nodes[a][0] == "star" else self.make("star", a)
-
-    def repeat(self, a: int, least: int, most: int | None) -> int:
-        "`a`, at least and at most so often."
-        rest = self.star(a) if most is None else self.EMPTY
-        optional = 0 if most is None else most - least
-        for _ in range(optional): rest = self.either(self.EMPTY, self.then(a, rest))
-        for _ in range(least): rest = self.then(a, rest)
-        return rest
-
-    def may_end(self, a: int) -> bool:
-        "Does `a` match the empty text?"
-        kind, *parts = self.nodes[a]
-        if kind == "either": return any(map(self.may_end, parts[0]))
-        if kind == "then": return all(map(self.may_end, parts))
-        return kind in ("empty", "star")
-
-    def derive(self, a: int, c: str) -> int:
-        "What must follow the character `c` in a text that `a` matches."
-        key = a, c
-        if key not in self._derived: self._derived[key] = self._derive(*key)
-        return self._derived[key]
-
-    def _derive(self, a: int, c: str) -> int:
-        kind, *parts = self.nodes[a]
-        if kind == "one": return self.EMPTY if regex.fullmatch(parts[0], c) else self.NOTHING
-        if kind == "either": return self.either(*(self.derive(o, c) for o in parts[0]))
-        if kind == "star": return self.then(self.derive(parts[0], c), a)
-        if kind != "then": return self.NOTHING
-        first = self.then(self.derive(parts[0], c), parts[1])
-        if not self.may_end(parts[0]): return first
-        return self.either(first, self.derive(parts[1], c))
-
-# %% ../nbs/13_generation.ipynb #ee1caa21
-_LEXEMES = regex.compile(r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|"
-                         r"\{\d*,?\d*\}|\(\?:|.", regex.DOTALL)
-_QUANTIFIERS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-
-
-class _Parser:
-    "Reads a pattern into expressions, by recursive descent."
-
-    def __init__(self, pattern: str, made: _Expressions) -> None:
-        try: regex.compile(pattern)
-        except regex.error as e:
-            raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
-        self.pattern, self.made = pattern, made
-        self.left = _LEXEMES.findall(pattern)[::-1]
-
-    def alternatives(self) -> int:
-        "The number of what the pattern says: sequences, with bars between them."
-        options = [self._sequence()]
-        while self.left and self.left[-1] == "|":
-            self.left.pop()
-            options.append(self._sequence())
-        return self.made.either(*options)
-
-    def _sequence(self) -> int:
-        parts = []
-        while self.left and self.left[-1] not in ("|", ")"): parts.append(self._repeated())
-        whole = self.made.EMPTY
-        for part in reversed(parts): whole = self.made.then(part, whole)
-        return whole
-
-    def _repeated(self) -> int:
-        atom, before = _atom(self), ""
-        while self.left and (bounds := _bounds(self.left[-1])):
-            if before and self.left[-1] == "+": _refuse(before + "+", self.pattern)
-            before = self.left.pop()
-            atom = self.made.repeat(atom, *bounds)
-        return atom
-
-# %% ../nbs/13_generation.ipynb #2c80fae4
-def _bounds(lexeme: str) -> tuple[int, int | None] | None:
-    "How often a quantifier lets something come; None if it is none."
-    if lexeme in _QUANTIFIERS: return _QUANTIFIERS[lexeme]
-    if not regex.fullmatch(r"\{\d+(,\d*)?\}|\{,\d+\}", lexeme): return None
-    least, comma, most = lexeme[1:-1].partition(",")
-    return int(least or 0), int(most) if most else None if comma else int(least)
-
-
-def _atom(parser: _Parser) -> int:
-    "A group, or what matches one character."
-    lexeme, made = parser.left.pop(), parser.made
-    if lexeme in ("(", "(?:"):
-        if parser.left and parser.left[-1] == "?": _refuse("(?", parser.pattern)
-        inside = parser.alternatives()
-        parser.left.pop()                                        # the closing bracket
-        return inside
-    if lexeme in ("^", "$") or regex.fullmatch(r"\\[1-9bBAZzGgKmMXRLNk]", lexeme):
-        _refuse(lexeme, parser.pattern)
-    is_class = len(lexeme) > 1 or lexeme == "."
-    return made.make("one", lexeme if is_class else regex.escape(lexeme))
-
-
-def _refuse(what: str, pattern: str) -> NoReturn:
-    raise ValueError(f"{what!r} in {pattern!r}: a constraint knows characters, classes, "
-                     "groups, | and * + ? {m,n}; the whole text must match")
-
-# %% ../nbs/13_generation.ipynb #ffd84312
-def token_texts(
-    tokenizer: Tokenizer,
-) -> dict[int, str]:               # without special tokens and half characters
-    "The text that each token adds to a text that has begun."
-    texts: dict[int, str] = {}
-    anchor: list[int] = []
-    for token in sorted({*range(tokenizer.vocab_size)} - {*tokenizer.special_tokens.values()}):
-        try: text = tokenizer.decode([*anchor, token])
-        except ValueError: continue                                # ids may have gaps
-        if "\ufffd" in text: continue
-        if not anchor: anchor, text = [token], tokenizer.decode([token, token])
-        texts[token] = text[len(tokenizer.decode(anchor)):]
-    return texts
-
-
-class _Trie:
-    "Tokens by their characters: those with the same beginning share a branch."
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.branches: defaultdict[str, _Trie] = defaultdict(_Trie)
-
-    def add(self, text: str, token: int) -> None:
-        "Hang a token where its text leads."
-        node = self
-        for character in text: node = node.branches[character]
-        node.tokens.append(token)
-
-# %% ../nbs/13_generation.ipynb #6550d650
-def _moves(made: _Expressions, trie: _Trie, state: int) -> Iterator[tuple[int, int]]:
-    "The tokens that may come in a state, and the states they lead to."
-    for token in trie.tokens: yield token, state
-    for character, branch in trie.branches.items():
-        after = made.derive(state, character)
-        if after != made.NOTHING: yield from _moves(made, branch, after)
-
-
-def _automaton(
-    pattern: str, tokenizer: Tokenizer, max_states: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    "Where each token leads in each state, −1: nowhere; and the states where a text may end."
-    made, trie = _Expressions(), _Trie()
-    for token, text in token_texts(tokenizer).items():
-        if text: trie.add(text, token)                 # an empty one could come for ever
-    states = {_Parser(pattern, made).alternatives(): 0}
-    queue, table = deque(states), []
-    while queue:
-        row = np.full(tokenizer.vocab_size, -1, dtype=np.int32)
-        for token, after in _moves(made, trie, queue.popleft()):
-            if after not in states: queue.append(after)
-            row[token] = states.setdefault(after, len(states))
-        if len(states) > max_states:
-            raise ValueError(f"{pattern!r} needs more than {max_states} states")
-        table.append(row)
-    return np.stack(table), np.array([made.may_end(state) for state in states])
-
-# %% ../nbs/13_generation.ipynb #3c97efb5
-def _tokens_to_end(table: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    "The least number of tokens from each state to an end; infinite where there is no way."
-    before: dict[int, set[int]] = {}
-    for state, row in enumerate(table):
-        for after in np.unique(row[row >= 0]): before.setdefault(int(after), set()).add(state)
-    distance = np.where(ends, 0.0, np.inf)
-    queue = deque(np.flatnonzero(ends).tolist())
-    while queue:
-        state = queue.popleft()
-        for earlier in before.get(state, ()):
-            if distance[earlier] == np.inf:
-                distance[earlier] = distance[state] + 1
-                queue.append(earlier)
-    return distance
-
-# %% ../nbs/13_generation.ipynb #86b7197c
-class Constraint:
-    """Only texts that a regular expression matches from end to end.
-
-    Raises ValueError if no sequence of tokens spells such a text."""
-
-    def __init__(
-        self,
-        pattern: str,                  # characters, classes, groups, | and * + ? {m,n}
-        tokenizer: Tokenizer,
-        *,
-        max_states: int = 2000,        # a table of states × tokens is kept in memory
-    ) -> None:
-        self.pattern = pattern
-        self._take(*_automaton(pattern, tokenizer, max_states))
-
-    def _take(self, table: np.ndarray, ends: np.ndarray) -> None:
-        "Use this table of states × tokens, and the distances to an end that follow from it."
-        self.table, self.ends = table, ends
-        self.distance = _tokens_to_end(table, ends)
-        self.after = np.append(self.distance, np.inf)[table]       # -1 finds the infinite one
-        if self.distance[0] == np.inf:
-            raise ValueError(f"no text that matches {self.pattern!r} can be spelled with the "
-                             "tokens that are allowed")
-
-    def allowed(
-        self,
-        state: int,                    # 0 at the beginning
-        remaining: int,                # tokens that may still come, this one included
-    ) -> Bool[Tensor, "V"]:
-        "The tokens after which the text can still be finished in time."
-        return torch.from_numpy(self.after[state] <= remaining - 1)
-
-    def advance(self, state: int, token: int) -> int:
-        "The state after a token."
-        return int(self.table[state, token])
-
-    def is_complete(self, state: int) -> bool:
-        "Is the text a match as it stands?"
-        return bool(self.ends[state])
-
-    def can_continue(self, state: int, remaining: int) -> bool:
-        "Can anything follow, with so many tokens left?"
-        return bool(self.allowed(state, remaining).any())
-
-    @classmethod
-    def choices(cls, options: Sequence[str], tokenizer: Tokenizer) -> "Constraint":
-        "Only one of these texts."
-        if isinstance(options, str): raise TypeError(f"options is a list: [{options!r}]")
-        if not options: raise ValueError("there is nothing to choose from")
-        return cls("|".join(regex.escape(option) for option in options), tokenizer)
-
-    def prepare(self, sampler: Sampler, max_new_tokens: int) -> "Constraint":
-        "The same without banned tokens. ValueError if nothing matches in the room given."
-        if sampler.required:
-            raise ValueError("required tokens and a constraint: say both in one pattern")
-        prepared, table = copy(self), self.table.copy()
-        table[:, [token for token in sampler.banned if token < table.shape[1]]] = -1
-        prepared._take(table, self.ends)
-        if prepared.distance[0] > max_new_tokens:
-            raise ValueError(f"{self.pattern!r} takes at least {prepared.distance[0]:.0f} "
-                             f"tokens, max_new_tokens is {max_new_tokens}")
-        return prepared
-
-    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int,
-             end_token: int | None = None) -> None:
-        "Set the logits of tokens that cannot come to −∞, in place."
-        kept = torch.zeros_like(logits, dtype=torch.bool)
-        kept[: self.table.shape[1]] = self.allowed(state, remaining)
-        if end_token is not None: kept[end_token] = self.is_complete(state)
-        logits[~kept] = -math.inf

@@ -23,6 +23,7 @@ from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
+from .figures import SVG, count_weights, model_svg, parts_of
 from .files import Config, check_fields, checksum, replacing, revived
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
@@ -31,10 +32,7 @@ from llm_from_scratch.tensors import (
     Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear, undrawn,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from llm_from_scratch.figures import SVG
+if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
 __all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card']
@@ -360,10 +358,9 @@ class GPT(nn.Module):
         "A line for each part: its name, its kind, the shapes and number of its parameters."
         return _summary(self)
 
-    def diagram(self) -> "SVG":
-        "The model as a picture, drawn from its own modules. Needs the `plots` extra."
-        from llm_from_scratch.figures import SVG
-        return SVG(_picture(self))
+    def diagram(self) -> SVG:
+        "The model as a picture, drawn from its own modules."
+        return model_svg(self)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         "Write `config.json` and `model.safetensors` into a folder, see @sec-gpt-saved."
@@ -400,111 +397,28 @@ def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
                          f"padding in ragged rows, got {first} to {last}")
     return positions
 
-# %% ../nbs/09_gpt.ipynb #8dd02484
-def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    "Named submodules that do something of their own."
-    return [(name, child) for name, child in module.named_children()
-            if not isinstance(child, (Dropout, nn.Identity, nn.ModuleList))]
-
-
-def _branches(block: nn.Module) -> list[tuple[bool, list[tuple[str, nn.Module]]]]:
-    "The stations of a block: whether it stands beside the stream, and its parts in order."
-    found = []
-    for kind in ("attention", "feed_forward"):
-        parts = [part for part in _parts(block) if part[0].startswith(kind)]
-        if getattr(block, "order", "pre") == "post":       # the norm follows on the stream
-            found += [(True, parts[1:]), (False, parts[:1])]
-        else: found.append((True, parts))
-    return found
-
-# %% ../nbs/09_gpt.ipynb #58670827
-def _size(module: nn.Module) -> int:
-    "How many parameters a module owns."
-    return sum(p.numel() for p in module.parameters())
-
-
-def _box(x: int, y: int, name: str, module: nn.Module, color: str) -> str:
-    "A box with the name of a part, and below it what it is and how large."
-    size = f" · {_size(module):,}" if _size(module) else ""
-    words = f"{type(module).__name__}{size}"
-    return (f'<rect x="{x}" y="{y}" width="{330 - x}" height="36" rx="6" fill="none" '
-            f'stroke="{color}" stroke-width="1.4"/><g text-anchor="middle" fill="#222222">'
-            f'<text x="{165 + x // 2}" y="{y + 15}" font-weight="bold">{name}</text>'
-            f'<text x="{165 + x // 2}" y="{y + 30}">{words}</text></g>')
-
-
-def _arrow(*points: tuple[int, int]) -> str:
-    "A line through the points, with a tip."
-    way = " L".join(f"{x},{y}" for x, y in points)
-    return f'<path d="M{way}" fill="none" stroke="#8a8a8a" marker-end="url(#into)"/>'
-
-# %% ../nbs/09_gpt.ipynb #9d0ae08c
-def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]],
-             read: int | None = None) -> tuple[str, int]:
-    "A box on the stream, or a branch that reads (at height `read`) and adds; where it ends."
-    if not beside:
-        name, module = parts[0]
-        return _box(20, y, name, module, "#0072B2") + _arrow((50, y + 36), (50, y + 52)), y + 52
-    end = y + 46 * len(parts) + 22
-    color = "#D55E00" if parts[0][0].startswith("attention") else "#009E73"
-    way = [(50, read), (75, read)] if read is not None else [(50, y + 18)]
-    drawn = [_arrow((50, y), (50, end)), _arrow(*way, (way[-1][0], y + 18), (100, y + 18)),
-             _arrow((215, end - 32), (215, end - 14), (59, end - 14)),
-             f'<text x="50" y="{end - 8}" text-anchor="middle" font-size="18">⊕</text>']
-    for i, (name, module) in enumerate(parts):
-        drawn.append(_box(100, y + 46 * i, name, module, color))
-        if i: drawn.append(_arrow((215, y + 46 * i - 10), (215, y + 46 * i)))
-    return "".join(drawn), end
-
-# %% ../nbs/09_gpt.ipynb #ed54af57
-def _picture(model: GPT) -> str:
-    "SVG: the residual stream runs down on the left, through everything the model holds."
-    outer, block = _parts(model), _branches(next(iter(model.blocks)))
-    first = [name for name, _ in outer].index("norm")
-    y, drawn = 10, []
-    for beside, parts in [(False, [part]) for part in outer[:first]]:
-        svg, y = _station(y, beside, parts)
-        drawn.append(svg)
-    top, y = y, y + 12
-    together = getattr(model.blocks[0], "order", "pre").startswith("parallel")
-    for beside, parts in block:
-        svg, y = _station(y, beside, parts, top + 30 if together else None)
-        drawn.append(svg)
-    drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
-                 f'fill="none" stroke="#8a8a8a" stroke-dasharray="5 4"/>'
-                 f'<text x="350" y="{(top + y) // 2}" font-size="15">'
-                 f'× {len(model.blocks)}</text>' + _arrow((50, y), (50, y + 20)))
-    y += 20
-    for part in outer[first:]:
-        svg, y = _station(y, False, [part])
-        drawn.append(svg)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 390 {y + 4}" width="390" '
-            f'height="{y + 4}" font-family="Helvetica, Arial, sans-serif" font-size="12" '
-            'fill="#222222"><defs><marker id="into" markerWidth="8" markerHeight="8" refX="7" '
-            'refY="4" orient="auto"><path d="M0,1 L7,4 L0,7" fill="none" stroke="#8a8a8a"/>'
-            f'</marker></defs>{"".join(drawn)}</svg>')
-
 # %% ../nbs/09_gpt.ipynb #67a81dc3
 def _line(name: str, module: nn.Module, times: int = 1) -> str:
     "Name, kind, shapes, number of parameters of all copies."
     own = [p.shape for _, p in module.named_parameters(recurse=False)]
     shapes = ", ".join("×".join(map(str, shape)) for shape in own)
-    return f"{name:28}{type(module).__name__:20}{shapes:16}{times * _size(module):>16,}"
+    return f"{name:28}{type(module).__name__:20}{shapes:16}{times * count_weights(module):>16,}"
 
 
 def _summary(model: GPT) -> str:
     "What `GPT.summary` returns."
     times, block = len(model.blocks), next(iter(model.blocks))
-    lines = [f"GPT with {_size(model):,} parameters"]
+    lines = [f"GPT with {count_weights(model):,} parameters"]
     for name, part in model.named_children():
         if isinstance(part, (Dropout, nn.Identity)): continue
         if name != "blocks":
             lines.append(_line(name, part))
             continue
         lines.append(_line(f"blocks, {times} of", block, times))
-        for inner, module in _parts(block):
+        for inner, module in parts_of(block):
             lines.append(_line(f"  {inner}", module, times))
-            lines += [_line(f"    {leaf}", m, times) for leaf, m in _parts(module) if _size(m)]
+            lines += [_line(f"    {leaf}", m, times) for leaf, m in parts_of(module)
+                      if count_weights(m)]
     return "\n".join(lines)
 
 # %% ../nbs/09_gpt.ipynb #de4239f1

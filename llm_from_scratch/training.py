@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .data import (
-    IGNORE, BatchLoader, document_mask, document_positions)
+from .attention import document_mask, document_positions
+from .data import IGNORE, BatchLoader
 from llm_from_scratch.files import (
     Config, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
     write_text)
