@@ -27,7 +27,7 @@ from .storyland import COLORS as COLOR_WORDS
 from .text import Tokenizer
 
 # %% auto #0
-__all__ = ['perplexity', 'bits_per_byte', 'Evaluation', 'document_losses', 'end_token', 'evaluate_text', 'Calibration',
+__all__ = ['perplexity', 'bits_per_byte', 'Evaluation', 'document_losses', 'end_id', 'evaluate_text', 'Calibration',
            'calibration', 'kl_to_world', 'Cloze', 'cloze', 'log_likelihoods', 'rank_answers', 'ngram_overlap',
            'longest_copy', 'LMEvalAdapter']
 
@@ -199,7 +199,7 @@ def document_losses(
         if len(ids) > T + 1: losses[i] = token_losses(model, ids, window, stride)
     return losses
 
-def end_token(tokenizer: Tokenizer, end: str) -> int:
+def end_id(tokenizer: Tokenizer, end: str) -> int:
     "The id of the token between documents; `ValueError` names the special tokens there are."
     if end in tokenizer.special_tokens: return tokenizer.special_tokens[end]
     names = ", ".join(map(repr, tokenizer.special_tokens)) or "none"
@@ -214,7 +214,7 @@ def evaluate_text(
     "Score documents, each on its own; bytes are those of the texts."
     if isinstance(texts, str): raise TypeError("expected several texts, got one: write [text]")
     if not texts: raise ValueError("there is no text to evaluate")
-    around = end_token(tokenizer, end)
+    around = end_id(tokenizer, end)
     documents = [[around, *tokenizer.encode(text), around] for text in texts]
     losses = document_losses(model, documents, window, stride)
     return Evaluation(np.array([x.sum() for x in losses]), np.array([len(x) for x in losses]),
@@ -410,7 +410,7 @@ def kl_to_world(
     end: str = "<|endoftext|>",          # before and after each story
 ) -> WorldGap:
     "Compare a model with the world whose stories it tells, token by token."
-    around = end_token(tokenizer, end)
+    around = end_id(tokenizer, end)
     ids = {tokenizer.decode([i]): i for i in range(tokenizer.vocab_size)} | {"": around}
     kinds = [KINDS_OF_WORDS.index(kind_of("" if i == around else tokenizer.decode([i])))
              for i in range(tokenizer.vocab_size)]
@@ -456,7 +456,7 @@ def encode_pair(
     whole, before = tokenizer.encode(context + continuation), tokenizer.encode(text)
     n = len(before)
     if not whole[n:]: raise ValueError("there is nothing to score: empty continuation")
-    return [end_token(tokenizer, end), *whole[:n]], whole[n:]
+    return [end_id(tokenizer, end), *whole[:n]], whole[n:]
 
 class Likelihood(NamedTuple):
     "How a model takes a continuation."
@@ -567,7 +567,7 @@ class _Requests:
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         "For (text,): log-probability in nats of the whole text, without its end."
-        end, encode = end_token(self.tokenizer, self.end), self.tokenizer.encode
+        end, encode = end_id(self.tokenizer, self.end), self.tokenizer.encode
         rows = [[end, *encode(request.args[0])] for request in requests]
         return [-float(losses.sum()) for losses in document_losses(self.model, rows)]
 
@@ -580,7 +580,7 @@ class _Requests:
             raise ValueError("this adapter writes greedily; the task asks for sampling")
         until, n = options.get("until") or [], int(options.get("max_gen_toks", 128))
         stops = [until] if isinstance(until, str) else list(until)
-        end, decode = end_token(self.tokenizer, self.end), self.tokenizer.decode
+        end, decode = end_id(self.tokenizer, self.end), self.tokenizer.decode
         def done(ids: list[int]) -> bool:
             return ids[-1] == end or any(stop in decode(ids) for stop in stops)
         ids = continue_greedily(self.model, [end, *self.tokenizer.encode(context)], n, done)
@@ -601,5 +601,5 @@ def LMEvalAdapter(
         raise ImportError("the harness is missing: pip install 'llm-from-scratch[eval]'") from e
     adapter = type("LMEvalAdapter", (_Requests, harness.LM), {})()
     adapter.model, adapter.tokenizer, adapter.end = model, tokenizer, end
-    end_token(tokenizer, end)                                        # an error now, not later
+    end_id(tokenizer, end)                                        # an error now, not later
     return adapter

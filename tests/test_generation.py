@@ -1,6 +1,7 @@
 """Chapter 13 beyond its own cells: every processor against `transformers` and against its exact distribution, rows that do not know each other, text in any cut, automata against `re`."""
 import itertools, math, random, re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -9,7 +10,7 @@ from shapes import unchecked
 
 from llm_from_scratch.attention import Cache
 from llm_from_scratch.bpe import BPETokenizer
-from llm_from_scratch.generation import (PROCESSORS, Constraint, Context, Sampler, SimpleCache, TextStream, beam_search, draw, generate, generate_steps, row_seeds, stream,
+from llm_from_scratch.generation import (PROCESSORS, Constraint, Context, Sampler, SimpleCache, TextStream, beam_search, as_end_tokens, draw, generate, generate_steps, row_seeds, stream,
                                          token_texts)
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.text import CharTokenizer, WordTokenizer
@@ -54,7 +55,7 @@ PEERS = {
 def random_rows(seed, V=30, B=64):
     g = torch.Generator().manual_seed(seed)
     read = torch.randint(V, (B, 14), generator=g)
-    return 3 * torch.randn(B, V, generator=g, dtype=torch.float64), read, Context(read[:, :6].tolist(), read[:, 6:].tolist(), 5, 1)
+    return 3 * torch.randn(B, V, generator=g, dtype=torch.float64), read, Context(read[:, :6].tolist(), read[:, 6:].tolist(), 5, [1])
 
 
 @pytest.mark.parametrize('name', PEERS)
@@ -100,7 +101,7 @@ def exact(name, value, z, context):
     H = -sum(x * math.log(x) for x in p if x)
     kept = set(range(V))
     if name == 'banned': kept -= set(value)
-    if name == 'required': kept = set(value) - set(new) if context.remaining <= len(set(value) - set(new)) else kept - {context.end_token}
+    if name == 'required': kept = set(value) - set(new) if context.remaining <= len(set(value) - set(new)) else kept - {*context.end_tokens}
     if name == 'top_k': kept = set(sorted(kept, key=lambda i: -p[i])[:value])
     if name == 'min_p': kept = {i for i in kept if p[i] >= value * max(p)}
     if name in ('top_p', 'typical_p'):
@@ -118,7 +119,7 @@ VALUES = [('logit_bias', {0: 1.0, 3: -1.0}), ('repetition_penalty', 1.5), ('pres
 def test_draws_follow_the_exact_distribution(name, value, n=20_000):
     "Pearson's test; the statistic as a number of standard deviations (Wilson and Hilferty)."
     z = [1.2, 0.9, 0.1, -0.4, -1.0, 0.4, -2.0]
-    context = Context([[1, 6]], [[0, 0, 3]], remaining=2, end_token=0)
+    context = Context([[1, 6]], [[0, 0, 3]], remaining=2, end_tokens=[0])
     p = exact(name, value, z, context)
     rows = Sampler(**{name: value}).probabilities(torch.tensor([z], dtype=torch.float64), context)
     torch.testing.assert_close(rows[0], torch.tensor(p, dtype=torch.float64))
@@ -154,7 +155,7 @@ def test_nothing_is_chosen_where_nothing_is_left(temperature):
 def test_at_temperature_0_the_choice_is_what_a_draw_would_be():
     logits, u = torch.randn(200, 9, generator=torch.Generator().manual_seed(0)), [i / 200 for i in range(200)]
     for sampler in (Sampler(temperature=0), Sampler(temperature=0, banned=[3], top_k=2, repetition_penalty=1.3), Sampler(temperature=0, order=tuple(reversed(tuple(PROCESSORS))))):
-        context = Context([[1, 2]] * 200, [[4]] * 200, 5, None)
+        context = Context([[1, 2]] * 200, [[4]] * 200, 5)
         assert sampler.choose(logits, u, context) == draw(sampler.probabilities(logits, context), u)
 
 
@@ -270,12 +271,66 @@ def test_a_model_in_training_is_left_as_it_was():
 
 def test_rows_end_by_themselves():
     model = opinionated('rope', vocab_size=6)
-    with unchecked(): rows = generate(model, RAGGED[:1] * 30, 25, end_token=5)
+    with unchecked(): rows = generate(model, RAGGED[:1] * 30, 25, end_tokens=5)
     assert all(5 not in row[:-1] for row in rows) and any(len(row) < 25 for row in rows) and all(row[-1] == 5 or len(row) == 25 for row in rows)
     with unchecked():
-        for row, seed in zip(rows, row_seeds(0, 30), strict=True): assert generate(model, RAGGED[:1], 25, end_token=5, seed=[seed])[0] == row
-    steps = list(generate_steps(model, RAGGED[:1] * 30, 25, end_token=5))
+        for row, seed in zip(rows, row_seeds(0, 30), strict=True): assert generate(model, RAGGED[:1], 25, end_tokens=5, seed=[seed])[0] == row
+    steps = list(generate_steps(model, RAGGED[:1] * 30, 25, end_tokens=5))
     for i, row in enumerate(rows): assert [step[i] for step in steps] == row + [None] * (len(steps) - len(row))
+
+
+def test_a_row_ends_with_any_of_several_tokens():
+    def counts(ids, positions=None, cache=None): return torch.eye(10)[(ids + 1) % 10].log()      # 0 1 2 3 …
+    letters = CharTokenizer.train(['abcdefghij'])
+    for ends in ([5, 8], (8, 5), np.array([5, 8], np.uint16), torch.tensor([5, 8])):
+        with unchecked(): assert generate(counts, [[1], [6]], 9, end_tokens=ends) == [[2, 3, 4, 5], [7, 8]]
+    for end in (5, np.uint16(5), [5]):
+        with unchecked(): assert generate(counts, [[1]], 9, end_tokens=end) == [[2, 3, 4, 5]] and ''.join(stream(counts, letters, 'b', 9, end_tokens=end)) == 'cde'
+    kept = Sampler(required=[9])(torch.zeros(1, 10), Context([[1]], [[]], 5, [3, 4]))
+    assert kept[0].isneginf().nonzero()[:, 0].tolist() == [3, 4]
+    only = Constraint('c(de)?', letters)
+    with unchecked(): assert {*map(tuple, generate(lambda ids, **_: torch.zeros(*ids.shape, 12), [[1]] * 40, 6, constraint=only, end_tokens=[10, 11]))} == {
+        (2, 10), (2, 11), (2, 3, 4, 10), (2, 3, 4, 11)}
+    for call in (generate, generate_steps): pytest.raises(TypeError, call, counts, [[1]], 3, end_token=5)
+    with pytest.raises(TypeError): beam_search(counts, [1], 2, 3, end_token=5)
+    for wrong in (None, 'x', 1.5, [1.5]):
+        with unchecked(), pytest.raises(TypeError, match='end_tokens is a token id or several'): generate(counts, [[1]], 3, end_tokens=wrong)
+
+
+@pytest.mark.parametrize('make', [lambda ids: np.array(ids, np.uint16), lambda ids: torch.tensor(ids, dtype=torch.uint16), torch.tensor, lambda ids: [np.int64(i) for i in ids]])
+def test_ids_may_be_of_any_whole_numbers(make):
+    model = opinionated()
+    with unchecked():
+        assert generate(model, [make(ids) for ids in RAGGED], 4, WARM, seed=np.int64(1)) == generate(model, RAGGED, 4, WARM, seed=1)
+        assert generate(model, [make([1, 2])], 4, WARM, seed=[np.int64(5)]) == generate(model, [[1, 2]], 4, WARM, seed=[5])
+        assert beam_search(model, make([1, 2, 3]), 3, 4) == beam_search(model, [1, 2, 3], 3, 4)
+        for wrong in (make([1, 2]), [1.5], [[1.5]], [None]):
+            with pytest.raises(TypeError, match='list of lists'): generate(model, wrong, 3)
+
+
+class Counted:
+    "A model, and how many tokens it was given to read in each pass."
+    def __init__(self, model): self.model, self.read = model, []
+    def __call__(self, ids, **options):
+        self.read.append(ids.numel())
+        return self.model(ids, **options)
+
+
+@pytest.mark.parametrize('cache', [SimpleCache, Cache, None])
+@pytest.mark.parametrize('name', ['rope', 'alibi', 'window'])
+def test_a_shared_prompt_is_read_once(name, cache):
+    "Four samples of each of two prompts: two rows are read, eight go on, and each is what it would be alone."
+    model = opinionated(**MODELS[name])
+    for prompts, pad in (([[1, 2, 3]] * 4 + [[4, 5, 6]] * 4, 0), ([[1, 2, 3], [7]] * 4, 2)):
+        counted = Counted(model)
+        with unchecked():
+            rows = generate(counted, prompts, 6, WARM, seed=3, context_length=32, cache=cache)
+            assert counted.read == [sum(map(len, {*map(tuple, prompts)})) + pad, *[8] * 5] if cache else counted.read[0] == 6
+            for prompt, seed, row in zip(prompts, row_seeds(3, 8), rows, strict=True): assert generate(model, [prompt], 6, WARM, seed=[seed])[0] == row
+    counted = Counted(model)
+    found, expected = beam_search(counted, [1, 2, 3], 3, 5, context_length=32, cache=cache), beam_search(model, [1, 2, 3], 3, 5)
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected] and [s for _, s in found] == pytest.approx([s for _, s in expected])
+    assert counted.read == ([3, *[3] * 4] if cache else [3, *(3 * n for n in range(4, 8))])
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True), st.integers(0, 3), st.integers(0, 1000))
@@ -283,7 +338,7 @@ def test_rows_end_by_themselves():
 def test_required_tokens_come_and_banned_ones_do_not(required, extra, seed):
     banned = [i for i in range(7) if i not in required][:1]
     def model(ids, positions=None, cache=None): return torch.zeros(*ids.shape, 8, dtype=torch.float64)
-    row, = generate(model, [[0]], len(required) + extra, Sampler(required=required, banned=banned), end_token=7, seed=seed)
+    row, = generate(model, [[0]], len(required) + extra, Sampler(required=required, banned=banned), end_tokens=7, seed=seed)
     assert set(required) <= set(row) and not set(banned) & set(row)
 
 
@@ -375,20 +430,20 @@ def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
 # Beams ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('alpha', [-1.0, 0.0, 0.6, 1.0, 3.0])
-@pytest.mark.parametrize('end', [None, 0])
+@pytest.mark.parametrize('end', [(), 0, (0, 2)])
 def test_beam_search_against_everything(alpha, end, n=4, V=4):
     model = opinionated('rope', vocab_size=V)
-    scores = {}
+    scores, ends = {}, {*as_end_tokens(end)}
     for length in range(1, n + 1):
-        every = [ids for ids in itertools.product(range(V), repeat=length) if end not in ids[:-1] and (length == n or ids[-1] == end)]
+        every = [ids for ids in itertools.product(range(V), repeat=length) if not ends & {*ids[:-1]} and (length == n or ids[-1] in ends)]
         if not every: continue
         with torch.no_grad(): log_p = model(torch.tensor([[1, 2, *ids] for ids in every]))[:, 1:-1].log_softmax(-1)
         for ids, rows in zip(every, log_p, strict=True): scores[ids] = float(sum(row[i] for row, i in zip(rows, ids, strict=True))) / length**alpha
     exact_ = sorted(scores.items(), key=lambda item: -item[1])
-    found = beam_search(model, [1, 2], V**n, n, alpha, end_token=end)
+    found = beam_search(model, [1, 2], V**n, n, alpha, end_tokens=end)
     assert [tuple(ids) for ids, _ in found] == [ids for ids, _ in exact_]
     assert [s for _, s in found] == pytest.approx([s for _, s in exact_])
-    few = beam_search(model, [1, 2], 3, n, alpha, end_token=end)
+    few = beam_search(model, [1, 2], 3, n, alpha, end_tokens=end)
     assert len(few) == 3 and all(scores[tuple(ids)] == pytest.approx(s) for ids, s in few)
 
 
@@ -451,7 +506,7 @@ def test_constrained_text_always_matches(pattern, extra, seed, ends):
         try: constraint = Constraint(pattern, tokenizer)
         except ValueError: continue
         room = int(constraint.distance[0]) + extra
-        row, = generate(model, [[0]], room, constraint=constraint, end_token=end, seed=seed)
+        row, = generate(model, [[0]], room, constraint=constraint, end_tokens=() if end is None else end, seed=seed)
         if row and row[-1] == end: row = row[:-1]
         if room: assert re.fullmatch(pattern, tokenizer.decode(row)), (pattern, tokenizer.decode(row))
         if constraint.distance[0]:
