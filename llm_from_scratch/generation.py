@@ -88,9 +88,10 @@ def keep_min_p(
 # %% ../nbs/13_generation.ipynb #90383f22
 def _keep_first(logits: Tensor, order: Tensor, mass: float) -> Tensor:
     "Tokens in this order until their probabilities sum to `mass`; the first one always."
+    if mass >= 1: return logits                        # a rounded sum would cut the last ones
     p = logits.softmax(-1).gather(-1, order)
     before = p.cumsum(-1) - p
-    keep = before < mass
+    keep = ~(before >= mass)                           # NaN stays, and `choose` refuses it
     keep[:, 0] = True
     return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)
 
@@ -107,7 +108,7 @@ def keep_typical(
 ) -> Float[Tensor, "B V"]:
     "Tokens whose surprise is nearest to the expected one, until they sum to `mass`."
     log_p = logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).nansum(-1, keepdim=True)
+    entropy = torch.special.entr(log_p.exp()).sum(-1, keepdim=True)        # 0 · log 0 is 0
     return _keep_first(logits, (-log_p - entropy).abs().argsort(-1), mass)
 
 # %% ../nbs/13_generation.ipynb #2bc892e6
@@ -565,9 +566,12 @@ def generate(
     return written
 
 # %% ../nbs/13_generation.ipynb #cf7ccca8
-def _stop_at(text: str, stop: Sequence[str]) -> int | None:
-    "Where the stop string begins that is complete first; of two, the longer."
-    found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+def _stop_at(text: str, stop: Sequence[str], known: int = 0) -> int | None:
+    "Where the stop string begins that is complete first after `known` characters; the longest."
+    found = []
+    for s in stop:
+        at = text.find(s, max(0, known - len(s) + 1))
+        if at >= 0: found.append((at + len(s), at))
     return min(found)[1] if found else None
 
 
@@ -581,15 +585,17 @@ def _may_stop(text: str, stop: Sequence[str]) -> int:
 class TextStream:
     """Turns tokens into text as they come: whole characters only, nothing of a stop string.
 
-    `stopped` says whether one was found; the text that was given out ends before it."""
+    `stopped` says whether one was found; the text that was given out ends before it. A stop
+    string may begin in the prompt, and a character of the prompt be completed."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
                  prompt: Sequence[int] = ()) -> None:
         if isinstance(stop, str): raise TypeError(f"stop is a list of strings: [{stop!r}]")
         if "" in stop: raise ValueError("a stop string cannot be empty")
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
-        self._ids, self._held = list(prompt), ""
-        self._known = len(tokenizer.decode(self._ids))
+        self._ids, self._known = list(prompt), tokenizer.decode(list(prompt))
+        begun = _may_stop(self._known, self.stop)
+        self._held, self._old = self._known[len(self._known) - begun :], begun
 
     def push(self, token: int) -> str:
         "The text that is certain now that this token has come."
@@ -602,18 +608,25 @@ class TextStream:
         "What was held back, when no token comes any more."
         if self.stopped: return ""
         out = self._release(self.tokenizer.decode(self._ids))
-        return out if self.stopped else out + self._held
+        return out if self.stopped else out + self._held[self._old :]
 
     def _release(self, text: str) -> str:
         "Give out what is new in `text`, but for what may become a stop string."
-        self._held += text[self._known:]
+        self._held += text[_alike(self._known, text) :]
         self._ids = self._ids[-1:]                             # what follows may depend on it
-        self._known = len(self.tokenizer.decode(self._ids))
-        end = _stop_at(self._held, self.stop)
+        self._known = self.tokenizer.decode(self._ids)
+        end = _stop_at(self._held, self.stop, self._old)
         self.stopped = end is not None
         keep = len(self._held) - _may_stop(self._held, self.stop) if end is None else end
-        out, self._held = self._held[:keep], self._held[keep:]
+        out, self._held = self._held[self._old : keep], self._held[keep:]
+        self._old = max(0, self._old - keep)                   # of the prompt: not given out
         return out
+
+
+def _alike(known: str, text: str) -> int:
+    "How many characters were known; half a character at the end may have become a whole one."
+    if known.endswith("\ufffd") and not text.startswith(known): return len(known) - 1
+    return len(known)
 
 # %% ../nbs/13_generation.ipynb #7a6d9c46
 def stream(

@@ -58,6 +58,18 @@ def random_rows(seed, V=30, B=64):
     return 3 * torch.randn(B, V, generator=g, dtype=torch.float64), read, Context(read[:, :6].tolist(), read[:, 6:].tolist(), 5, [1])
 
 
+@pytest.mark.parametrize('name', ['top_p', 'typical_p'])
+def test_a_mass_of_one_changes_nothing_and_nan_is_refused(name):
+    logits = torch.randn(3, 50_257, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [0.0]])
+    assert torch.equal(Sampler(**{name: 1.0})(logits), logits)
+    broken = torch.tensor([[0.0, math.nan, 0.0, 0.0]])
+    for value in (0.5, 1.0):
+        for temperature in (0, 1):
+            with pytest.raises(ValueError, match='NaN'): Sampler(temperature, **{name: value}).choose(broken, [0.5])
+    kept = Sampler(**{name: 0.5})(torch.tensor([[0.0, -math.inf, 0.0, 0.0]]))                  # what cannot come is no NaN
+    assert kept.isfinite().sum() == 2 and kept[0, 1] == -math.inf
+
+
 @pytest.mark.parametrize('name', PEERS)
 @pytest.mark.parametrize('seed', [0, 1])
 def test_processor_against_transformers(name, seed):
@@ -419,12 +431,41 @@ def test_streamed_text_is_the_text_of_the_tokens():
     assert ''.join(stream(opinionated('rope', vocab_size=words.vocab_size), words, 'the cat', 9)) == ' ' + words.decode(row)
 
 
+@given(st.text('ab.é😀', min_size=1, max_size=12), st.lists(st.text('ab.é😀', min_size=1, max_size=4), max_size=3), st.data())
+@settings(max_examples=200)
+def test_the_border_of_the_prompt_is_no_border_of_the_text(text, stops, data):
+    "A prompt may end inside a character or inside a stop string; what is complete in the prompt does not count."
+    raw = text.encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8)))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)])]
+    n = data.draw(st.integers(0, len(pieces)))
+    known = len(b''.join(pieces[:n]).decode('utf-8', 'ignore'))
+    out, given_out = TextStream(Pieces(pieces), stops, list(range(n))), []
+    for i in range(n, len(pieces)):
+        given_out.append(out.push(i))
+        if out.stopped: break
+    given_out.append(out.finish())
+    for end in range(known + 1, len(text) + 1):                              # the stop string that is complete first after the prompt
+        found = [s for s in stops if text[:end].endswith(s)]
+        if found:
+            assert (''.join(given_out), out.stopped) == (text[known : max(known, end - max(map(len, found)))], True)
+            return
+    assert (''.join(given_out), out.stopped) == (text[known:], False)
+
+
+def test_a_replacement_character_of_the_prompt_is_not_said_again():
+    for prompt, new in (('a\ufffd'.encode(), b'b'), (b'a\xff', b'b'), ('\ufffd'.encode(), 'é'.encode())):
+        out = TextStream(Pieces([prompt, new]), prompt=[0])
+        assert out.push(1) + out.finish() == new.decode()
+
+
 def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
     letters = CharTokenizer.train(['abcdefghij'])
     def counts(ids, positions=None, cache=None): return torch.eye(10)[(ids + 1) % 10].log()     # a b c d …
     options = dict(stop=['ef', 'j'], tokenizer=letters)
     assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, **options)] == ['bcdef', 'hij', 'ef']
     assert ''.join(stream(counts, letters, 'a', 9, stop=['ef', 'j'])) == 'bcd'
+    assert ''.join(stream(counts, letters, 'abc', 9, stop=['cd', 'abc'])) == '' and generate(counts, [[2]], 9, stop=['cd', 'c'], tokenizer=letters) == [[3]]
 
 
 # Beams ------------------------------------------------------------------------------------------------------------
