@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .attention import Cache
+from .data import as_ids
 from .text import Tokenizer
 
 # %% auto #0
@@ -212,7 +213,11 @@ PROCESSORS: dict[str, Callable[[Tensor, Any, Context], Tensor]] = {
 class Sampler:
     """How to choose the next token: processors by name, applied in `order`, then a draw.
 
-    A field at its default does nothing. Raises ValueError for values that cannot be."""
+    A field at its default does nothing. Raises ValueError for values that cannot be.
+
+    >>> Sampler(top_k=2).probabilities(torch.tensor([[0.0, 5.0, 5.0]])).tolist()
+    [[0.0, 0.5, 0.5]]
+    """
 
     temperature: float = 1.0            # 0: always the best token
     top_k: int | None = None            # keep so many tokens
@@ -289,7 +294,7 @@ def _check_sampler(s: Sampler) -> None:
 
 # %% ../nbs/13_generation.ipynb #cb3e35ef
 def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor:
-    "Positions of the last T of S columns, @eq-generation-padding; of all rows, if none is padded."
+    "Positions of the last T of S columns, @eq-generation-padding; (T,) if none is padded."
     columns = torch.arange(S - T, S, device=device)
     if not any(pads): return columns
     return (columns - torch.tensor(pads, device=device)[:, None]).clamp(min=-1)
@@ -298,7 +303,13 @@ def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor
 class SimpleCache(Cache):
     """A KV cache in memory that doubles when it is full: each key is copied about once.
 
-    Of a layer with a window it keeps what the window can still reach."""
+    Of a layer with a window it keeps what the window can still reach.
+
+    >>> cache, new = SimpleCache(), torch.ones(1, 1, 2, 4)
+    >>> for _ in range(3): keys, values = cache.update(0, new, new)
+    >>> keys.shape
+    torch.Size([1, 1, 6, 4])
+    """
 
     def update(
         self, layer: Any, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
@@ -316,7 +327,7 @@ class SimpleCache(Cache):
         return keys[:, :, slice(*span)], values[:, :, slice(*span)]
 
     def forget(self, layer: Any, n: int) -> None:
-        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
         start, end = state["span"]
         if "positions" not in state: state["span"] = max(start, end - n), end
@@ -421,25 +432,26 @@ class _Row:
 TokenIds = Sequence[int] | np.ndarray | Tensor
 
 
-def as_ids(ids: Any) -> list[int]:
-    "Token ids as plain numbers, whatever kind of integers they are; TypeError for others."
-    return [index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-
-
 def as_end_tokens(
     end_tokens: Any,               # one id, or several
 ) -> tuple[int, ...]:
     "The ids that end a text. TypeError for what is neither an id nor several."
     try: return (index(end_tokens),)
     except TypeError: pass
-    try: return tuple(as_ids(end_tokens))
-    except TypeError:
+    try: return tuple(as_ids(end_tokens).tolist())
+    except (TypeError, ValueError):
         raise TypeError(f"end_tokens is a token id or several, got {end_tokens!r}") from None
+
+
+def _as_prompts(prompts: Any) -> list[list[int]]:
+    try: return [as_ids(prompt).tolist() for prompt in prompts]
+    except (TypeError, ValueError):
+        raise TypeError("prompts is a list of lists of token ids") from None
 
 # %% ../nbs/13_generation.ipynb #d07a552b
 def generate_steps(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompts: Sequence[TokenIds] | np.ndarray | Tensor,  # of any lengths; equal ones are read once
+    prompts: Sequence[TokenIds] | np.ndarray | Tensor,     # equal ones are read once
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     *,
@@ -508,11 +520,6 @@ def _constrain(scores: Tensor, state: int, remaining: int, ends: tuple[int, ...]
     scores[list(ends)] = closing
 
 # %% ../nbs/13_generation.ipynb #ff6ff0bf
-def _as_prompts(prompts: Any) -> list[list[int]]:
-    try: return [as_ids(prompt) for prompt in prompts]
-    except TypeError: raise TypeError("prompts is a list of lists of token ids") from None
-
-
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
                    ends: Sequence[int], stop: Sequence[str],
                    tokenizer: Tokenizer | None) -> None:
@@ -550,14 +557,19 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: in
 
 def generate(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompts: Sequence[TokenIds] | np.ndarray | Tensor,  # of any lengths; equal ones are read once
+    prompts: Sequence[TokenIds] | np.ndarray | Tensor,     # equal ones are read once
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     **options: Any,                              # as for `generate_steps`
 ) -> list[list[int]]:
     """The new tokens of each row, up to and with its end token, if one came.
 
-    Raises ValueError, before the first token, for what cannot work."""
+    Raises ValueError, before the first token, for what cannot work.
+
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> generate(count, [[1], [5, 6]], 3, end_tokens=[3, 8])
+    [[2, 3], [7, 8]]
+    """
     prompts = _as_prompts(prompts)
     written: list[list[int]] = [[] for _ in prompts]
     for step in generate_steps(model, prompts, max_new_tokens, sampler, **options):
@@ -581,12 +593,25 @@ def _may_stop(text: str, stop: Sequence[str]) -> int:
     return next((n for n in range(min(longest, len(text)), 0, -1)
                  if any(s.startswith(text[-n:]) for s in stop)), 0)
 
+
+def _alike(known: str, text: str) -> int:
+    "How many characters were known; half a character at the end may have become a whole one."
+    if known.endswith("\ufffd") and not text.startswith(known): return len(known) - 1
+    return len(known)
+
 # %% ../nbs/13_generation.ipynb #40ace0b1
 class TextStream:
     """Turns tokens into text as they come: whole characters only, nothing of a stop string.
 
     `stopped` says whether one was found; the text that was given out ends before it. A stop
-    string may begin in the prompt, and a character of the prompt be completed."""
+    string may begin in the prompt, and a character of the prompt be completed.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> letters = CharTokenizer.train(["abc"])
+    >>> text = TextStream(letters, ["bc"])
+    >>> [text.push(i) for i in letters.encode("cabc")], text.stopped
+    (['c', 'a', '', ''], True)
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
                  prompt: Sequence[int] = ()) -> None:
@@ -622,12 +647,6 @@ class TextStream:
         self._old = max(0, self._old - keep)                   # of the prompt: not given out
         return out
 
-
-def _alike(known: str, text: str) -> int:
-    "How many characters were known; half a character at the end may have become a whole one."
-    if known.endswith("\ufffd") and not text.startswith(known): return len(known) - 1
-    return len(known)
-
 # %% ../nbs/13_generation.ipynb #7a6d9c46
 def stream(
     model: Any,                                  # (ids, positions=, cache=) → logits
@@ -641,8 +660,14 @@ def stream(
     end_tokens: SupportsIndex | TokenIds = (),   # one or several; left out, too
     **options: Any,                              # as for `generate_steps`
 ) -> Iterator[str]:
-    "The new text in pieces, each as soon as it is certain: never half a character."
-    ids, ends = [*as_ids(start), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
+    """The new text in pieces, each as soon as it is certain: never half a character.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> list(stream(count, CharTokenizer.train(["abcdefghi"]), "ab", 9, stop=["fg"]))
+    ['c', 'd', 'e']
+    """
+    ids, ends = [*as_ids(start).tolist(), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
     text = TextStream(tokenizer, stop, ids)
     steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends, **options)
     return _pieces(steps, text, ends)
@@ -695,7 +720,12 @@ def beam_search(
 ) -> list[tuple[list[int], float]]:              # (new tokens, score), the best first
     """Up to `n_beams` texts with the best scores that were found, @eq-generation-beam.
 
-    Raises ValueError for what cannot work."""
+    Raises ValueError for what cannot work.
+
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> [text for text, _ in beam_search(count, [4], 2, 3)]
+    [[5, 6, 7]]
+    """
     (ids,), ends = _as_prompts([prompt]), as_end_tokens(end_tokens)
     limit = _check_beams(model, ids, n_beams, max_new_tokens, ends, context_length)
     def score(log_p: float, length: int) -> float: return log_p / length**length_penalty
@@ -714,7 +744,7 @@ def beam_search(
     done += [(beam.ids, score(beam.log_p, max_new_tokens)) for beam in live]
     return sorted(done, key=lambda text: -text[1])[:n_beams]
 
-
+# %% ../nbs/13_generation.ipynb #b511e9d5
 def _check_beams(model: Any, prompt: Sequence[int], n_beams: int, max_new_tokens: int,
                  ends: tuple[int, ...], context_length: int | None) -> int | None:
     if n_beams < 1 or max_new_tokens < 1:
