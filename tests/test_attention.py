@@ -142,6 +142,13 @@ for part in ({'rotary': Rope(4), 'qk_norm': True}, {'position_bias': Alibi(4), '
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+""", 'one layer for every length': """
+layer, plain = MultiHeadAttention(16, 4, 2, rotary=Rope(4)), torch.compile(attention, fullgraph=True, backend=compiler)
+compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+for T in (7, 9, 1, 12):
+    x, (q, k, v) = torch.randn(2, T, 16), torch.randn(3, 1, 2, T, 8)
+    torch.testing.assert_close(compiled(x, torch.arange(T)), layer(x, torch.arange(T)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain(q, k, v, causal=True), attention(q, k, v, causal=True), atol=1e-5, rtol=1e-5)
 """}
 
 EACH = """
@@ -436,6 +443,11 @@ def test_state_dict_names():
                       'output.weight': (16, 24), 'query_norm.weight': (6,), 'key_norm.weight': (6,)}
     assert set(MultiHeadAttention(16, 4).state_dict()) == {f'{n}.weight' for n in ('query', 'key', 'value', 'output')}
     assert 'output.bias' in MultiHeadAttention(16, 4, bias=True).state_dict()
+
+
+@pytest.mark.parametrize('heads, words', [((64, 0), '^n_heads must be at least 1, got 0'), ((64, 8, 0), 'n_kv_heads must divide n_heads, got 0 and 8'), ((64, 8, 3), 'n_kv_heads .* 3 and 8')])
+def test_heads_that_cannot_be_are_named(heads, words):
+    with pytest.raises(ValueError, match=words): MultiHeadAttention(*heads)
 
 
 def test_gradients_numerically():

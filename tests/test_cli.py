@@ -271,7 +271,7 @@ def test_a_story(call, quick):
     assert (err, status) == ('', 0) and out.startswith('Once upon a time ') and out.endswith('\n') and len(out) > 60 and cli.END not in out
     tokenizer = load_tokenizer('storyland')
     end = tokenizer.special_tokens[cli.END]
-    assert out == 'Once upon a time' + ''.join(stream(GPT.from_pretrained('storyland'), tokenizer, 'Once upon a time', 25, seed=3, start=[end], end_token=end)) + '\n'
+    assert out == 'Once upon a time' + ''.join(stream(GPT.from_pretrained('storyland'), tokenizer, 'Once upon a time', 25, seed=3, start=[end], end_tokens=end)) + '\n'
     other = call('generate', '--prompt', 'Once upon a time', '--seed', 4, *short)[0]
     assert call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)[0] == out != other
     assert call('generate', '--model', 'storyland', '--seed', 3, *short, given='Once upon a time\n')[0] == out

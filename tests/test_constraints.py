@@ -59,7 +59,7 @@ def test_constrained_text_always_matches(pattern, extra, seed, ends):
         try: constraint = Constraint(pattern, tokenizer)
         except ValueError: continue
         room = int(constraint.distance[0]) + extra
-        row, = generate(model, [[0]], room, constraint=constraint, end_token=end, seed=seed)
+        row, = generate(model, [[0]], room, constraint=constraint, end_tokens=() if end is None else end, seed=seed)
         if row and row[-1] == end: row = row[:-1]
         if room: assert re.fullmatch(pattern, tokenizer.decode(row)), (pattern, tokenizer.decode(row))
         if constraint.distance[0]:
