@@ -24,8 +24,12 @@ def causal_mask(
     n_queries: int,                             # T
     n_keys: int | None = None,                  # S; by default as many as queries
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "T S"]:                       # True where a query may look at a key
-    "Each query may look at its own position and those before; queries are the last positions."
+) -> Bool[Tensor, "T S"]:                       # True where a query attends to a key
+    """Each query attends to its own position and those before; queries are the last positions.
+
+    >>> causal_mask(2, 3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
     n_keys = n_queries if n_keys is None else n_keys
     if not 1 <= n_queries <= n_keys:
         raise ValueError("the queries are the last positions of the keys: expected 1 to "
@@ -62,7 +66,14 @@ def attention_weights(
     softcap: float | None = None,               # scores are bent to stay within ± this
     sinks: Float[Tensor, "H"] | None = None,    # score of looking nowhere, for each head
 ) -> Float[Tensor, "B H T S"]:
-    "How much each query takes of each value, @eq-attention; zeros if it may look nowhere."
+    """The attention weights, @eq-attention: how much each query takes of each value.
+
+    Zeros for a query that is fully masked.
+
+    >>> q = torch.zeros(1, 1, 2, 4)                    # all scores are equal
+    >>> attention_weights(q, q, causal=True).tolist()
+    [[[[1.0, 0.0], [0.5, 0.5]]]]
+    """
     _check(q, k, mask, causal, bias, sinks)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ _for_every_head(k, q.shape[1]).mT * factor
@@ -187,8 +198,13 @@ def attention(
 ) -> Float[Tensor, "B H T d"]:
     """Each query averages the values, weighted by how well the keys match, @eq-attention.
 
-    A query that may look nowhere gives zeros. Raises ValueError or TypeError for shapes that
-    do not fit, a mask that is not of truth values, or an unknown backend."""
+    A query that is fully masked gives zeros. Raises ValueError or TypeError for shapes that
+    do not fit, a non-boolean mask, or an unknown backend.
+
+    >>> q, v = torch.zeros(1, 1, 2, 4), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+    >>> attention(q, q, v, causal=True).flatten().tolist()
+    [1.0, 2.0]
+    """
     _check(q, k, mask, causal, bias, sinks)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not pair up")
@@ -204,7 +220,11 @@ def sliding_window_mask(
     n_keys: int | None = None,                  # S; by default as many as queries
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "T S"]:                       # True where a query may look at a key
-    "Causal, and no further back than the last `window` positions."
+    """Causal, and no further back than the last `window` positions.
+
+    >>> sliding_window_mask(3, 2).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
     if window < 1: raise ValueError(f"a window holds at least 1 position, got {window}")
     past = causal_mask(n_queries, n_keys, device)
     return past.triu(past.shape[1] - n_queries - window + 1)
@@ -258,9 +278,13 @@ def _check_heads(
 
 # %% ../nbs/07_attention.ipynb #757fdbe9
 class MultiHeadAttention(nn.Module):
-    """Each position asks all it may see, in `n_heads` ways at once, @eq-attention-heads.
+    """Multi-head self-attention: each position attends in `n_heads` ways, @eq-attention-heads.
 
-    Causal (and limited to `window` positions) unless a mask says otherwise."""
+    Causal (and limited to `window` positions) unless a mask says otherwise.
+
+    >>> MultiHeadAttention(16, 4, 2)(torch.zeros(1, 5, 16)).shape
+    torch.Size([1, 5, 16])
+    """
 
     def __init__(
         self,
@@ -348,7 +372,8 @@ class MultiHeadAttention(nn.Module):
         "How much each position (down) takes of each other one (across), for every head."
         q, k, _ = self._project(x, positions)
         T = x.shape[1]
-        if mask is None and self.window is not None and (positions is None or positions.ndim == 1):
+        alike = positions is None or positions.ndim == 1
+        if mask is None and self.window is not None and alike:
             mask = sliding_window_mask(T, self.window, device=x.device)
         _, mask, plan = _plan(q, k, positions, mask, self.window, self.position_bias)
         return attention_weights(q, k, mask, **plan, **self._scoring())
@@ -391,7 +416,8 @@ def _plan(
     T, S, bias = q.shape[2], k.shape[2], None
     if mask is None and positions is not None and positions.ndim == 2:
         positions = positions.expand(len(q), -1)
-        if position_bias is not None: bias = position_bias.between(positions, positions, q.dtype)
+        if position_bias is not None:
+            bias = position_bias.between(positions, positions, q.dtype)
         return S, _own_mask(positions, window), {"causal": False, "bias": bias}
     causal = mask is None
     if causal and window is not None:
@@ -423,7 +449,13 @@ class Cache:
 
     This one joins old and new keys. For another kind of memory, override `update`, which
     `attend` builds on; what is kept outside the states needs a `reorder` and `forget` of its
-    own. Every tensor in a state has a row for each row of the batch."""
+    own. Every tensor in a state has a row for each row of the batch.
+
+    >>> layer, cache, x = MultiHeadAttention(8, 2), Cache(), torch.ones(1, 3, 8)
+    >>> for t in range(3): y = layer(x[:, t : t + 1], cache=cache)      # a token at a time
+    >>> cache.state(0)["keys"].shape
+    torch.Size([1, 2, 3, 4])
+    """
 
     def __init__(self) -> None:
         self._states: dict[Any, dict[str, Any]] = {}
@@ -443,7 +475,7 @@ class Cache:
         layer: Any,
         k: Float[Tensor, "B K T d"],            # keys of the new tokens
         v: Float[Tensor, "B K T d"],            # values of the new tokens
-    ) -> tuple[Tensor, Tensor]:                 # all that are kept, (B K S d), the new ones last
+    ) -> tuple[Tensor, Tensor]:                 # all kept, (B K S d), the new ones last
         "Add new keys and values; give back all that are kept."
         state = self.state(layer)
         if "keys" in state:
@@ -516,7 +548,7 @@ class Cache:
         layer: Any,
         n: int,                                 # how many positions of each row stay
     ) -> None:
-        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
         if "keys" not in state: return          # an heir that keeps them in its own way
         at, S = state.get("positions"), state["keys"].shape[2]
@@ -527,7 +559,7 @@ class Cache:
             state["positions"] = self._once(torch.gather, at, 1, kept)
         state["keys"], state["values"] = (_columns(state[x], kept) for x in ("keys", "values"))
 
-
+# %% ../nbs/07_attention.ipynb #caf94f63
 def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
     "These rows of every tensor, in dictionaries, lists and tuples of any depth."
     if isinstance(kept, dict): return {name: _pick(x, rows, done) for name, x in kept.items()}

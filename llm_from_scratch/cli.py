@@ -633,10 +633,10 @@ def _generate(
     end = table.special_tokens.get(END)
     if end is None and not begun:
         raise Misuse(f"this tokenizer has no {END} to begin with: give a --prompt")
+    start = () if end is None else (end,)
     options = {"constraint": Constraint(pattern, table)} if pattern else {}
     pieces = stream(made, table, begun, max_new_tokens, sampler, seed=seed, stop=stop,
-                    start=() if end is None else (end,), end_token=end, overflow=overflow,
-                    **options)
+                    start=start, end_tokens=start, overflow=overflow, **options)
     if json: return _say(dumps({"prompt": begun, "text": "".join(pieces), "seed": seed}))
     _say(begun, end="")
     for piece in pieces: _say(piece, end="")

@@ -301,10 +301,8 @@ class Constraint:
                              f"tokens, max_new_tokens is {max_new_tokens}")
         return prepared
 
-    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int,
-             end_token: int | None = None) -> None:
+    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int) -> None:
         "Set the logits of tokens that cannot come to −∞, in place."
         kept = torch.zeros_like(logits, dtype=torch.bool)
         kept[: self.table.shape[1]] = self.allowed(state, remaining)
-        if end_token is not None: kept[end_token] = self.is_complete(state)
         logits[~kept] = -math.inf

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from operator import index
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .attention import Cache
+from .data import as_ids
 from .text import Tokenizer
 
 # %% auto #0
@@ -44,14 +46,14 @@ def _check_choice(possible: Bool[Tensor, "B 1"]) -> None:
 
 # %% ../nbs/13_generation.ipynb #4ec6fdbb
 def row_seeds(
-    seed: int | Sequence[int],     # one for all rows, or one for each
+    seed: SupportsIndex | Sequence[SupportsIndex],     # one for all rows, or one for each
     n_rows: int,
 ) -> list[int]:
     "A seed for each row: hashed from `seed` and the row's number, or as given."
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence):
         if len(seed) != n_rows: raise ValueError(f"{len(seed)} seeds for {n_rows} rows")
-        return list(seed)
-    names = (f"{seed} {row}".encode() for row in range(n_rows))
+        return [index(own) for own in seed]
+    names = (f"{index(seed)} {row}".encode() for row in range(n_rows))
     return [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
             for name in names]
 
@@ -83,9 +85,10 @@ def keep_min_p(
 # %% ../nbs/13_generation.ipynb #90383f22
 def _keep_first(logits: Tensor, order: Tensor, mass: float) -> Tensor:
     "Tokens in this order until their probabilities sum to `mass`; the first one always."
+    if mass >= 1: return logits                        # a rounded sum would cut the last ones
     p = logits.softmax(-1).gather(-1, order)
     before = p.cumsum(-1) - p
-    keep = before < mass
+    keep = ~(before >= mass)                           # NaN stays, and `choose` refuses it
     keep[:, 0] = True
     return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)
 
@@ -102,7 +105,7 @@ def keep_typical(
 ) -> Float[Tensor, "B V"]:
     "Tokens whose surprise is nearest to the expected one, until they sum to `mass`."
     log_p = logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).nansum(-1, keepdim=True)
+    entropy = torch.special.entr(log_p.exp()).sum(-1, keepdim=True)        # 0 · log 0 is 0
     return _keep_first(logits, (-log_p - entropy).abs().argsort(-1), mass)
 
 # %% ../nbs/13_generation.ipynb #2bc892e6
@@ -113,7 +116,7 @@ class Context:
     prompts: Sequence[Sequence[int]] = ()    # what the rows began with
     written: Sequence[Sequence[int]] = ()    # what they have written since
     remaining: int | None = None             # tokens they may still write, the next included
-    end_token: int | None = None             # the token that ends a text
+    end_tokens: Sequence[int] = ()           # the tokens that end a text
 
 
 def _counts(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def require(
     kept = logits.clone()
     for row, written in enumerate(context.written):
         missing = [token for token in tokens if token not in written]
-        if missing and context.end_token is not None: kept[row, context.end_token] = -math.inf
+        if missing: kept[row, list(context.end_tokens)] = -math.inf
         if missing and context.remaining is not None and context.remaining <= len(missing):
             kept[row] = torch.full_like(kept[row], -math.inf)
             kept[row, missing] = logits[row, missing]
@@ -206,7 +209,11 @@ PROCESSORS: dict[str, Callable[[Tensor, Any, Context], Tensor]] = {
 class Sampler:
     """How to choose the next token: processors by name, applied in `order`, then a draw.
 
-    A field at its default does nothing. Raises ValueError for values that cannot be."""
+    A field at its default does nothing. Raises ValueError for values that cannot be.
+
+    >>> Sampler(top_k=2).probabilities(torch.tensor([[0.0, 5.0, 5.0]])).tolist()
+    [[0.0, 0.5, 0.5]]
+    """
 
     temperature: float = 1.0            # 0: always the best token
     top_k: int | None = None            # keep so many tokens
@@ -283,7 +290,7 @@ def _check_sampler(s: Sampler) -> None:
 
 # %% ../nbs/13_generation.ipynb #cb3e35ef
 def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor:
-    "Positions of the last T of S columns, @eq-generation-padding; of all rows, if none is padded."
+    "Positions of the last T of S columns, @eq-generation-padding; (T,) if none is padded."
     columns = torch.arange(S - T, S, device=device)
     if not any(pads): return columns
     return (columns - torch.tensor(pads, device=device)[:, None]).clamp(min=-1)
@@ -292,7 +299,13 @@ def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor
 class SimpleCache(Cache):
     """A KV cache in memory that doubles when it is full: each key is copied about once.
 
-    Of a layer with a window it keeps what the window can still reach."""
+    Of a layer with a window it keeps what the window can still reach.
+
+    >>> cache, new = SimpleCache(), torch.ones(1, 1, 2, 4)
+    >>> for _ in range(3): keys, values = cache.update(0, new, new)
+    >>> keys.shape
+    torch.Size([1, 1, 6, 4])
+    """
 
     def update(
         self, layer: Any, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
@@ -310,7 +323,7 @@ class SimpleCache(Cache):
         return keys[:, :, slice(*span)], values[:, :, slice(*span)]
 
     def forget(self, layer: Any, n: int) -> None:
-        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
         start, end = state["span"]
         if "positions" not in state: state["span"] = max(start, end - n), end
@@ -364,11 +377,16 @@ class _Reader:
         starts = [_start(len(row), self.limit) for row in rows]
         if self.make_cache and starts == self.starts:  # one new token in every row
             return self._read([row[-1:] for row in rows])
-        texts = [row[start:] for row, start in zip(rows, starts)]
         self.cache, self.starts = self.make_cache() if self.make_cache else None, starts
-        longest = max(map(len, texts))
-        self.pads, self.columns = [longest - len(text) for text in texts], 0
-        return self._read([[0] * pad + list(text) for pad, text in zip(self.pads, texts)])
+        texts = [tuple(row[start:]) for row, start in zip(rows, starts)]
+        once = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        longest = max(map(len, once))
+        self.pads, self.columns = [longest - len(text) for text in once], 0
+        logits = self._read([[0] * pad + list(text) for pad, text in zip(self.pads, once)])
+        if len(once) == len(texts): return logits
+        shared = [once[text] for text in texts]        # a text of several rows was read once
+        self._fan_out(shared)
+        return logits[shared]
 
     def _read(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
         T, S = len(new[0]), self.columns + len(new[0])
@@ -379,11 +397,14 @@ class _Reader:
         self.columns = S
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)
 
+    def _fan_out(self, rows: Sequence[int]) -> None:
+        if self.cache is not None: self.cache.reorder(rows)
+        self.pads = [self.pads[row] for row in rows]
+
     def reorder(self, rows: Sequence[int]) -> None:
         "Row i goes on from where row `rows[i]` is."
-        self.cache.reorder(rows)
+        self._fan_out(rows)
         self.starts = [self.starts[row] for row in rows]
-        self.pads = [self.pads[row] for row in rows]
 
 # %% ../nbs/13_generation.ipynb #0f383532
 class _Row:
@@ -411,81 +432,113 @@ class TokenConstraint(Protocol):
     def prepare(self, sampler: Sampler, max_new_tokens: int) -> TokenConstraint:
         "The constraint for these settings. ValueError if they leave no text."
 
-    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int,
-             end_token: int | None = None) -> None:
+    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int) -> None:
         "Set the logits of tokens that cannot come to −∞, in place."
 
     def advance(self, state: int, token: int) -> int:
         "The state after a token."
 
+    def is_complete(self, state: int) -> bool:
+        "May the text end here?"
+
     def can_continue(self, state: int, remaining: int) -> bool:
         "Can anything follow, with so many tokens left?"
 
 # %% ../nbs/13_generation.ipynb #8a80bdd1
+TokenIds = Sequence[int] | np.ndarray | Tensor
+
+
+def as_end_tokens(
+    end_tokens: Any,               # one id, or several
+) -> tuple[int, ...]:
+    "The ids that end a text. TypeError for what is neither an id nor several."
+    try: return (index(end_tokens),)
+    except TypeError: pass
+    try: return tuple(as_ids(end_tokens).tolist())
+    except (TypeError, ValueError):
+        raise TypeError(f"end_tokens is a token id or several, got {end_tokens!r}") from None
+
+
+def _as_prompts(prompts: Any) -> list[list[int]]:
+    try: return [as_ids(prompt).tolist() for prompt in prompts]
+    except (TypeError, ValueError):
+        raise TypeError("prompts is a list of lists of token ids") from None
+
+# %% ../nbs/13_generation.ipynb #d07a552b
 def generate_steps(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompts: Sequence[Sequence[int]],            # token ids, of any lengths
+    prompts: Sequence[TokenIds] | np.ndarray | Tensor,     # equal ones are read once
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     *,
-    seed: int | Sequence[int] = 0,               # see `row_seeds`
-    end_token: int | None = None,                # ends a row
+    seed: SupportsIndex | Sequence[SupportsIndex] = 0,   # see `row_seeds`
+    end_tokens: SupportsIndex | TokenIds = (),   # one or several, each of which ends a row
     stop: Sequence[str] = (),                    # strings that end a row; need a tokenizer
     tokenizer: Tokenizer | None = None,
     overflow: str = "error",                     # or "slide": when the context is full
     context_length: int | None = None,           # None: what `model.config` says, if anything
-    cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all again
-    constraint: TokenConstraint | None = None,   # what the new text must match
+    cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all anew
+    constraint: TokenConstraint | None = None,      # what the new text must match
 ) -> Iterator[list[int | None]]:                 # a token for each row, None if it has ended
     """Write all rows at once, a token at a time. A row does not depend on the others.
 
     Raises ValueError, before the first token, for what cannot work."""
-    _check_prompts(prompts, max_new_tokens, sampler, end_token, stop, tokenizer)
+    texts, ends = _as_prompts(prompts), as_end_tokens(end_tokens)
+    _check_prompts(texts, max_new_tokens, sampler, ends, stop, tokenizer)
     limit = _context_limit(model, context_length)
-    _check_room(prompts, max_new_tokens, limit, overflow)
+    _check_room(texts, max_new_tokens, limit, overflow)
     if constraint is not None: constraint = constraint.prepare(sampler, max_new_tokens)
 
     def text(prompt: Sequence[int]) -> "TextStream | None":
         return TextStream(tokenizer, stop, prompt) if tokenizer and stop else None
 
-    seeds = row_seeds(seed, len(prompts))
-    rows = [_Row(prompt, own, text(prompt)) for prompt, own in zip(prompts, seeds)]
+    seeds = row_seeds(seed, len(texts))
+    rows = [_Row(prompt, own, text(prompt)) for prompt, own in zip(texts, seeds)]
+    if constraint is not None and not ends and not constraint.can_continue(0, max_new_tokens):
+        rows = []                                # nothing can come, and no end is asked for
     reader = _Reader(model, cache, limit)
-    return _steps(reader, rows, max_new_tokens, sampler, end_token, constraint)
+    return _steps(reader, rows, max_new_tokens, sampler, ends, constraint)
 
 # %% ../nbs/13_generation.ipynb #a9693530
 def _steps(
     reader: _Reader, rows: list[_Row], max_new_tokens: int, sampler: Sampler,
-    end_token: int | None, constraint: TokenConstraint | None,
+    ends: tuple[int, ...], constraint: TokenConstraint | None,
 ) -> Iterator[list[int | None]]:
     for remaining in range(max_new_tokens, 0, -1):
+        if not any(row.is_open for row in rows): return
         logits = reader([row.read for row in rows])
         if constraint is not None:
             for row, scores in zip(rows, logits):
-                if row.is_open: constraint.mask(scores, row.state, remaining, end_token)
+                if row.is_open: _constrain(scores, row.state, remaining, ends, constraint)
         context = Context([row.prompt for row in rows], [row.written for row in rows],
-                          remaining, end_token)
+                          remaining, ends)
         tokens = sampler.choose(logits, [row.coin.random() for row in rows], context)
         yield [row.add(token) for row, token in zip(rows, tokens)]
         for row, token in zip(rows, tokens):
-            if row.is_open: _close(row, token, remaining - 1, end_token, constraint)
-        if not any(row.is_open for row in rows): return
+            if row.is_open: _close(row, token, remaining - 1, ends, constraint)
 
 
-def _close(row: _Row, token: int, remaining: int, end_token: int | None,
+def _close(row: _Row, token: int, remaining: int, ends: tuple[int, ...],
            constraint: TokenConstraint | None) -> None:
     "Close the row if its text has come to an end."
-    if token == end_token or (row.text is not None and row.text.stopped): row.is_open = False
+    if token in ends or (row.text is not None and row.text.stopped): row.is_open = False
     elif constraint is not None:
         row.state = constraint.advance(row.state, token)
-        row.is_open = end_token is not None or constraint.can_continue(row.state, remaining)
+        row.is_open = bool(ends) or constraint.can_continue(row.state, remaining)
+
+
+def _constrain(scores: Tensor, state: int, remaining: int, ends: tuple[int, ...],
+               constraint: TokenConstraint) -> None:
+    "Leave only what the constraint allows, in place; the end only where the text is complete."
+    closing = scores[list(ends)]
+    constraint.mask(scores, state, remaining)
+    if not constraint.is_complete(state): closing = torch.full_like(closing, -math.inf)
+    scores[list(ends)] = closing
 
 # %% ../nbs/13_generation.ipynb #ff6ff0bf
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
-                   end_token: int | None, stop: Sequence[str],
+                   ends: Sequence[int], stop: Sequence[str],
                    tokenizer: Tokenizer | None) -> None:
-    if isinstance(prompts, str) or any(isinstance(prompt, (str, int)) for prompt in prompts):
-        raise TypeError("prompts is a list of lists of token ids")
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
     if not len(prompts) or empty:
         what = f"prompt {empty[0]} is empty" if empty else "there is no prompt"
@@ -493,7 +546,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sample
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if stop and tokenizer is None: raise ValueError("stop strings need a tokenizer")
-    if len(sampler.required) > max_new_tokens or end_token in sampler.required:
+    if len(sampler.required) > max_new_tokens or {*ends} & {*sampler.required}:
         raise ValueError(f"cannot fit the required tokens {list(sampler.required)} into "
                          f"{max_new_tokens} new ones before the end")
 
@@ -520,14 +573,20 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: in
 
 def generate(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompts: Sequence[Sequence[int]],            # token ids, of any lengths
+    prompts: Sequence[TokenIds] | np.ndarray | Tensor,     # equal ones are read once
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     **options: Any,                              # as for `generate_steps`
 ) -> list[list[int]]:
-    """The new tokens of each row, up to and with its end token, if that came.
+    """The new tokens of each row, up to and with its end token, if one came.
 
-    Raises ValueError, before the first token, for what cannot work."""
+    Raises ValueError, before the first token, for what cannot work.
+
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> generate(count, [[1], [5, 6]], 3, end_tokens=[3, 8])
+    [[2, 3], [7, 8]]
+    """
+    prompts = _as_prompts(prompts)
     written: list[list[int]] = [[] for _ in prompts]
     for step in generate_steps(model, prompts, max_new_tokens, sampler, **options):
         for row, token in zip(written, step):
@@ -535,9 +594,12 @@ def generate(
     return written
 
 # %% ../nbs/13_generation.ipynb #cf7ccca8
-def _stop_at(text: str, stop: Sequence[str]) -> int | None:
-    "Where the stop string begins that is complete first; of two, the longer."
-    found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+def _stop_at(text: str, stop: Sequence[str], known: int = 0) -> int | None:
+    "Where the stop string begins that is complete first after `known` characters; the longest."
+    found = []
+    for s in stop:
+        at = text.find(s, max(0, known - len(s) + 1))
+        if at >= 0: found.append((at + len(s), at))
     return min(found)[1] if found else None
 
 
@@ -547,19 +609,34 @@ def _may_stop(text: str, stop: Sequence[str]) -> int:
     return next((n for n in range(min(longest, len(text)), 0, -1)
                  if any(s.startswith(text[-n:]) for s in stop)), 0)
 
+
+def _alike(known: str, text: str) -> int:
+    "How many characters were known; half a character at the end may have become a whole one."
+    if known.endswith("\ufffd") and not text.startswith(known): return len(known) - 1
+    return len(known)
+
 # %% ../nbs/13_generation.ipynb #40ace0b1
 class TextStream:
     """Turns tokens into text as they come: whole characters only, nothing of a stop string.
 
-    `stopped` says whether one was found; the text that was given out ends before it."""
+    `stopped` says whether one was found; the text that was given out ends before it. A stop
+    string may begin in the prompt, and a character of the prompt be completed.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> letters = CharTokenizer.train(["abc"])
+    >>> text = TextStream(letters, ["bc"])
+    >>> [text.push(i) for i in letters.encode("cabc")], text.stopped
+    (['c', 'a', '', ''], True)
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
                  prompt: Sequence[int] = ()) -> None:
         if isinstance(stop, str): raise TypeError(f"stop is a list of strings: [{stop!r}]")
         if "" in stop: raise ValueError("a stop string cannot be empty")
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
-        self._ids, self._held = list(prompt), ""
-        self._known = len(tokenizer.decode(self._ids))
+        self._ids, self._known = list(prompt), tokenizer.decode(list(prompt))
+        begun = _may_stop(self._known, self.stop)
+        self._held, self._old = self._known[len(self._known) - begun :], begun
 
     def push(self, token: int) -> str:
         "The text that is certain now that this token has come."
@@ -572,17 +649,18 @@ class TextStream:
         "What was held back, when no token comes any more."
         if self.stopped: return ""
         out = self._release(self.tokenizer.decode(self._ids))
-        return out if self.stopped else out + self._held
+        return out if self.stopped else out + self._held[self._old :]
 
     def _release(self, text: str) -> str:
         "Give out what is new in `text`, but for what may become a stop string."
-        self._held += text[self._known:]
+        self._held += text[_alike(self._known, text) :]
         self._ids = self._ids[-1:]                             # what follows may depend on it
-        self._known = len(self.tokenizer.decode(self._ids))
-        end = _stop_at(self._held, self.stop)
+        self._known = self.tokenizer.decode(self._ids)
+        end = _stop_at(self._held, self.stop, self._old)
         self.stopped = end is not None
         keep = len(self._held) - _may_stop(self._held, self.stop) if end is None else end
-        out, self._held = self._held[:keep], self._held[keep:]
+        out, self._held = self._held[self._old : keep], self._held[keep:]
+        self._old = max(0, self._old - keep)                   # of the prompt: not given out
         return out
 
 # %% ../nbs/13_generation.ipynb #7a6d9c46
@@ -593,23 +671,28 @@ def stream(
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     *,
-    start: Sequence[int] = (),                   # tokens before the prompt, if it needs one
+    start: TokenIds = (),                        # tokens before the prompt, if it needs one
     stop: Sequence[str] = (),                    # strings that end the text, and are left out
-    end_token: int | None = None,
+    end_tokens: SupportsIndex | TokenIds = (),   # one or several; left out, too
     **options: Any,                              # as for `generate_steps`
 ) -> Iterator[str]:
-    "The new text in pieces, each as soon as it is certain: never half a character."
-    ids = [*start, *tokenizer.encode(prompt)]
+    """The new text in pieces, each as soon as it is certain: never half a character.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> list(stream(count, CharTokenizer.train(["abcdefghi"]), "ab", 9, stop=["fg"]))
+    ['c', 'd', 'e']
+    """
+    ids, ends = [*as_ids(start).tolist(), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
     text = TextStream(tokenizer, stop, ids)
-    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_token=end_token,
-                           **options)
-    return _pieces(steps, text, end_token)
+    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends, **options)
+    return _pieces(steps, text, ends)
 
 
 def _pieces(steps: Iterator[list[int | None]], text: TextStream,
-            end_token: int | None) -> Iterator[str]:
+            ends: tuple[int, ...]) -> Iterator[str]:
     for (token,) in steps:
-        if token is None or token == end_token: break
+        if token is None or token in ends: break
         if piece := text.push(token): yield piece
         if text.stopped: return
     if piece := text.finish(): yield piece
@@ -623,18 +706,18 @@ class _Beam(NamedTuple):
     parent: int
 
 
-def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, end_token: int | None,
+def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, ends: tuple[int, ...],
             ) -> tuple[list[_Beam], list[_Beam]]:
-    "Every beam with the end token, and the best beams with any other."
+    "Every beam with each end token, and the best beams with any other token."
     log_p = logits.double().log_softmax(-1)
     total = log_p + log_p.new_tensor([[beam.log_p] for beam in live])
 
     def grown(row: int, token: int) -> _Beam:
         return _Beam([*live[row].ids, token], float(total[row, token]), row)
 
-    ended = [] if end_token is None else [grown(row, end_token) for row in range(len(live))]
+    ended = [grown(row, end) for row in range(len(live)) for end in ends]
     others = total.clone()
-    if end_token is not None: others[:, end_token] = -math.inf
+    others[:, list(ends)] = -math.inf
     best = others.flatten().topk(min(n_beams, others.numel()))
     places = [divmod(place, total.shape[1]) for place, value in
               zip(best.indices.tolist(), best.values.tolist()) if value > -math.inf]
@@ -643,24 +726,31 @@ def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, end_token: int 
 # %% ../nbs/13_generation.ipynb #a95756f1
 def beam_search(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompt: Sequence[int],
+    prompt: TokenIds,
     n_beams: int,                                # how many texts are kept at each length
     max_new_tokens: int,
     length_penalty: float = 1.0,                 # 0: bare log-probability; more: longer texts
-    end_token: int | None = None,
+    end_tokens: SupportsIndex | TokenIds = (),   # one or several, each of which ends a text
     context_length: int | None = None,           # None: what `model.config` says, if anything
+    cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all anew
 ) -> list[tuple[list[int], float]]:              # (new tokens, score), the best first
     """Up to `n_beams` texts with the best scores that were found, @eq-generation-beam.
 
-    Raises ValueError for what cannot work."""
-    limit = _check_beams(model, prompt, n_beams, max_new_tokens, end_token, context_length)
+    Raises ValueError for what cannot work.
+
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> [text for text, _ in beam_search(count, [4], 2, 3)]
+    [[5, 6, 7]]
+    """
+    (ids,), ends = _as_prompts([prompt]), as_end_tokens(end_tokens)
+    limit = _check_beams(model, ids, n_beams, max_new_tokens, ends, context_length)
     def score(log_p: float, length: int) -> float: return log_p / length**length_penalty
 
-    reader, live = _Reader(model, SimpleCache, limit), [_Beam([], 0.0, 0)]
+    reader, live = _Reader(model, cache, limit), [_Beam([], 0.0, 0)]
     done: list[tuple[list[int], float]] = []
     for length in range(1, max_new_tokens + 1):
-        logits = reader([[*prompt, *beam.ids] for beam in live])
-        ended, live = _extend(live, logits, n_beams, end_token)
+        logits = reader([[*ids, *beam.ids] for beam in live])
+        ended, live = _extend(live, logits, n_beams, ends)
         done += [(beam.ids, score(beam.log_p, length)) for beam in ended]
         done = sorted(done, key=lambda text: -text[1])[:n_beams]
         if not live: break
@@ -670,13 +760,13 @@ def beam_search(
     done += [(beam.ids, score(beam.log_p, max_new_tokens)) for beam in live]
     return sorted(done, key=lambda text: -text[1])[:n_beams]
 
-
+# %% ../nbs/13_generation.ipynb #b511e9d5
 def _check_beams(model: Any, prompt: Sequence[int], n_beams: int, max_new_tokens: int,
-                 end_token: int | None, context_length: int | None) -> int | None:
+                 ends: tuple[int, ...], context_length: int | None) -> int | None:
     if n_beams < 1 or max_new_tokens < 1:
         raise ValueError("a search needs at least one beam and one new token, "
                          f"got {n_beams} and {max_new_tokens}")
-    _check_prompts([prompt], max_new_tokens, Sampler(), end_token, (), None)
+    _check_prompts([prompt], max_new_tokens, Sampler(), ends, (), None)
     limit = _context_limit(model, context_length)
     _check_room([prompt], max_new_tokens, limit, "error")
     return limit
