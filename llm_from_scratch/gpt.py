@@ -28,6 +28,7 @@ from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
+from .costs import count_parameters, estimate_memory, flops_per_token
 from .data import replacing
 from llm_from_scratch.positions import (
     POSITIONS, LearnedPositions, PositionScheme, RopeScaling, position_scheme,
@@ -42,8 +43,7 @@ if TYPE_CHECKING:
     from llm_from_scratch.figures import SVG
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'TiedHead', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card',
-           'load_weights']
+__all__ = ['PRESETS', 'GPTConfig', 'TiedHead', 'GPT', 'model_card', 'load_weights']
 
 # %% ../nbs/09_gpt.ipynb #7a1bde99
 def _check_fields(known: Sequence[str], given: Sequence[str], what: str = "no field") -> None:
@@ -302,6 +302,10 @@ class TiedHead(nn.Module):
     def weight(self) -> Tensor:
         "The embedding table itself."
         return self._source[0].weight
+
+    def multiplied(self) -> int:
+        "How many weights a token is multiplied with: the whole table."
+        return self.weight.numel()
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token."
@@ -601,24 +605,9 @@ def _loss(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden, model.head.weight, targets)
 
 # %% ../nbs/09_gpt.ipynb #92fd56e6
-_KINDS = {"token_embedding": "token embedding", "position_embedding": "position embedding",
-          "attention": "attention", "feed_forward": "feed-forward", "head": "head"}
-
-
-def _kind(name: str) -> str:
-    "The part of the model that a parameter belongs to, by its name."
-    part = name.split(".")[2 if name.startswith("blocks.") else 0]
-    return _KINDS.get(part, "norms")
-
-
-def count_parameters(
-    config: GPTConfig,
-) -> dict[str, int]:                        # part -> parameters; their sum is the model's
-    "Exact parameter counts, of a model that is built without its numbers."
-    with torch.device("meta"): model = GPT(config)
-    counts = dict.fromkeys([*_KINDS.values(), "norms"], 0)
-    for name, parameter in model.named_parameters(): counts[_kind(name)] += parameter.numel()
-    return counts
+def blueprint(config: GPTConfig) -> GPT:
+    "The model without its numbers, on torch's meta device."
+    with torch.device("meta"): return GPT(config)
 
 # %% ../nbs/09_gpt.ipynb #55ee59a2
 _MODERN: dict[str, Any] = {"positions": "rope", "norm": "rmsnorm", "feed_forward": "swiglu",
@@ -654,86 +643,6 @@ PRESETS: dict[str, GPTConfig] = {
                            rope_scaling=RopeScaling("llama3", 32.0, 8_192)),
 }
 
-# %% ../nbs/09_gpt.ipynb #ecf73cb2
-def _multiplied(part: Any) -> int:
-    "Weights that a token is multiplied with: those of linear layers, or what the part says."
-    if hasattr(part, "multiplied"): return part.multiplied()
-    own = part.weight.numel() if isinstance(part, nn.Linear) else 0
-    return own + sum(_multiplied(child) for child in part.children())
-
-
-def flops_per_token(
-    config: GPTConfig,
-    length: int | None = None,              # of the sequences, T; None: the whole context
-    training: bool = True,                  # forward and backward, or forward alone
-) -> int:
-    """Floating-point operations for each token, @eq-gpt-flops, of the matrix products alone.
-
-    Attention is counted over all pairs of positions, as is usual, though half are masked."""
-    c, T = config, config.context_length if length is None else length
-    with torch.device("meta"): multiplied = _multiplied(GPT(c))
-    if c.tie_embeddings: multiplied += c.vocab_size * c.d_model
-    forward = 2 * multiplied + 4 * c.n_layers * T * c.n_heads * c.head_width
-    return 3 * forward if training else forward
-
-# %% ../nbs/09_gpt.ipynb #6d2a71fa
-@dataclass(frozen=True)
-class MemoryEstimate:
-    "Bytes that a model needs, part by part; `training` and `inference` are the peaks."
-
-    parameters: int
-    gradients: int
-    optimizer: int                          # AdamW's two averages
-    activations: int                        # what forward leaves for backward
-    loss: int                               # logits of a chunk and the gradients of the loss
-    work: int                               # gradients on their way through one block
-    cache: int                              # keys and values of the whole batch, for generation
-
-    @property
-    def moments(self) -> dict[str, int]:
-        "Bytes in use when the forward pass ends, when the backward pass ends, and at the step."
-        rest = self.parameters + self.optimizer
-        return {"after forward": rest + self.activations + self.loss,
-                "after backward": rest + self.gradients + self.work,
-                "optimizer step": rest + self.gradients}
-
-    @property
-    def training(self) -> int:
-        "The most that a training step holds at once."
-        return max(self.moments.values())
-
-    @property
-    def inference(self) -> int:
-        "Parameters and cache."
-        return self.parameters + self.cache
-
-# %% ../nbs/09_gpt.ipynb #f731f797
-def estimate_memory(
-    config: GPTConfig,
-    batch_size: int,                        # sequences at a time, B
-    length: int | None = None,              # of each, T; None: the whole context
-    bytes_per_number: int = 4,              # 4 for float32
-) -> MemoryEstimate:
-    """Memory of training and generating, @eq-gpt-activations, before anything is made.
-
-    For fused attention (the default), no dropout, AdamW, and gradients that are set to None."""
-    c, T = config, config.context_length if length is None else length
-    if batch_size < 1 or T < 1:
-        raise ValueError(f"expected at least one sequence of one token, got {batch_size} × {T}")
-    P, D, hidden = sum(count_parameters(c).values()), c.d_model, c.ff_width
-    heads, keys = c.head_width * c.n_heads, c.head_width * c.kv_heads
-    per_block = 4 * D + 2 * (heads + keys) + (4 if c.is_gated else 2) * hidden
-    tokens, table = batch_size * T, c.vocab_size * D
-    logits = 2 * min(tokens, 512) * c.vocab_size
-    numbers = {
-        "parameters": P, "gradients": P, "optimizer": 2 * P,
-        "activations": tokens * (c.n_layers * per_block + D),
-        "loss": table + tokens * 2 * D + logits,
-        "work": tokens * 2 * D + (table if c.tie_embeddings else 0),
-        "cache": 2 * c.n_layers * keys * tokens,
-    }
-    return MemoryEstimate(**{part: n * bytes_per_number for part, n in numbers.items()})
-
 # %% ../nbs/09_gpt.ipynb #cf83d5d7
 def model_card(
     config: GPTConfig,
@@ -742,7 +651,8 @@ def model_card(
 ) -> str:
     "What a model is, costs and needs, as a Markdown table."
     c, T = config, config.context_length if length is None else length
-    memory, count = estimate_memory(c, batch_size, T), count_parameters(c)
+    model = blueprint(c)
+    memory, count = estimate_memory(model, batch_size, T), count_parameters(model)
     P, tables = sum(count.values()), ("token embedding", "position embedding", "head")
     grouped = "" if c.kv_heads == c.n_heads else f" ({c.kv_heads} key/value)"
     rows = {
@@ -753,8 +663,9 @@ def model_card(
         "reads": f"{c.context_length:,} tokens of {c.vocab_size:,}",
         "parameters": f"{P:,}",
         "of them in tables": f"{sum(count[table] for table in tables) / P:.0%}",
-        "training, per token": f"{flops_per_token(c, T) / 1e9:,.2f} GFLOP",
-        "generating, per token": f"{flops_per_token(c, T, training=False) / 1e9:,.2f} GFLOP",
+        "training, per token": f"{flops_per_token(model, T) / 1e9:,.2f} GFLOP",
+        "generating, per token":
+            f"{flops_per_token(model, T, training=False) / 1e9:,.2f} GFLOP",
         f"memory to train on {batch_size} × {T:,}": f"{memory.training / 1e9:,.2f} GB",
         "memory to generate as many": f"{memory.inference / 1e9:,.2f} GB",
         "cache, per token": f"{memory.cache / batch_size / T / 1e3:,.1f} kB",

@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .costs import Trace, flops_per_token, trace_step
 from .data import (
     IGNORE, BatchLoader, _sync_folder, document_mask, document_positions, replacing)
-from .gpt import GPTConfig, _check_fields, flops_per_token
+from .gpt import GPTConfig, _check_fields
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
 from .tensors import best_device, seed_all
@@ -1134,12 +1135,11 @@ class Throughput(Callback):
     "Adds tokens per second to each record, and MFU for a model of ours."
     def begin(self, trainer: Trainer) -> None:
         self.before, self.speed = (trainer.seconds, trainer.tokens), 0.0
-        config = getattr(trainer.model, "config", None)
-        length = trainer.train.context_length
-        if not isinstance(config, GPTConfig): return
+        if not isinstance(getattr(trainer.model, "config", None), GPTConfig): return
+        each = flops_per_token(trainer.model, trainer.train.context_length)
         name, device = trainer.precision.name, trainer.world.device
         peak = matrix_speed(device, PRECISIONS[name]) * trainer.world.size
-        self.speed = peak / flops_per_token(config, length)   # tokens/s at most
+        self.speed = peak / each           # tokens per second, at most
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         seconds, tokens = self.before
@@ -1549,6 +1549,7 @@ class Prediction:
     gradients: int
     optimizer: int
     activations: int                  # what the backward pass needs of the forward pass
+    step: int                         # the most in both, beside weights and optimizer
     available: int | None             # bytes free on the device; None where it cannot be told
     step_seconds: float | None        # of one step; None if it does not fit, or was not tried
     steps: int | None                 # None: the run is bounded by seconds alone
@@ -1556,7 +1557,7 @@ class Prediction:
     @property
     def memory(self) -> int:
         "Bytes at the fullest moment."
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.optimizer + max(self.step, self.gradients)
 
     @property
     def fits(self) -> bool:
@@ -1571,7 +1572,7 @@ class Prediction:
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "activations")
         lines = [f"{name:12}{getattr(self, name) / 1e6:12,.1f} MB" for name in parts]
-        lines += [f"{'together':12}{self.memory / 1e6:12,.1f} MB"]
+        lines += [f"{'at most':12}{self.memory / 1e6:12,.1f} MB at once"]
         if not self.fits: lines += [f"does not fit into {(self.available or 0) / 1e6:,.1f} MB"]
         return "\n".join(lines)
 
@@ -1583,29 +1584,17 @@ def _optimizer_bytes(model: nn.Module, config: TrainConfig) -> int:
     saved = groups.get("matrices", 0) if config.optimizer == "muon" else 0
     return 2 * sum(groups.values()) - saved
 
-def _activation_bytes(model: nn.Module, loader: BatchLoader, rows: int) -> int:
-    "What backward needs of the forward pass: measured for one row and two, then a line."
-    x, y = loader.batch(0)
-    x, y = x[:1].repeat(2, 1), y[:1].repeat(2, 1).clamp(min=0)
-    one, two = (_saved_bytes(model, x[:n], y[:n]) for n in (1, 2))
-    return one + (rows - 1) * (two - one)
-
-def _saved_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    "Bytes of the tensors that a forward pass saves for the backward pass."
-    sizes = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
-    kept = []                                       # else a freed address could come again
-
-    def note(t: Tensor) -> Tensor:
-        kept.append(t)
-        memory = t.untyped_storage()
-        sizes.setdefault(memory.data_ptr(), memory.nbytes())
-        return t
-
-    states, device = generator_states(model), next(model.parameters()).device
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(x.to(device), y.to(device))
-    restore_generators(model, states)
-    return sum(sizes.values())
+def _trace(
+    model: nn.Module, config: TrainConfig, loader: BatchLoader,
+    loss: Callable[..., Tensor],
+) -> Trace:
+    "What a step keeps in memory; with accumulation, beside gradients of other rows."
+    batch = _fetch(loader, 0, config.document_mask)
+    rows = config.micro_batch_size or len(batch[0])
+    part = _move([t[:rows] for t in batch], next(model.parameters()).device)
+    states = generator_states(model)
+    try: return trace_step(model, part, loss, times=1 if rows >= len(batch[0]) else 2)
+    finally: restore_generators(model, states)
 
 # %% ../nbs/11_training.ipynb #97bcc8a5
 def _available(device: torch.device) -> int | None:
@@ -1615,15 +1604,20 @@ def _available(device: torch.device) -> int | None:
     with suppress(ValueError, OSError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-def _time_step(model: nn.Module, loader: BatchLoader, config: TrainConfig) -> float:
-    "Seconds of a step's gradient, the better of two; weights and generators stay as they are."
-    device, states, times = next(model.parameters()).device, generator_states(model), []
-    x, y = (t.to(device) for t in loader.batch(0))
+def _time_step(
+    model: nn.Module, config: TrainConfig, loader: BatchLoader,
+    loss: Callable[..., Tensor],
+) -> float:
+    "Seconds of a step's gradient, the better of two; the model stays as it is."
+    states, times = generator_states(model), []
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    batch = _move(_fetch(loader, 0, config.document_mask), next(model.parameters()).device)
     for _ in range(2):
         start = time.perf_counter()
-        float(accumulate(model, (x, y), config.micro_batch_size))
+        float(accumulate(model, batch, config.micro_batch_size, loss=loss))
         times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
+    for buffer, was in buffers: buffer.copy_(was)
     restore_generators(model, states)
     return min(times)
 
@@ -1634,17 +1628,19 @@ def predict_run(
     loader: BatchLoader,              # of the training data
     device: torch.device | str | None = None,
     seconds: bool = True,             # time a step as well; nothing of it stays
+    loss: Callable[..., Tensor] = lm_loss,
 ) -> Prediction:
     "Memory and time of a run before it starts; memory is found without using it."
     device = torch.device(device or next(model.parameters()).device)
-    rows = config.micro_batch_size or len(loader.plan.rows)
-    n = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trace = _trace(model, config, loader, loss)
     found = Prediction(
-        weights=n, gradients=n, optimizer=_optimizer_bytes(model, config),
-        activations=_activation_bytes(model, loader, rows), available=_available(device),
-        step_seconds=None, steps=planned_steps(config, loader))
+        weights=sum(n for n, _ in sizes), gradients=sum(n for n, learns in sizes if learns),
+        optimizer=_optimizer_bytes(model, config), activations=trace.activations,
+        step=trace.peak, available=_available(device), step_seconds=None,
+        steps=planned_steps(config, loader))
     if not (seconds and found.fits): return found
-    return replace(found, step_seconds=_time_step(model, loader, config))
+    return replace(found, step_seconds=_time_step(model, config, loader, loss))
 
 # %% ../nbs/11_training.ipynb #8fd03c82
 def plot_history(
