@@ -335,7 +335,7 @@ class GPT(nn.Module):
         if isinstance(scheme.embedding, LearnedPositions) and generator is not None:
             nn.init.normal_(scheme.embedding.weight, std=0.02, generator=generator)
 
-    def hidden(
+    def _hidden(
         self,
         ids: Int[Tensor, "B T"],            # tokens
         *,
@@ -360,13 +360,19 @@ class GPT(nn.Module):
         positions: Int[Tensor, "T"] | Int[Tensor, "B T"] | None = None,   # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
         cache: Cache | None = None,                 # earlier keys and values
+        hidden: bool = False,                       # stop before the head
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
         """Logits; with targets, the mean surprise in nats, without ever holding all logits.
 
         Raises ValueError for an empty or too long sequence and ids outside the vocabulary."""
-        x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
+        x = self._hidden(ids, positions=positions, mask=mask, cache=cache)
+        if hidden: return x
         if targets is None: return self.logits(x)
         return _loss(self, x, targets)
+
+    def hidden(self, ids: Int[Tensor, "B T"], **options: Any) -> Float[Tensor, "B T D"]:
+        "The final hidden states, which the head reads; `options` as for `forward`."
+        return self(ids, hidden=True, **options)
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token, from what `hidden` gives."

@@ -513,9 +513,17 @@ def write_tensors(
             crc, size = _put(file, crc, data, other), size + len(data)
     return {"bytes": size, "crc32": crc}
 
+def whole(tensor: Tensor) -> Tensor:
+    "A tensor of which each process may hold a part; then all call this together."
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+def is_sharded(tensor: Tensor) -> bool:
+    "Whether it is one of torch's `DTensor`s, spread over processes."
+    return hasattr(tensor, "full_tensor")
+
 def _raw(tensor: Tensor) -> Any:
     "The bytes of a tensor, without a copy where it lies in one piece."
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _put(file: Any, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
@@ -912,7 +920,7 @@ class Trainer:
 
     def parts(self) -> dict[str, Any]:
         "Whatever has a state, by name."
-        return {"model": self.model,
+        return {"model": Weights(self.model),
                 "optimizer": OptimizerMemory(self.model, self.optimizers),
                 "data": self.train, "precision": self.precision,
                 "generators": self.generators, "world": self.world,
@@ -1312,6 +1320,29 @@ def _say_unknown(names: set[str]) -> None:
         _log.warning("the checkpoint has a state of %s, which this run "
                      "does not have: it is left out", name)
 
+# %% ../nbs/11_training.ipynb #8dc6fe8e
+def share(value: Any, like: Tensor) -> Any:
+    "Of a whole tensor the part that this process holds, if `like` is spread so."
+    if not is_sharded(like) or not isinstance(value, Tensor): return value
+    if value.shape != like.shape: return value            # a count of steps
+    from torch.distributed.tensor import distribute_tensor
+    mesh, placements = like.device_mesh, like.placements   # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+class Weights:
+    "The weights of a model, whole, though each process may hold a part of them."
+    def __init__(self, model: nn.Module) -> None: self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        "What the model's own gives."
+        return dict(self.model.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Put it back, in parts where the model is spread over processes."
+        mine = self.model.state_dict()
+        self.model.load_state_dict({name: share(t, mine[name]) if name in mine else t
+                                    for name, t in state.items()})
+
 # %% ../nbs/11_training.ipynb #9ebfbeb2
 class OptimizerMemory:
     "What optimizers remember, by the name of the parameter it belongs to."
@@ -1335,15 +1366,15 @@ class OptimizerMemory:
             raise ValueError("the optimizer's memory is of another model: "
                              f"missing {missing}, unknown {unknown}")
         for o, owned in self.owned:
-            memory = {i: dict(state[name]) for i, name in enumerate(owned)
-                      if state[name]}
+            memory = {i: {key: share(t, owned[name]) for key, t in state[name].items()}
+                      for i, name in enumerate(owned) if state[name]}
             groups = o.state_dict()["param_groups"]
             o.load_state_dict({"state": memory, "param_groups": groups})
 
 # %% ../nbs/11_training.ipynb #baf19766
 def split_state(state: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     "A nested state in two: tensors by path, and the rest, for JSON."
-    if isinstance(state, Tensor): return {path: state}, {"$tensor": path}
+    if isinstance(state, Tensor): return {path: whole(state)}, {"$tensor": path}
     if not isinstance(state, Mapping): return {}, state
     tensors: dict[str, Tensor] = {}
     rest = {}
@@ -1380,6 +1411,7 @@ def save(
     """Write a model, what its optimizers remember and the step, as `safetensors`.
 
     A file at a path is replaced once the new one is complete, or stays as it was.
+    Of a model that is spread over processes (FSDP), all call this, and one writes.
 
     >>> import io
     >>> model = torch.nn.Linear(2, 2)
@@ -1394,6 +1426,7 @@ def save(
         "step": step, "model": dict(model.state_dict()),
         "optimizer": OptimizerMemory(model, optimizers).state_dict(),
         "settings": {str(i): _settings(o) for i, o in enumerate(optimizers)}})
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank(): return
     about = {"format": _FORMAT, "state": json.dumps(rest), "crc32": "0" * 8}
     crc = zlib.crc32(_safetensors_header(tensors, about))
     for tensor in tensors.values(): crc = zlib.crc32(_raw(tensor), crc)
@@ -1428,7 +1461,7 @@ was not written by `save`: it has no readable header
         _check_kinds([*map(_settings, optimizers)], settings, name)
         OptimizerMemory(model, optimizers).load_state_dict(state["optimizer"])
         for o, saved in zip(optimizers, settings): _set(o, saved)
-    model.load_state_dict(state["model"])
+    Weights(model).load_state_dict(state["model"])
     return state["step"]
 
 # %% ../nbs/11_training.ipynb #f737527d
