@@ -13,6 +13,7 @@ from shapes import unchecked
 from torch import nn
 
 from llm_from_scratch import training
+from llm_from_scratch.costs import trace_step
 from llm_from_scratch.data import IGNORE, BatchLoader
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.optim import SCHEDULES, AdamW
@@ -175,6 +176,7 @@ def test_muon_needs_matrices_and_something_else():
 @pytest.fixture
 def steps_of_a_second(monkeypatch):
     "A trainer on a clock of its own: each forward pass in training takes a second."
+    matrix_speed(torch.device('cpu'), torch.float32)                     # measured by the real clock, and remembered
     now = [100.0]
     monkeypatch.setattr(training, 'time', SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
     def begin(folder=None, seconds=4.5):
@@ -433,11 +435,23 @@ def test_a_prediction_disturbs_nothing_and_counts_right():
     assert generator_states(made.model)['torch'] == states['torch'] and all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
     assert all(p.grad is None for p in made.model.parameters())
     x, y = made.train.batch(0)
-    assert found.activations == training._saved_bytes(made.model, x[:2].clone(), y[:2].clamp(min=0))
+    trace = trace_step(made.model, (x[:2], y[:2]), times=2)
+    assert (found.activations, found.step) == (trace.activations, trace.peak) and found.memory == 12 * n + max(trace.peak, 4 * n)
     assert not replace(found, available=found.memory).fits and 'does not fit' in str(replace(found, available=1))
     muon = predict_run(made.model, replace(made.config, optimizer='muon'), made.train, seconds=False)
     state = sum(v.nbytes for o in OPTIMIZERS['muon'](made.model, made.config) for p in o.param_groups for v in p['params']) * 2
     assert muon.optimizer < state == found.optimizer and muon.step_seconds is None
+
+
+@pytest.mark.parametrize('looks', [False, True])
+def test_a_prediction_moves_no_buffer(looks):
+    "A batch norm counts and averages in every forward pass, and so would a model that is tried."
+    from test_costs import Normed
+    config = TrainConfig(steps=1, batch_size=4)
+    made, loader = Normed(looks), loader_for(config, np.arange(99) % 9, 6)
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    assert predict_run(made, config, loader).seconds > 0
+    assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
 
 
 def test_the_predicted_optimizer_memory_is_what_it_takes():
@@ -616,14 +630,14 @@ def test_documents_in_a_row_are_as_they_are_alone(tmp_path, positions):
 
 
 def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do(monkeypatch):
-    from llm_from_scratch.gpt import flops_per_token
+    from llm_from_scratch.costs import flops_per_token
     assert matrix_speed(torch.device('cpu'), torch.float32) == matrix_speed(torch.device('cpu'), torch.float32) > 0         # measured once
     monkeypatch.setattr(training, 'matrix_speed', lambda device, dtype: 1e4)                      # a device slow enough for a share with digits
     made = make(steps=4)
     result = made.fit()
     for r in result.history:
         assert r['tokens_per_second'] > 0
-        assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(made.model.config, 6) / 1e4, rel=1e-2, abs=1e-3)
+        assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(made.model, 6) / 1e4, rel=1e-2, abs=1e-3)
     assert sum(24 / r['tokens_per_second'] for r in result.history) == pytest.approx(result.seconds, rel=.05)
 
 
