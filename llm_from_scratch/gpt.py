@@ -23,6 +23,7 @@ from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
+from .costs import count_parameters, estimate_memory, flops_per_token
 from .figures import SVG, count_weights, model_svg, parts_of
 from .files import Config, check_fields, checksum, replacing, revived
 from llm_from_scratch.positions import (
@@ -35,7 +36,7 @@ from llm_from_scratch.tensors import (
 if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card']
+__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'model_card']
 
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
@@ -278,6 +279,10 @@ class TiedHead(nn.Module):
         "The embedding table itself."
         return self._source[0].weight
 
+    def multiplied(self) -> int:
+        "How many weights a token is multiplied with: the whole table."
+        return self.weight.numel()
+
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token."
         return linear(x, self.weight)
@@ -314,7 +319,7 @@ class GPT(nn.Module):
                          else Linear(config.d_model, config.vocab_size, config.head_bias))
         init_weights(self, config.n_layers, generator=generator)
 
-    def hidden(
+    def _hidden(
         self,
         ids: Int[Tensor, "B T"],            # tokens
         *,
@@ -340,13 +345,19 @@ class GPT(nn.Module):
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
         cache: Cache | None = None,                 # what earlier tokens left
+        hidden: bool = False,                       # stop before the head
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
         """Logits; with targets, the mean surprise in nats, without ever holding all logits.
 
         Raises ValueError for an empty or too long sequence and ids outside the vocabulary."""
-        x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
+        x = self._hidden(ids, positions=positions, mask=mask, cache=cache)
+        if hidden: return x
         if targets is None: return self.logits(x)
         return _loss(self, x, targets)
+
+    def hidden(self, ids: Int[Tensor, "B T"], **options: Any) -> Float[Tensor, "B T D"]:
+        "The final hidden states, which the head reads; `options` as for `forward`."
+        return self(ids, hidden=True, **options)
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token, from what `hidden` gives."
@@ -503,24 +514,9 @@ def _loss(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden, model.head.weight, targets)
 
 # %% ../nbs/09_gpt.ipynb #92fd56e6
-_KINDS = {"token_embedding": "token embedding", "position_embedding": "position embedding",
-          "attention": "attention", "feed_forward": "feed-forward", "head": "head"}
-
-
-def _kind(name: str) -> str:
-    "The part of the model that a parameter belongs to, by its name."
-    part = name.split(".")[2 if name.startswith("blocks.") else 0]
-    return _KINDS.get(part, "norms")
-
-
-def count_parameters(
-    config: GPTConfig,
-) -> dict[str, int]:                        # part -> parameters; their sum is the model's
-    "Exact parameter counts, of a model that is built without its numbers."
-    with torch.device("meta"): model = GPT(config)
-    counts = dict.fromkeys([*_KINDS.values(), "norms"], 0)
-    for name, parameter in model.named_parameters(): counts[_kind(name)] += parameter.numel()
-    return counts
+def blueprint(config: GPTConfig) -> GPT:
+    "The model without its numbers, on torch's meta device."
+    with torch.device("meta"): return GPT(config)
 
 # %% ../nbs/09_gpt.ipynb #55ee59a2
 _MODERN: dict[str, Any] = {"positions": "rope", "norm": "rmsnorm", "feed_forward": "swiglu",
@@ -556,86 +552,6 @@ PRESETS: dict[str, GPTConfig] = {
                            rope_scaling=RopeScaling("llama3", 32.0, 8_192)),
 }
 
-# %% ../nbs/09_gpt.ipynb #ecf73cb2
-def _multiplied(part: Any) -> int:
-    "Weights that a token is multiplied with: those of linear layers, or what the part says."
-    if hasattr(part, "multiplied"): return part.multiplied()
-    own = part.weight.numel() if isinstance(part, nn.Linear) else 0
-    return own + sum(_multiplied(child) for child in part.children())
-
-
-def flops_per_token(
-    config: GPTConfig,
-    length: int | None = None,              # of the sequences, T; None: the whole context
-    training: bool = True,                  # forward and backward, or forward alone
-) -> int:
-    """Floating-point operations for each token, @eq-gpt-flops, of the matrix products alone.
-
-    Attention is counted over all pairs of positions, as is usual, though half are masked."""
-    c, T = config, config.context_length if length is None else length
-    with torch.device("meta"): multiplied = _multiplied(GPT(c))
-    if c.tie_embeddings: multiplied += c.vocab_size * c.d_model
-    forward = 2 * multiplied + 4 * c.n_layers * T * c.n_heads * c.head_width
-    return 3 * forward if training else forward
-
-# %% ../nbs/09_gpt.ipynb #6d2a71fa
-@dataclass(frozen=True)
-class MemoryEstimate:
-    "Bytes that a model needs, part by part; `training` and `inference` are the peaks."
-
-    parameters: int
-    gradients: int
-    optimizer: int                          # AdamW's two averages
-    activations: int                        # what forward leaves for backward
-    loss: int                               # logits of a chunk and the gradients of the loss
-    work: int                               # gradients on their way through one block
-    cache: int                              # keys and values of the whole batch, for generation
-
-    @property
-    def moments(self) -> dict[str, int]:
-        "Bytes in use when the forward pass ends, when the backward pass ends, and at the step."
-        rest = self.parameters + self.optimizer
-        return {"after forward": rest + self.activations + self.loss,
-                "after backward": rest + self.gradients + self.work,
-                "optimizer step": rest + self.gradients}
-
-    @property
-    def training(self) -> int:
-        "The most that a training step holds at once."
-        return max(self.moments.values())
-
-    @property
-    def inference(self) -> int:
-        "Parameters and cache."
-        return self.parameters + self.cache
-
-# %% ../nbs/09_gpt.ipynb #f731f797
-def estimate_memory(
-    config: GPTConfig,
-    batch_size: int,                        # sequences at a time, B
-    length: int | None = None,              # of each, T; None: the whole context
-    bytes_per_number: int = 4,              # 4 for float32
-) -> MemoryEstimate:
-    """Memory of training and generating, @eq-gpt-activations, before anything is made.
-
-    For fused attention (the default), no dropout, AdamW, and gradients that are set to None."""
-    c, T = config, config.context_length if length is None else length
-    if batch_size < 1 or T < 1:
-        raise ValueError(f"expected at least one sequence of one token, got {batch_size} × {T}")
-    P, D, hidden = sum(count_parameters(c).values()), c.d_model, c.ff_width
-    heads, keys = c.head_width * c.n_heads, c.head_width * c.kv_heads
-    per_block = 4 * D + 2 * (heads + keys) + (4 if c.is_gated else 2) * hidden
-    tokens, table = batch_size * T, c.vocab_size * D
-    logits = 2 * min(tokens, 512) * c.vocab_size
-    numbers = {
-        "parameters": P, "gradients": P, "optimizer": 2 * P,
-        "activations": tokens * (c.n_layers * per_block + D),
-        "loss": table + tokens * 2 * D + logits,
-        "work": tokens * 2 * D + (table if c.tie_embeddings else 0),
-        "cache": 2 * c.n_layers * keys * tokens,
-    }
-    return MemoryEstimate(**{part: n * bytes_per_number for part, n in numbers.items()})
-
 # %% ../nbs/09_gpt.ipynb #cf83d5d7
 def model_card(
     config: GPTConfig,
@@ -644,7 +560,8 @@ def model_card(
 ) -> str:
     "What a model is, costs and needs, as a Markdown table."
     c, T = config, config.context_length if length is None else length
-    memory, count = estimate_memory(c, batch_size, T), count_parameters(c)
+    model = blueprint(c)
+    memory, count = estimate_memory(model, batch_size, T), count_parameters(model)
     P, tables = sum(count.values()), ("token embedding", "position embedding", "head")
     grouped = "" if c.kv_heads == c.n_heads else f" ({c.kv_heads} key/value)"
     rows = {
@@ -655,8 +572,9 @@ def model_card(
         "reads": f"{c.context_length:,} tokens of {c.vocab_size:,}",
         "parameters": f"{P:,}",
         "of them in tables": f"{sum(count[table] for table in tables) / P:.0%}",
-        "training, per token": f"{flops_per_token(c, T) / 1e9:,.2f} GFLOP",
-        "generating, per token": f"{flops_per_token(c, T, training=False) / 1e9:,.2f} GFLOP",
+        "training, per token": f"{flops_per_token(model, T) / 1e9:,.2f} GFLOP",
+        "generating, per token":
+            f"{flops_per_token(model, T, training=False) / 1e9:,.2f} GFLOP",
         f"memory to train on {batch_size} × {T:,}": f"{memory.training / 1e9:,.2f} GB",
         "memory to generate as many": f"{memory.inference / 1e9:,.2f} GB",
         "cache, per token": f"{memory.cache / batch_size / T / 1e3:,.1f} kB",

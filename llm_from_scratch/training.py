@@ -23,11 +23,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .attention import document_mask, document_positions
+from .costs import Trace, flops_per_token, trace_step
 from .data import IGNORE, BatchLoader
 from llm_from_scratch.files import (
     Config, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
     write_text)
-from .gpt import GPTConfig, flops_per_token
+from .gpt import GPTConfig
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
 from .tensors import best_device, seed_all
@@ -498,9 +499,17 @@ def write_tensors(
             crc, size = _put(file, crc, data, other), size + len(data)
     return {"bytes": size, "crc32": crc}
 
+def whole(tensor: Tensor) -> Tensor:
+    "A tensor of which each process may hold a part; then all call this together."
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+def is_sharded(tensor: Tensor) -> bool:
+    "Whether it is one of torch's `DTensor`s, spread over processes."
+    return hasattr(tensor, "full_tensor")
+
 def _raw(tensor: Tensor) -> Any:
     "The bytes of a tensor, without a copy where it lies in one piece."
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _put(file: Any, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
@@ -889,7 +898,7 @@ class Trainer:
 
     def parts(self) -> dict[str, Any]:
         "Whatever has a state, by name."
-        return {"model": self.model,
+        return {"model": Weights(self.model),
                 "optimizer": OptimizerMemory(self.model, self.optimizers),
                 "data": self.train, "precision": self.precision,
                 "generators": self.generators, "world": self.world,
@@ -1112,12 +1121,11 @@ class Throughput(Callback):
     "Adds tokens per second to each record, and MFU for a model of ours."
     def begin(self, trainer: Trainer) -> None:
         self.before, self.speed = (trainer.seconds, trainer.tokens), 0.0
-        config = getattr(trainer.model, "config", None)
-        length = trainer.train.context_length
-        if not isinstance(config, GPTConfig): return
+        if not isinstance(getattr(trainer.model, "config", None), GPTConfig): return
+        each = flops_per_token(trainer.model, trainer.train.context_length)
         name, device = trainer.precision.name, trainer.world.device
         peak = matrix_speed(device, PRECISIONS[name]) * trainer.world.size
-        self.speed = peak / flops_per_token(config, length)   # tokens/s at most
+        self.speed = peak / each           # tokens per second, at most
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         seconds, tokens = self.before
@@ -1290,6 +1298,29 @@ def _say_unknown(names: set[str]) -> None:
         _log.warning("the checkpoint has a state of %s, which this run "
                      "does not have: it is left out", name)
 
+# %% ../nbs/11_training.ipynb #8dc6fe8e
+def share(value: Any, like: Tensor) -> Any:
+    "Of a whole tensor the part that this process holds, if `like` is spread so."
+    if not is_sharded(like) or not isinstance(value, Tensor): return value
+    if value.shape != like.shape: return value            # a count of steps
+    from torch.distributed.tensor import distribute_tensor
+    mesh, placements = like.device_mesh, like.placements   # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+class Weights:
+    "The weights of a model, whole, though each process may hold a part of them."
+    def __init__(self, model: nn.Module) -> None: self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        "What the model's own gives."
+        return dict(self.model.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Put it back, in parts where the model is spread over processes."
+        mine = self.model.state_dict()
+        self.model.load_state_dict({name: share(t, mine[name]) if name in mine else t
+                                    for name, t in state.items()})
+
 # %% ../nbs/11_training.ipynb #9ebfbeb2
 class OptimizerMemory:
     "What optimizers remember, by the name of the parameter it belongs to."
@@ -1313,15 +1344,15 @@ class OptimizerMemory:
             raise ValueError("the optimizer's memory is of another model: "
                              f"missing {missing}, unknown {unknown}")
         for o, owned in self.owned:
-            memory = {i: dict(state[name]) for i, name in enumerate(owned)
-                      if state[name]}
+            memory = {i: {key: share(t, owned[name]) for key, t in state[name].items()}
+                      for i, name in enumerate(owned) if state[name]}
             groups = o.state_dict()["param_groups"]
             o.load_state_dict({"state": memory, "param_groups": groups})
 
 # %% ../nbs/11_training.ipynb #baf19766
 def split_state(state: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     "A nested state in two: tensors by path, and the rest, for JSON."
-    if isinstance(state, Tensor): return {path: state}, {"$tensor": path}
+    if isinstance(state, Tensor): return {path: whole(state)}, {"$tensor": path}
     if not isinstance(state, Mapping): return {}, state
     tensors: dict[str, Tensor] = {}
     rest = {}
@@ -1358,6 +1389,7 @@ def save(
     """Write a model, what its optimizers remember and the step, as `safetensors`.
 
     A file at a path is replaced once the new one is complete, or stays as it was.
+    Of a model that is spread over processes (FSDP), all call this, and one writes.
 
     >>> import io
     >>> model = torch.nn.Linear(2, 2)
@@ -1372,6 +1404,7 @@ def save(
         "step": step, "model": dict(model.state_dict()),
         "optimizer": OptimizerMemory(model, optimizers).state_dict(),
         "settings": {str(i): _settings(o) for i, o in enumerate(optimizers)}})
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank(): return
     about = {"format": _FORMAT, "state": json.dumps(rest), "crc32": "0" * 8}
     crc = checksum(_safetensors_header(tensors, about))
     for tensor in tensors.values(): crc = checksum(_raw(tensor), crc)
@@ -1406,7 +1439,7 @@ was not written by `save`: it has no readable header
         _check_kinds([*map(_settings, optimizers)], settings, name)
         OptimizerMemory(model, optimizers).load_state_dict(state["optimizer"])
         for o, saved in zip(optimizers, settings): _set(o, saved)
-    model.load_state_dict(state["model"])
+    Weights(model).load_state_dict(state["model"])
     return state["step"]
 
 # %% ../nbs/11_training.ipynb #f737527d
@@ -1527,6 +1560,7 @@ class Prediction:
     gradients: int
     optimizer: int
     activations: int                  # what the backward pass needs of the forward pass
+    step: int                         # the most in both, beside weights and optimizer
     available: int | None             # bytes free on the device; None where it cannot be told
     step_seconds: float | None        # of one step; None if it does not fit, or was not tried
     steps: int | None                 # None: the run is bounded by seconds alone
@@ -1534,7 +1568,7 @@ class Prediction:
     @property
     def memory(self) -> int:
         "Bytes at the fullest moment."
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.optimizer + max(self.step, self.gradients)
 
     @property
     def fits(self) -> bool:
@@ -1549,7 +1583,7 @@ class Prediction:
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "activations")
         lines = [f"{name:12}{getattr(self, name) / 1e6:12,.1f} MB" for name in parts]
-        lines += [f"{'together':12}{self.memory / 1e6:12,.1f} MB"]
+        lines += [f"{'at most':12}{self.memory / 1e6:12,.1f} MB at once"]
         if not self.fits: lines += [f"does not fit into {(self.available or 0) / 1e6:,.1f} MB"]
         return "\n".join(lines)
 
@@ -1561,29 +1595,17 @@ def _optimizer_bytes(model: nn.Module, config: TrainConfig) -> int:
     saved = groups.get("matrices", 0) if config.optimizer == "muon" else 0
     return 2 * sum(groups.values()) - saved
 
-def _activation_bytes(model: nn.Module, loader: BatchLoader, rows: int) -> int:
-    "What backward needs of the forward pass: measured for one row and two, then a line."
-    x, y = loader.batch(0)
-    x, y = x[:1].repeat(2, 1), y[:1].repeat(2, 1).clamp(min=0)
-    one, two = (_saved_bytes(model, x[:n], y[:n]) for n in (1, 2))
-    return one + (rows - 1) * (two - one)
-
-def _saved_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    "Bytes of the tensors that a forward pass saves for the backward pass."
-    sizes = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
-    kept = []                                       # else a freed address could come again
-
-    def note(t: Tensor) -> Tensor:
-        kept.append(t)
-        memory = t.untyped_storage()
-        sizes.setdefault(memory.data_ptr(), memory.nbytes())
-        return t
-
-    states, device = generator_states(model), next(model.parameters()).device
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(x.to(device), y.to(device))
-    restore_generators(model, states)
-    return sum(sizes.values())
+def _trace(
+    model: nn.Module, config: TrainConfig, loader: BatchLoader,
+    loss: Callable[..., Tensor],
+) -> Trace:
+    "What a step keeps in memory; with accumulation, beside gradients of other rows."
+    batch = _fetch(loader, 0, config.document_mask)
+    rows = config.micro_batch_size or len(batch[0])
+    part = _move([t[:rows] for t in batch], next(model.parameters()).device)
+    states = generator_states(model)
+    try: return trace_step(model, part, loss, times=1 if rows >= len(batch[0]) else 2)
+    finally: restore_generators(model, states)
 
 # %% ../nbs/11_training.ipynb #97bcc8a5
 def _available(device: torch.device) -> int | None:
@@ -1593,15 +1615,20 @@ def _available(device: torch.device) -> int | None:
     with suppress(ValueError, OSError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-def _time_step(model: nn.Module, loader: BatchLoader, config: TrainConfig) -> float:
-    "Seconds of a step's gradient, the better of two; weights and generators stay as they are."
-    device, states, times = next(model.parameters()).device, generator_states(model), []
-    x, y = (t.to(device) for t in loader.batch(0))
+def _time_step(
+    model: nn.Module, config: TrainConfig, loader: BatchLoader,
+    loss: Callable[..., Tensor],
+) -> float:
+    "Seconds of a step's gradient, the better of two; the model stays as it is."
+    states, times = generator_states(model), []
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    batch = _move(_fetch(loader, 0, config.document_mask), next(model.parameters()).device)
     for _ in range(2):
         start = time.perf_counter()
-        float(accumulate(model, (x, y), config.micro_batch_size))
+        float(accumulate(model, batch, config.micro_batch_size, loss=loss))
         times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
+    for buffer, was in buffers: buffer.copy_(was)
     restore_generators(model, states)
     return min(times)
 
@@ -1612,17 +1639,19 @@ def predict_run(
     loader: BatchLoader,              # of the training data
     device: torch.device | str | None = None,
     seconds: bool = True,             # time a step as well; nothing of it stays
+    loss: Callable[..., Tensor] = lm_loss,
 ) -> Prediction:
     "Memory and time of a run before it starts; memory is found without using it."
     device = torch.device(device or next(model.parameters()).device)
-    rows = config.micro_batch_size or len(loader.plan.rows)
-    n = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trace = _trace(model, config, loader, loss)
     found = Prediction(
-        weights=n, gradients=n, optimizer=_optimizer_bytes(model, config),
-        activations=_activation_bytes(model, loader, rows), available=_available(device),
-        step_seconds=None, steps=planned_steps(config, loader))
+        weights=sum(n for n, _ in sizes), gradients=sum(n for n, learns in sizes if learns),
+        optimizer=_optimizer_bytes(model, config), activations=trace.activations,
+        step=trace.peak, available=_available(device), step_seconds=None,
+        steps=planned_steps(config, loader))
     if not (seconds and found.fits): return found
-    return replace(found, step_seconds=_time_step(model, loader, config))
+    return replace(found, step_seconds=_time_step(model, config, loader, loss))
 
 # %% ../nbs/11_training.ipynb #8fd03c82
 def plot_history(

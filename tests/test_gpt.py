@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from llm_from_scratch.attention import Cache
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
 from llm_from_scratch.bpe import EMBEDDED, load_tokenizer, model_folder
-from llm_from_scratch.costs import count_parameters
+from llm_from_scratch.costs import count_parameters, memory_over_time
 from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig, TiedHead, blueprint, chunked_cross_entropy, model_card
 from llm_from_scratch.positions import POSITIONS, RopeScaling
 from llm_from_scratch.storyland import stories
