@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_training import SAVING
+from shapes import unchecked
 from test_training import make, same_model
 
 from llm_from_scratch import training
@@ -13,6 +14,12 @@ from llm_from_scratch.training import DamagedCheckpoint, append_line, checkpoint
 INPUTS = ['imports:tests/killed_training.py']
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
+
+
+@pytest.fixture(autouse=True)
+def shapes_were_checked():
+    "By test_training.py, of the same runs where nothing goes wrong."
+    with unchecked(): yield
 
 
 # Killed -----------------------------------------------------------------------------------------------------------
