@@ -13,6 +13,7 @@ from functools import cached_property
 from operator import index
 from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
