@@ -389,7 +389,7 @@ def test_half_precision_stays_half(dtype):
 
 # ---- the viewer ----
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=6), st.integers(1, 3))
 def test_any_tokens_make_a_page(tokens, H):
     weights = torch.rand(H, len(tokens), len(tokens))
