@@ -103,15 +103,16 @@ def test_against_the_bare_loop_of_torch(schedule):
 @given(st.integers(1, 7), st.integers(1, 7), st.floats(0, .9), st.integers(0, 99))
 def test_accumulated_gradients_are_those_of_the_whole_batch(rows, micro, ignored, seed):
     torch.manual_seed(seed)
-    model = make(dropout=0).model
     x, y = torch.randint(0, 19, (rows, 6)), torch.randint(0, 19, (rows, 6))
     y[torch.rand(rows, 6) < ignored] = IGNORE
     y[0, 0] = 3
-    model(x, y).backward()
+    with unchecked():
+        model = make(dropout=0).model
+        model(x, y).backward()
     whole = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     loss = accumulate(model, (x, y), micro)
-    torch.testing.assert_close(loss, model(x, y).detach(), rtol=1e-6, atol=1e-6)
+    with unchecked(): torch.testing.assert_close(loss, model(x, y).detach(), rtol=1e-6, atol=1e-6)
     for p, g in zip(model.parameters(), whole): torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
 
 
@@ -206,7 +207,7 @@ def test_seconds_count_across_interruptions(tmp_path, steps_of_a_second):
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     made = make(tmp_path, steps=200, lr=.5, eval_every=2, patience=3, keep=1)
-    result = made.fit()
+    with unchecked(): result = made.fit()
     losses = result.column('validation')[1]
     assert result.reason == 'patience' and min(losses) == result.best[0] and losses.index(min(losses)) == len(losses) - 4
     assert {int(p.name[5:]) for p in checkpoints(tmp_path)} == {result.best[1], result.step}
@@ -251,7 +252,7 @@ def test_float16_overflow_is_left_out_and_the_factor_shrinks(tmp_path):
     assert again.precision.scaler.get_scale() == made.precision.scaler.get_scale()
     made = make(precision='float16', steps=99)
     made.model.head.weight.register_hook(lambda g: g * float('inf'))
-    assert made.fit().reason == 'nan' and made.step == 40
+    with unchecked(): assert made.fit().reason == 'nan' and made.step == 40
 
 
 def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
