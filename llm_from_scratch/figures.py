@@ -41,7 +41,14 @@ def _plots() -> Any:
     return matplotlib
 
 def use_style() -> None:
-    "Draw from here on in the book's style, as SVG in a notebook. Needs the `plots` extra."
+    """Draw from here on in the book's style, as SVG in a notebook. Needs the `plots` extra.
+
+    >>> import matplotlib
+    >>> with matplotlib.rc_context():
+    ...     use_style()
+    ...     matplotlib.rcParams["axes.facecolor"]
+    'none'
+    """
     matplotlib = _plots()
     matplotlib.rcParams.update(_STYLE)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
@@ -62,7 +69,14 @@ def heatmap(
     colorbar: bool = False,                     # draw the scale
     **imshow: Any,                              # passed on to `Axes.imshow`
 ) -> Any:
-    "Draw a matrix as colors with named axes; returns the image."
+    """Draw a matrix as colors with named axes; returns the image.
+
+    >>> from matplotlib.figure import Figure
+    >>> ax = Figure().subplots()
+    >>> image = heatmap(ax, [[1, 2], [3, 4]], rows=["a", "b"], fmt=".0f")
+    >>> [text.get_text() for text in ax.texts]
+    ['1', '2', '3', '4']
+    """
     data = _array(matrix)
     if data.ndim != 2: raise ValueError(f"a heat map shows a matrix, got shape {data.shape}")
     image = ax.imshow(data, **{"aspect": "auto", **imshow})
@@ -116,7 +130,12 @@ def graph_svg(
     width: int = 110,                         # of a node, in pixels
     colors: Mapping[str, str] | None = None,  # id -> color of its border
 ) -> SVG:
-    "Draw a directed graph without circles from left to right, inputs first."
+    """Draw a directed graph without circles from left to right, inputs first.
+
+    >>> picture = graph_svg({"a": "a = 2", "y": "y = a²"}, [("a", "y")])
+    >>> picture.count("<rect"), picture.count("marker-end")
+    (2, 1)
+    """
     unknown = [n for edge in edges for n in edge if n not in nodes]
     if unknown:
         raise ValueError(f"an edge names {unknown[0]!r}; the nodes are {list(nodes)}")

@@ -61,7 +61,7 @@ def test_a_heatmap_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match=r'shape \(3,\)'): heatmap(ax, [1, 2, 3])
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=6), st.integers(1, 3))
 def test_any_tokens_make_a_page(tokens, H):
     weights = np.random.default_rng(len(tokens)).random((H, len(tokens), len(tokens)))
