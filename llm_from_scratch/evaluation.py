@@ -20,10 +20,9 @@ from torch.nn import functional as F
 
 from .data import as_ids
 from llm_from_scratch.storyland import (
-    HOURS, KINDS, NUMBERS, PEOPLE, PLACES, SKIES, THINGS, Facts, Narrator, Story, narrator,
-    read, recall,
+    COLOR_WORDS, HOURS, KINDS, NUMBERS, PEOPLE, PLACES, SKIES, THINGS, Facts, Narrator, Story,
+    narrator, read, recall,
 )
-from .storyland import COLORS as COLOR_WORDS
 from .text import Tokenizer
 
 # %% auto #0

@@ -432,18 +432,22 @@ class TokenConstraint(Protocol):
 
     def prepare(self, sampler: Sampler, max_new_tokens: int) -> TokenConstraint:
         "The constraint for these settings. ValueError if they leave no text."
+        ...
 
     def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int) -> None:
         "Set the logits of tokens that cannot come to −∞, in place."
+        ...
 
     def advance(self, state: int, token: int) -> int:
         "The state after a token."
+        ...
 
     def is_complete(self, state: int) -> bool:
         "May the text end here?"
 
     def can_continue(self, state: int, remaining: int) -> bool:
         "Can anything follow, with so many tokens left?"
+        ...
 
 # %% ../nbs/13_generation.ipynb #8a80bdd1
 TokenIds = Sequence[int] | np.ndarray | Tensor

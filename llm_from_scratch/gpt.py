@@ -30,7 +30,7 @@ from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
 )
 from llm_from_scratch.tensors import (
-    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear, undrawn,
+    Dropout, Embedding, Linear, check_targets, may_look, cross_entropy, linear, undrawn,
 )
 
 if TYPE_CHECKING: from typing_extensions import Self
@@ -401,7 +401,7 @@ def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
     if positions is None:
         if cache is None: return torch.arange(ids.shape[1], device=ids.device)
         raise ValueError("with a cache, say which positions these tokens have")
-    if not _may_look(positions): return positions
+    if not may_look(positions): return positions
     first, last = int(positions.min()), int(positions.max())
     if first < (0 if positions.ndim == 1 else -1) or last >= longest:
         raise ValueError(f"positions must lie between 0 and {longest - 1}, or be -1 for "
@@ -479,7 +479,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        if not (_may_look(slope) and slope == 1): grads = [slope * grad for grad in grads]
+        if not (may_look(slope) and slope == 1): grads = [slope * grad for grad in grads]
         return *grads, None, None, None
 
 # %% ../nbs/09_gpt.ipynb #78e537ba
@@ -500,7 +500,7 @@ def chunked_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     shape = hidden[..., :1].expand(*hidden.shape[:-1], len(weight))      # of the logits: a view
-    _check_targets(shape, targets, ignore_index)
+    check_targets(shape, targets, ignore_index)
     return _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, rows)
 

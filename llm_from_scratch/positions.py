@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .tensors import _may_look, drawing
+from .tensors import may_look, drawing
 
 # %% ../nbs/06_positions.ipynb #bf593261
 def sinusoidal(
@@ -93,7 +93,7 @@ class _Tabulated(nn.Module):
 
     def _rows(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         _check_positions(positions)
-        if _may_look(positions):
+        if may_look(positions):
             try: return F.embedding(positions, self._table(dtype, positions.device))
             except IndexError: _refuse_negative(positions)
             self.length = max(2 * self.length, int(positions.max()) + 1)     # far away: grow
@@ -158,7 +158,7 @@ class LearnedPositions(nn.Module):
     def forward(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
         "The vector of each position. ValueError for one that the table does not have."
         _check_positions(positions)
-        if not _may_look(positions): return F.embedding(positions, self.weight)
+        if not may_look(positions): return F.embedding(positions, self.weight)
         try: return F.embedding(positions, self.weight)
         except IndexError: _refuse(positions, len(self.weight))
 
