@@ -468,8 +468,8 @@ def _shape(name: str) -> dict[str, Any]:
 def _settings(path: str) -> dict[str, Any]:
     "The fields of a `TrainConfig` that a file gives, all of them checked."
     if not path: return {}
-    from llm_from_scratch.training import TrainConfig
-    found = _json_file(Path(path))
+    from llm_from_scratch.training import TrainConfig, renamed
+    found = renamed(_json_file(Path(path)))
     if isinstance(found.get("betas"), list): found["betas"] = tuple(found["betas"])
     try: TrainConfig(**{"steps": found.get("warmup", 0) + 1, **found})    # an end may follow
     except (ValueError, TypeError) as e: raise Misuse(f"{path}: {e}") from e
@@ -482,13 +482,14 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
         return {"shape": _shape(_peek(words, "--preset", "tiny")),
                 "settings": _settings(_peek(words, "--config", ""))}
     from llm_from_scratch.gpt import GPTConfig
+    from llm_from_scratch.training import renamed
     path = Path(_peek(words, "--out", "run")) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
     saved = _json_file(path)
     if missing := {"data", "shape", "settings"} - saved.keys():
         raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = {**saved["settings"], **_settings(_peek(words, "--config", ""))}
+    settings = {**renamed(saved["settings"]), **_settings(_peek(words, "--config", ""))}
     settings["betas"] = tuple(settings["betas"])
     shape = GPTConfig.from_json(dumps(saved["shape"]))
     return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}

@@ -268,13 +268,15 @@ def _is_table(name: str, module: nn.Module) -> bool:
     return isinstance(module, kinds) or name.rpartition(".")[2] == "head"
 
 # %% ../nbs/10_optim.ipynb #22180e55
-def _warm_up(step: int, total: int, peak: float, warmup: int, floor: float) -> float:
+def _warm_up(
+    step: int, total: int, peak: float, warmup: int, min_lr_ratio: float,
+) -> float:
     "Check the arguments of a schedule; the share of the peak that the warm-up allows."
     if not 0 <= step: raise ValueError(f"steps count from 0, got {step}")
     if not 0 <= warmup <= total:
         raise ValueError(f"a warm-up of {warmup} steps does not fit into {total} steps")
-    if not 0 <= floor <= peak:
-        raise ValueError(f"expected 0 ≤ floor ≤ peak, got floor {floor} and peak {peak}")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}")
     return min(1.0, (step + 1) / (warmup + 1))
 
 # %% ../nbs/10_optim.ipynb #1951179b
@@ -284,10 +286,10 @@ def constant_schedule(
     *,
     peak: float,                    # the learning rate after the warm-up
     warmup: int = 0,                # steps on the way up
-    floor: float = 0.0,             # not used; schedules are called alike
+    min_lr_ratio: float = 0.0,      # not used; schedules are called alike
 ) -> float:
     "The learning rate of a step: up in a straight line, then constant."
-    return peak * _warm_up(step, total, peak, warmup, floor)
+    return peak * _warm_up(step, total, peak, warmup, min_lr_ratio)
 
 # %% ../nbs/10_optim.ipynb #b8f06c63
 def linear_schedule(
@@ -296,12 +298,13 @@ def linear_schedule(
     *,
     peak: float,                    # the largest learning rate, at step `warmup`
     warmup: int = 0,                # steps on the way up
-    floor: float = 0.0,             # the learning rate from step `total` on
+    min_lr_ratio: float = 0.0,      # what is left of the peak from step `total` on
 ) -> float:
     "The learning rate of a step: up in a straight line, down in a straight line."
-    up = _warm_up(step, total, peak, warmup, floor)
+    up = _warm_up(step, total, peak, warmup, min_lr_ratio)
     if up < 1: return peak * up
-    return floor + (peak - floor) * max(0.0, (total - step) / max(1, total - warmup))
+    least = min_lr_ratio * peak
+    return least + (peak - least) * max(0.0, (total - step) / max(1, total - warmup))
 
 # %% ../nbs/10_optim.ipynb #84edece8
 def cosine_schedule(
@@ -310,13 +313,14 @@ def cosine_schedule(
     *,
     peak: float,                    # the largest learning rate, at step `warmup`
     warmup: int = 0,                # steps on the way up
-    floor: float = 0.0,             # the learning rate from step `total` on
+    min_lr_ratio: float = 0.0,      # what is left of the peak from step `total` on
 ) -> float:
     "The learning rate of a step: up in a straight line, down along half a cosine."
-    up = _warm_up(step, total, peak, warmup, floor)
+    up = _warm_up(step, total, peak, warmup, min_lr_ratio)
     if up < 1: return peak * up
     way = (step - warmup) / (total - warmup) if step < total else 1.0
-    return floor + (peak - floor) * (1 + math.cos(math.pi * way)) / 2
+    least = min_lr_ratio * peak
+    return least + (peak - least) * (1 + math.cos(math.pi * way)) / 2
 
 # %% ../nbs/10_optim.ipynb #9544f0fb
 def wsd_schedule(
@@ -326,15 +330,16 @@ def wsd_schedule(
     peak: float,                    # the learning rate between warm-up and decay
     warmup: int = 0,                # steps on the way up
     decay: int | None = None,       # steps on the way down; None: the last fifth of all
-    floor: float = 0.0,             # the learning rate from step `total` on
+    min_lr_ratio: float = 0.0,      # what is left of the peak from step `total` on
 ) -> float:
     "The learning rate of a step: warm up, stay, decay in a straight line."
-    up = _warm_up(step, total, peak, warmup, floor)
+    up = _warm_up(step, total, peak, warmup, min_lr_ratio)
     decay = total // 5 if decay is None else decay
     if not 0 <= decay <= total - warmup:
         raise ValueError(f"{warmup} steps up and {decay} down do not fit into {total} steps")
     if up < 1: return peak * up
-    return floor + (peak - floor) * min(1.0, max(0, total - step) / max(1, decay))
+    least = min_lr_ratio * peak
+    return least + (peak - least) * min(1.0, max(0, total - step) / max(1, decay))
 
 # %% ../nbs/10_optim.ipynb #2bccde7b
 SCHEDULES: dict[str, Callable[..., float]] = {
