@@ -100,7 +100,15 @@ def _check_adamw_group(group: dict[str, Any]) -> None:
 
 # %% ../nbs/10_optim.ipynb #5899e598
 class AdamW(Optimizer):
-    "Adam with decoupled weight decay, @eq-optim-adamw; state dicts fit torch.optim.AdamW's."
+    """Adam with decoupled weight decay, @eq-optim-adamw; state dicts fit torch.optim.AdamW's.
+
+    >>> weight = nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> round(weight.item(), 2)
+    0.9
+    """
 
     def __init__(
         self,
@@ -200,7 +208,15 @@ def _muon_update(p: Tensor, grad: Tensor, mean: Tensor, group: dict[str, Any]) -
 
 # %% ../nbs/10_optim.ipynb #25dd1685
 class Muon(Optimizer):
-    "Momentum, orthogonalized, for matrices, @eq-optim-muon; equal to torch.optim.Muon."
+    """Momentum, orthogonalized, for matrices, @eq-optim-muon; equal to torch.optim.Muon.
+
+    >>> weight = nn.Parameter(torch.zeros(2, 2))
+    >>> optimizer = Muon([weight], lr=0.1)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> bool((weight < 0).all())
+    True
+    """
 
     def __init__(
         self,
@@ -352,7 +368,15 @@ def clip_grad_norm(
     parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
     max_norm: float,                # gradients together longer than this are scaled down
 ) -> Float[Tensor, ""]:             # their length before
-    "Bound the length of all gradients as one vector, @eq-optim-clip; named if not finite."
+    """Bound the norm of all gradients as one vector, @eq-optim-clip.
+
+    ValueError names a gradient that is not finite.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm([weight], max_norm=1.0)
+    tensor(5.)
+    """
     if not max_norm > 0: raise ValueError(f"the largest norm must be positive, got {max_norm}")
     named = _named(parameters)
     grads = [p.grad for _, p in named if p.grad is not None]
@@ -425,7 +449,15 @@ def find_learning_rate(
     steps: int = 100,               # how many to try, one batch each
     smoothing: float = 0.8,         # share of the old mean in each mean of losses
 ) -> LearningRateSearch:
-    "Train with a rate that grows from step to step; model and optimizer are put back."
+    """Train with a rate that grows from step to step; model and optimizer are put back.
+
+    >>> model = nn.Linear(1, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters())
+    >>> def loss(i): return model(torch.ones(4, 1)).square().mean()
+    >>> found = find_learning_rate(model, optimizer, loss, steps=20)
+    >>> 1e-6 < found.suggestion < 1.0
+    True
+    """
     if not 0 < low < high: raise ValueError(f"expected 0 < low < high, got {low} and {high}")
     if steps < 10: raise ValueError(f"a search needs at least 10 steps, got {steps}")
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['REASONS', 'BUDGETS', 'evaluate', 'TrainConfig', 'renamed', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint',
-           'loader_for', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'predict_run', 'plot_history']
+__all__ = ['evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -73,7 +72,13 @@ def evaluate(
     loss: Callable[..., Tensor] = lm_loss,
     segments: bool = False,           # keep documents apart
 ) -> tuple[float, int]:               # sum of the loss, number of targets
-    "Loss on held-out text, with dropout off; the model's mode stays."
+    """Loss on held-out text, with dropout off; the model's mode stays.
+
+    >>> class Two(nn.Linear):
+    ...     def forward(self, inputs, targets): return torch.tensor(2.0)
+    >>> evaluate(Two(1, 1), BatchLoader(np.arange(50), 4, 2), n_batches=1)
+    (16.0, 8)
+    """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total, counted = 0.0, 0
@@ -88,7 +93,13 @@ def evaluate(
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
 class TrainConfig:
-    "Every choice of a training run; checked when made, never changed afterwards."
+    """Every choice of a training run; checked when made, never changed afterwards.
+
+    ValueError for an unknown field or a value that cannot be.
+
+    >>> TrainConfig(steps=100, lr=3e-3).schedule
+    'cosine'
+    """
 
     steps: int | None = None            # end after so many steps
     tokens: int | None = None           # or so many tokens
@@ -609,7 +620,11 @@ def _thin(folder: Path, keep: int, best: int | None) -> None:
 
 # %% ../nbs/11_training.ipynb #92e85d48
 class DamagedCheckpoint(ValueError):
-    "A checkpoint that cannot be read; says which file, what is wrong, and what else there is."
+    """A checkpoint that cannot be read; says which file, what is wrong, what else there is.
+
+    >>> issubclass(DamagedCheckpoint, ValueError)
+    True
+    """
 
 def _read_checked(path: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
     "The tensors of a file, if it is the one that was written."
@@ -747,7 +762,13 @@ def _check_run(
 class Callback:
     """Takes part in a run at fixed moments; every hook is optional.
 
-    What it remembers goes into checkpoints by its `state_dict`, under its `name`."""
+    What it remembers goes into checkpoints by its `state_dict`, under its `name`.
+
+    >>> class Late(Callback):
+    ...     def step(self, trainer, record): record["late"] = trainer.step > 100
+    >>> Late().name
+    'Late'
+    """
     @property
     def name(self) -> str:
         "What its state is called in a checkpoint; one of a name in a run."
@@ -778,14 +799,20 @@ class Callback:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put back what `state_dict` gave."
 
-# %% ../nbs/11_training.ipynb #0fc25276
+# %% ../nbs/11_training.ipynb #a3a4fb45
 REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted",
            "spike", "nan", "save error")     # the most severe comes last
 BUDGETS = REASONS[1:4]
 
+# %% ../nbs/11_training.ipynb #0fc25276
 @dataclass(frozen=True)
 class TrainResult:
-    "How a run ended, and what it has measured."
+    """How a run ended, and what it has measured.
+
+    >>> ended = TrainResult("steps", "done", 1, 8, 0.1, None, [{"step": 1, "loss": 2.5}])
+    >>> ended.column("loss")
+    ([1], [2.5])
+    """
     reason: str                       # one of `REASONS`
     message: str                      # the reason in a sentence
     step: int
@@ -806,7 +833,16 @@ class TrainResult:
 class Trainer:
     """Trains a model: `fit` runs to the end, `resume` goes on after a crash.
 
-    It makes the steps; whatever else a run needs, a `Callback` does."""
+    It makes the steps; whatever else a run needs, a `Callback` does.
+
+    >>> class Bigram(nn.Embedding):
+    ...     def forward(self, inputs, targets):
+    ...         logits = super().forward(inputs)
+    ...         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    >>> config = TrainConfig(steps=3, batch_size=2, precision="float32")
+    >>> Trainer(Bigram(9, 9), config, BatchLoader(np.arange(99) % 9, 4, 2)).fit().step
+    3
+    """
     def __init__(
         self,
         model: nn.Module,                  # whatever `loss` calls
@@ -1687,7 +1723,13 @@ def plot_history(
     history: Sequence[Mapping[str, Any]],
     floor: float | None = None,       # the loss that no model can beat
 ) -> None:
-    "Draw training and validation loss over the steps, and the floor if it is known."
+    """Draw training and validation loss over the steps, and the floor if it is known.
+
+    >>> from matplotlib.figure import Figure
+    >>> plot_history(ax := Figure().subplots(), [{"step": 1, "loss": 3.0}])
+    >>> [line.get_label() for line in ax.lines]
+    ['training']
+    """
     for name, mark in ("loss", ""), ("validation", "o"):
         rows = [(r["step"], r[name]) for r in history if r.get(name) is not None]
         if not rows: continue
