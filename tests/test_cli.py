@@ -431,6 +431,15 @@ def test_the_best_weights_are_saved(data, call, tmp_path):
     assert all(saved[name].equal(tensor) for name, tensor in then.items())
 
 
+def test_a_run_of_an_earlier_version_is_read(tmp_path):
+    "`floor` was the name of `min_lr_ratio`, in run.json and in files of settings."
+    run = {'data': 'data', 'shape': {'vocab_size': 9, 'context_length': 4, 'd_model': 4, 'n_layers': 1, 'n_heads': 1}, 'settings': {'steps': 9, 'floor': .1, 'betas': [.9, .95]}}
+    (tmp_path/'run.json').write_text(json.dumps(run), encoding='utf-8')
+    (tmp_path/'settings.json').write_text('{"floor": 0.2}', encoding='utf-8')
+    assert cli._run_defaults(['--resume', '--out', str(tmp_path)])['settings'] == {'steps': 9, 'min_lr_ratio': .1, 'betas': (.9, .95)}
+    assert cli._run_defaults(['--config', str(tmp_path/'settings.json')])['settings'] == {'min_lr_ratio': .2}
+
+
 def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path):
     call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
     (tmp_path/'odd').mkdir()

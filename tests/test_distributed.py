@@ -14,7 +14,7 @@ from llm_from_scratch import training
 from llm_from_scratch.distributed import DataParallel, join_processes
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.optim import clip_grad_norm
-from llm_from_scratch.training import OPTIMIZERS, Callback, ProcessGroup, TrainConfig, Trainer, load, load_checkpoint, loader_for, save, whole, write_tensors
+from llm_from_scratch.training import OPTIMIZERS, Callback, ProcessGroup, TrainConfig, Trainer, gathered, load, load_checkpoint, loader_for, save, write_tensors
 
 INPUTS = ['imports:tests/together.py']
 ROOT = Path(training.__file__).parent.parent
@@ -81,10 +81,10 @@ def sharded(world, folder, one):
         mine = IDS[world.rank * 4 // world.size:(world.rank + 1) * 4 // world.size]
         for _ in range(3):
             model(mine, mine.roll(-1, 1)).backward()
-            norms.append(float(whole(clip_grad_norm(model.named_parameters(), .5))))
+            norms.append(float(gathered(clip_grad_norm(model.named_parameters(), .5))))
             for o in optimizers: o.step(); o.zero_grad()
         save(f'{folder}/{name}', model, optimizers, 3)
-        found[name] = {'norms': norms, 'weights': {n: whole(p.detach()).tolist() for n, p in model.named_parameters()}}
+        found[name] = {'norms': norms, 'weights': {n: gathered(p.detach()).tolist() for n, p in model.named_parameters()}}
         other = in_parts(world, seed=1)
         again = OPTIMIZERS[name](other, config)
         assert load(f'{one}/{name}', other, again) == 3

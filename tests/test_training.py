@@ -52,7 +52,7 @@ def test_a_configuration_survives_json():
 @pytest.mark.parametrize(('wrong', 'message'), [
     ({}, 'a run needs an end'), ({'steps': 0}, 'steps must be a whole number of at least 1, got 0'), ({'steps': 2.0}, 'steps'), ({'steps': True}, 'steps'),
     ({'seconds': -1}, 'seconds must be a positive number'), ({'seconds': math.inf}, 'seconds'), ({'lr': 0}, 'lr'), ({'lr': math.nan}, 'lr'), ({'lr': '1'}, 'lr'),
-    ({'betas': (.9, 1)}, 'betas'), ({'muon_momentum': 1}, 'muon_momentum'), ({'betas': (.9,)}, 'betas'), ({'floor': 1.5}, 'floor'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
+    ({'betas': (.9, 1)}, 'betas'), ({'muon_momentum': 1}, 'muon_momentum'), ({'betas': (.9,)}, 'betas'), ({'min_lr_ratio': 1.5}, 'min_lr_ratio'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
     ({'batch_size': 4, 'micro_batch_size': 8}, 'micro_batch_size 8 is more than batch_size 4'), ({'warmup': 11}, 'warmup of 11 steps'), ({'keep': 0}, 'keep'),
     ({'optimizer': 'adam'}, "unknown optimizer 'adam': expected one of adamw, muon"), ({'schedule': 'cos'}, 'schedule'), ({'precision': 'fp8'}, 'precision'),
     ({'on_nan': 'ignore'}, 'on_nan'), ({'on_spike': 'x'}, 'on_spike'), ({'compile': 1}, 'compile'), ({'document_mask': 1}, 'document_mask'), ({'learning_rate': 1}, "no field 'learning_rate'"),
@@ -61,6 +61,19 @@ def test_what_cannot_be_is_refused(wrong, message):
     given = {} if not wrong else {'steps': 10, **wrong}
     with pytest.raises((ValueError, TypeError), match=message): TrainConfig(**given)
     with pytest.raises((ValueError, TypeError), match=message): TrainConfig.from_json(json.dumps(given))
+
+
+def test_settings_of_older_runs_are_read_by_their_names_of_today(tmp_path, caplog):
+    old = {'steps': 9, 'floor': .1}
+    assert TrainConfig.from_json(json.dumps(old)) == TrainConfig(steps=9, min_lr_ratio=.1) and training.renamed(old) == {'steps': 9, 'min_lr_ratio': .1}
+    with pytest.raises(ValueError, match="no field 'floor'"): TrainConfig(steps=9, floor=.1)
+    make(tmp_path, steps=2, min_lr_ratio=.1).fit()
+    path = latest_checkpoint(tmp_path)/'state.json'
+    state = training._read_state(path)
+    state['about']['config']['floor'] = state['about']['config'].pop('min_lr_ratio')          # as an earlier version wrote it
+    path.unlink(); training._write_state(path, state)
+    with caplog.at_level(logging.WARNING): assert make(tmp_path, steps=2, min_lr_ratio=.1).resume() == 2
+    assert 'another' not in caplog.text
 
 
 def test_every_field_is_checked():
@@ -82,14 +95,14 @@ def test_a_loader_of_another_run_is_refused():
 
 @pytest.mark.parametrize('schedule', sorted(SCHEDULES))
 def test_against_the_bare_loop_of_torch(schedule):
-    made = make(steps=12, schedule=schedule, warmup=3, floor=.1, lr=.01, clip=.5, dropout=0, weight_decay=.3)
+    made = make(steps=12, schedule=schedule, warmup=3, min_lr_ratio=.1, lr=.01, clip=.5, dropout=0, weight_decay=.3)
     bare = make(dropout=0).model
     table = [p for n, p in bare.named_parameters() if p.ndim > 1 and 'embedding' not in n and n != 'head.weight']
     rest = [p for p in bare.parameters() if all(p is not q for q in table)]
     optimizer = torch.optim.AdamW([{'params': table, 'weight_decay': .3}, {'params': rest, 'weight_decay': 0.}], betas=(.9, .95), eps=1e-8)
     losses = []
     for step in range(12):
-        for group in optimizer.param_groups: group['lr'] = SCHEDULES[schedule](step, 12, peak=.01, warmup=3, floor=.001)
+        for group in optimizer.param_groups: group['lr'] = SCHEDULES[schedule](step, 12, peak=.01, warmup=3, min_lr_ratio=.1)
         loss = bare(*made.train.batch(step))
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(bare.parameters(), .5)
