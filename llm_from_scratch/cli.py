@@ -468,8 +468,8 @@ def _settings(path: str) -> dict[str, Any]:
     "The fields of a `TrainConfig` that a file gives, all of them checked."
     if not path: return {}
     from llm_from_scratch.files import revived
-    from llm_from_scratch.training import TrainConfig
-    given = _json_file(Path(path))
+    from llm_from_scratch.training import TrainConfig, renamed
+    given = renamed(_json_file(Path(path)))
     try:
         found = revived(TrainConfig, given)
         TrainConfig(**{"steps": found.get("warmup", 0) + 1, **found})    # an end may follow
@@ -484,14 +484,14 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
                 "settings": _settings(_peek(words, "--config", ""))}
     from llm_from_scratch.files import revived
     from llm_from_scratch.gpt import GPTConfig
-    from llm_from_scratch.training import TrainConfig
+    from llm_from_scratch.training import TrainConfig, renamed
     path = Path(_peek(words, "--out", "run")) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
     saved = _json_file(path)
     if missing := {"data", "shape", "settings"} - saved.keys():
         raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = revived(TrainConfig, saved["settings"])
+    settings = revived(TrainConfig, renamed(saved["settings"]))
     settings |= _settings(_peek(words, "--config", ""))
     shape = GPTConfig.from_dict(saved["shape"])
     return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['REASONS', 'BUDGETS', 'evaluate', 'TrainConfig', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint',
-           'loader_for', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'predict_run', 'plot_history']
+__all__ = ['evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -76,7 +75,13 @@ def evaluate(
     loss: Callable[..., Tensor] = lm_loss,
     segments: bool = False,           # keep documents apart
 ) -> tuple[float, int]:               # sum of the loss, number of targets
-    "Loss on held-out text, with dropout off; the model's mode stays."
+    """Loss on held-out text, with dropout off; the model's mode stays.
+
+    >>> class Two(nn.Linear):
+    ...     def forward(self, inputs, targets): return torch.tensor(2.0)
+    >>> evaluate(Two(1, 1), BatchLoader(np.arange(50), 4, 2), n_batches=1)
+    (16.0, 8)
+    """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total, counted = 0.0, 0
@@ -91,25 +96,31 @@ def evaluate(
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    "Every choice of a training run; checked when made, never changed afterwards."
+    """Every choice of a training run; checked when made, never changed afterwards.
+
+    ValueError for an unknown field or a value that cannot be.
+
+    >>> TrainConfig(steps=100, lr=3e-3).schedule
+    'cosine'
+    """
 
     steps: int | None = None            # end after so many steps
     tokens: int | None = None           # or so many tokens
     seconds: float | None = None        # or so many seconds; the first used up counts
-    batch_size: int = 32                # rows in a batch, of all processes together
-    micro_batch_size: int | None = None # rows in memory at once; None: the whole batch
+    batch_size: int = 32                # sequences in a batch, of all processes together
+    micro_batch_size: int | None = None # sequences in memory at once; None: the whole batch
     optimizer: str = "adamw"            # a name in `OPTIMIZERS`
-    lr: float = 1e-3                    # the peak of AdamW
-    muon_lr: float = 0.02               # the peak of Muon, for the matrices it trains
-    muon_momentum: float = 0.95         # Muon's memory of the mean gradient
+    lr: float = 1e-3                    # peak learning rate of AdamW
+    muon_lr: float = 0.02               # peak learning rate of Muon, for matrices
+    muon_momentum: float = 0.95         # momentum of Muon
     schedule: str = "cosine"            # a name in `SCHEDULES`
     warmup: int = 0                     # steps in which the learning rate rises
     decay: int | None = None            # steps in which "wsd" falls; None: a fifth of all
-    floor: float = 0.0                  # the last learning rate, as a share of the peak
+    min_lr_ratio: float = 0.0           # the last learning rate, as a share of the peak
     weight_decay: float = 0.1           # of matrices
-    betas: tuple[float, float] = (0.9, 0.95)   # memory of AdamW's mean, of its mean square
+    betas: tuple[float, float] = (0.9, 0.95)   # β₁, β₂: decay rates of AdamW's moments
     eps: float = 1e-8                   # AdamW's guard against division by 0
-    clip: float | None = 1.0            # longest gradient; None: any length
+    clip: float | None = 1.0            # max gradient norm; None: any norm
 
     precision: str = "auto"             # a name in `PRECISIONS`
     compile: bool = False               # fuse the model's operations, where a compiler is found
@@ -120,7 +131,7 @@ class TrainConfig(Config):
     patience: int | None = None         # stop after so many evaluations without a new best
     save_every: int | None = None       # steps between checkpoints; None: only at the end
     keep: int = 3                       # newest checkpoints that stay, beside the best
-    on_nan: str = "stop"                # or "skip": a loss or gradient that is no number
+    on_nan: str = "stop"                # or "skip": a loss or gradient that is NaN or infinite
     on_spike: str = "ignore"            # or "skip", "stop": a loss far above the last ones
     spike_sigmas: float = 6.0           # how far, in standard deviations of the last 64
     max_skips: int = 10                 # stop after so many skipped steps in a row
@@ -130,7 +141,19 @@ class TrainConfig(Config):
         _check_numbers(self)
         _check_choices(self)
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> TrainConfig:
+        "A configuration from the fields that JSON gave, also those of an older run."
+        return super().from_dict(renamed(given))
+
 # %% ../nbs/11_training.ipynb #f6040a42
+_RENAMED = {"floor": "min_lr_ratio"}      # as earlier versions wrote it → today's name
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    "Settings of an older run by the names of today."
+    return {_RENAMED.get(name, name): value for name, value in settings.items()
+            if _RENAMED.get(name) not in settings}
+
 _COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0,
            "decay": 1, "seed": 0, "eval_every": 1, "eval_batches": 1, "patience": 1,
            "save_every": 1, "keep": 1, "max_skips": 1}            # field → least value
@@ -153,7 +176,8 @@ def _check_numbers(c: TrainConfig) -> None:
         x = getattr(c, name)
         demand(name, _is_number(x) and x > 0, "a positive number")
     demand("weight_decay", _is_number(c.weight_decay), "a number of at least 0")
-    demand("floor", _is_number(c.floor) and c.floor <= 1, "a share between 0 and 1")
+    demand("min_lr_ratio", _is_number(c.min_lr_ratio) and c.min_lr_ratio <= 1,
+           "a share between 0 and 1")
     demand("muon_momentum", _is_number(c.muon_momentum) and c.muon_momentum < 1,
            "a number in [0, 1)")
     demand("betas", len(c.betas) == 2 and all(_is_number(b) and b < 1 for b in c.betas),
@@ -240,7 +264,7 @@ def lr_multiplier(config: TrainConfig, step: int, total: int) -> float:
     "The learning rate of a step, divided by its peak."
     options: dict[str, Any] = {"decay": config.decay} if config.schedule == "wsd" else {}
     return SCHEDULES[config.schedule](step, total, peak=1.0, warmup=config.warmup,
-                                      floor=config.floor, **options)
+                                      min_lr_ratio=config.min_lr_ratio, **options)
 
 def set_learning_rate(
     optimizers: Sequence[torch.optim.Optimizer], multiplier: float,
@@ -499,7 +523,7 @@ def write_tensors(
             crc, size = _put(file, crc, data, other), size + len(data)
     return {"bytes": size, "crc32": crc}
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     "A tensor of which each process may hold a part; then all call this together."
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -509,7 +533,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def _raw(tensor: Tensor) -> Any:
     "The bytes of a tensor, without a copy where it lies in one piece."
-    return whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy()
+    return gathered(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _put(file: Any, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
@@ -583,7 +607,11 @@ def _thin(folder: Path, keep: int, best: int | None) -> None:
 
 # %% ../nbs/11_training.ipynb #92e85d48
 class DamagedCheckpoint(ValueError):
-    "A checkpoint that cannot be read; says which file, what is wrong, and what else there is."
+    """A checkpoint that cannot be read; says which file, what is wrong, what else there is.
+
+    >>> issubclass(DamagedCheckpoint, ValueError)
+    True
+    """
 
 def _read_checked(path: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
     "The tensors of a file, if it is the one that was written."
@@ -680,9 +708,6 @@ class ProcessGroup:
             _log.warning("saved by %d processes, resumed by %d: dropout will "
                          "draw other numbers", state["size"], self.size)
 
-# %% ../nbs/11_training.ipynb #8d4f3a00
-World = ProcessGroup       # the name under which stored experiments know it
-
 # %% ../nbs/11_training.ipynb #6d01e35c
 def loader_for(
     config: TrainConfig,
@@ -719,7 +744,13 @@ def _check_run(
 class Callback:
     """Takes part in a run at fixed moments; every hook is optional.
 
-    What it remembers goes into checkpoints by its `state_dict`, under its `name`."""
+    What it remembers goes into checkpoints by its `state_dict`, under its `name`.
+
+    >>> class Late(Callback):
+    ...     def step(self, trainer, record): record["late"] = trainer.step > 100
+    >>> Late().name
+    'Late'
+    """
     @property
     def name(self) -> str:
         "What its state is called in a checkpoint; one of a name in a run."
@@ -750,14 +781,20 @@ class Callback:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put back what `state_dict` gave."
 
-# %% ../nbs/11_training.ipynb #0fc25276
+# %% ../nbs/11_training.ipynb #a3a4fb45
 REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted",
            "spike", "nan", "save error")     # the most severe comes last
 BUDGETS = REASONS[1:4]
 
+# %% ../nbs/11_training.ipynb #0fc25276
 @dataclass(frozen=True)
 class TrainResult:
-    "How a run ended, and what it has measured."
+    """How a run ended, and what it has measured.
+
+    >>> ended = TrainResult("steps", "done", 1, 8, 0.1, None, [{"step": 1, "loss": 2.5}])
+    >>> ended.column("loss")
+    ([1], [2.5])
+    """
     reason: str                       # one of `REASONS`
     message: str                      # the reason in a sentence
     step: int
@@ -778,7 +815,16 @@ class TrainResult:
 class Trainer:
     """Trains a model: `fit` runs to the end, `resume` goes on after a crash.
 
-    It makes the steps; whatever else a run needs, a `Callback` does."""
+    It makes the steps; whatever else a run needs, a `Callback` does.
+
+    >>> class Bigram(nn.Embedding):
+    ...     def forward(self, inputs, targets):
+    ...         logits = super().forward(inputs)
+    ...         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    >>> config = TrainConfig(steps=3, batch_size=2, precision="float32")
+    >>> Trainer(Bigram(9, 9), config, BatchLoader(np.arange(99) % 9, 4, 2)).fit().step
+    3
+    """
     def __init__(
         self,
         model: nn.Module,                  # whatever `loss` calls
@@ -1352,7 +1398,7 @@ class OptimizerMemory:
 # %% ../nbs/11_training.ipynb #baf19766
 def split_state(state: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     "A nested state in two: tensors by path, and the rest, for JSON."
-    if isinstance(state, Tensor): return {path: whole(state)}, {"$tensor": path}
+    if isinstance(state, Tensor): return {path: gathered(state)}, {"$tensor": path}
     if not isinstance(state, Mapping): return {}, state
     tensors: dict[str, Tensor] = {}
     rest = {}
@@ -1514,7 +1560,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
 
 def _check_same(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     "Other data or another model is refused, another configuration reported."
-    now = json.loads(json.dumps(now))
+    now, was = json.loads(json.dumps(now)), {**was, "config": renamed(was["config"])}
     for part in "data", "model", "config":
         for key in {**was[part], **now[part]}:
             old, new = was[part].get(key), now[part].get(key)
@@ -1659,7 +1705,13 @@ def plot_history(
     history: Sequence[Mapping[str, Any]],
     floor: float | None = None,       # the loss that no model can beat
 ) -> None:
-    "Draw training and validation loss over the steps, and the floor if it is known."
+    """Draw training and validation loss over the steps, and the floor if it is known.
+
+    >>> from matplotlib.figure import Figure
+    >>> plot_history(ax := Figure().subplots(), [{"step": 1, "loss": 3.0}])
+    >>> [line.get_label() for line in ax.lines]
+    ['training']
+    """
     for name, mark in ("loss", ""), ("validation", "o"):
         rows = [(r["step"], r[name]) for r in history if r.get(name) is not None]
         if not rows: continue
