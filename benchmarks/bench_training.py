@@ -37,7 +37,7 @@ def recipe(kind, vocab_size, steps, seed=0):
     "The model and the configuration of one of the two recipes."
     model = GPT(GPTConfig(vocab_size, T, 128, 4, 4, **(BABY if kind == 'baby' else MODERN)), generator=torch.Generator().manual_seed(seed))
     common = dict(steps=steps, precision='float32', seed=seed)
-    if kind == 'baby': return model, TrainConfig(lr=1e-3, floor=0.1, warmup=min(100, steps), betas=(0.9, 0.99), batch_size=12, **common)
+    if kind == 'baby': return model, TrainConfig(lr=1e-3, min_lr_ratio=0.1, warmup=min(100, steps), betas=(0.9, 0.99), batch_size=12, **common)
     model.token_embedding.weight.data.mul_(25)
     pace = (dict(batch_size=20, lr=0.02, muon_lr=0.06, muon_momentum=0.85) if steps <= SPRINT
             else dict(batch_size=12, lr=0.015, muon_lr=0.02))

@@ -14,22 +14,16 @@ without its "/s"), `target` (a sentence), and one or more limits that say whethe
 A row with `skipped` says why it could not be measured here. Results go to `results/NAME.json`; the Measurements page is
 drawn from them.
 """
-import argparse, importlib, json, os, platform, statistics, subprocess, sys, time
+import argparse, importlib, json, os, platform, statistics, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent/'tools'))
+from machine import processor  # noqa: E402
+
 RESULTS = HERE/'results'
 PACKAGES = ['torch', 'numpy', 'regex', 'tiktoken', 'tokenizers', 'transformers']
-
-
-def processor():
-    "The name of this machine's processor."
-    try: names = [line.partition(':')[2].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
-    except OSError: names = []
-    if not names and sys.platform == 'darwin':
-        names = [subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True).stdout.strip()]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine():

@@ -10,16 +10,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .bpe import BPETokenizer, load_tokenizer
+    from .constraints import Constraint
     from .data import BatchLoader, TokenFile
     from .evaluation import evaluate_text
-    from .generation import Constraint, Sampler, generate, stream
+    from .generation import Sampler, generate, stream
     from .gpt import GPT, GPTConfig
     from .storyland import stories
     from .training import TrainConfig, Trainer
 
 _HOMES = {
     "bpe": ("BPETokenizer", "load_tokenizer"), "data": ("BatchLoader", "TokenFile"),
-    "evaluation": ("evaluate_text",), "generation": ("Constraint", "Sampler", "generate", "stream"),
+    "evaluation": ("evaluate_text",), "constraints": ("Constraint",), "generation": ("Sampler", "generate", "stream"),
     "gpt": ("GPT", "GPTConfig"), "storyland": ("stories",), "training": ("TrainConfig", "Trainer"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

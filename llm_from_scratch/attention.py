@@ -3,10 +3,8 @@
 # %% ../nbs/07_attention.ipynb #43489171
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
 import torch
@@ -14,21 +12,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import document_mask
 from .positions import Alibi, Rope
 from .tensors import Linear, softmax
 
 # %% auto #0
-__all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding_window_mask', 'MultiHeadAttention', 'Cache',
-           'head_view']
+__all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding_window_mask', 'document_mask',
+           'document_positions', 'MultiHeadAttention', 'Cache']
 
 # %% ../nbs/07_attention.ipynb #97af4931
 def causal_mask(
     n_queries: int,                             # T
     n_keys: int | None = None,                  # S; by default as many as queries
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "T S"]:                       # True where a query may look at a key
-    "Each query may look at its own position and those before; queries are the last positions."
+) -> Bool[Tensor, "T S"]:                       # True where a query attends to a key
+    """Each query attends to its own position and those before; queries are the last positions.
+
+    >>> causal_mask(2, 3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
     n_keys = n_queries if n_keys is None else n_keys
     if not 1 <= n_queries <= n_keys:
         raise ValueError("the queries are the last positions of the keys: expected 1 to "
@@ -65,7 +66,14 @@ def attention_weights(
     softcap: float | None = None,               # scores are bent to stay within ± this
     sinks: Float[Tensor, "H"] | None = None,    # score of looking nowhere, for each head
 ) -> Float[Tensor, "B H T S"]:
-    "How much each query takes of each value, @eq-attention; zeros if it may look nowhere."
+    """The attention weights, @eq-attention: how much each query takes of each value.
+
+    Zeros for a query that is fully masked.
+
+    >>> q = torch.zeros(1, 1, 2, 4)                    # all scores are equal
+    >>> attention_weights(q, q, causal=True).tolist()
+    [[[[1.0, 0.0], [0.5, 0.5]]]]
+    """
     _check(q, k, mask, causal, bias, sinks)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ _for_every_head(k, q.shape[1]).mT * factor
@@ -190,8 +198,13 @@ def attention(
 ) -> Float[Tensor, "B H T d"]:
     """Each query averages the values, weighted by how well the keys match, @eq-attention.
 
-    A query that may look nowhere gives zeros. Raises ValueError or TypeError for shapes that
-    do not fit, a mask that is not of truth values, or an unknown backend."""
+    A query that is fully masked gives zeros. Raises ValueError or TypeError for shapes that
+    do not fit, a non-boolean mask, or an unknown backend.
+
+    >>> q, v = torch.zeros(1, 1, 2, 4), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+    >>> attention(q, q, v, causal=True).flatten().tolist()
+    [1.0, 2.0]
+    """
     _check(q, k, mask, causal, bias, sinks)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not pair up")
@@ -207,10 +220,26 @@ def sliding_window_mask(
     n_keys: int | None = None,                  # S; by default as many as queries
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "T S"]:                       # True where a query may look at a key
-    "Causal, and no further back than the last `window` positions."
+    """Causal, and no further back than the last `window` positions.
+
+    >>> sliding_window_mask(3, 2).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
     if window < 1: raise ValueError(f"a window holds at least 1 position, got {window}")
     past = causal_mask(n_queries, n_keys, device)
     return past.triu(past.shape[1] - n_queries - window + 1)
+
+# %% ../nbs/07_attention.ipynb #056c8ac1
+def document_mask(
+    segments: Int[Tensor, "B T"],       # the document of each token
+) -> Bool[Tensor, "B T T"]:             # True where a query (row) attends to a key (column)
+    "A causal mask that ends at the borders of documents, @eq-attention-documents."
+    same = segments[:, :, None] == segments[:, None, :]
+    return same.tril()
+
+def document_positions(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    "How many tokens of its document stand before each token in the same row."
+    return document_mask(segments).sum(-1) - 1
 
 # %% ../nbs/07_attention.ipynb #e585a34d
 class _HeadNorm(nn.Module):
@@ -224,7 +253,8 @@ class _HeadNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
         weight = self.weight + self.offset if self.offset else self.weight
         rows = x.unflatten(-1, (-1, len(weight)))
-        return F.rms_norm(rows, weight.shape, weight, self.eps).flatten(-2)
+        # In one dtype, torch has a fused kernel, which computes in float32.
+        return F.rms_norm(rows, weight.shape, weight.to(x.dtype), self.eps).flatten(-2)
 
 # %% ../nbs/07_attention.ipynb #04a6da44
 def _check_heads(
@@ -248,9 +278,13 @@ def _check_heads(
 
 # %% ../nbs/07_attention.ipynb #757fdbe9
 class MultiHeadAttention(nn.Module):
-    """Each position asks all it may see, in `n_heads` ways at once, @eq-attention-heads.
+    """Multi-head self-attention: each position attends in `n_heads` ways, @eq-attention-heads.
 
-    Causal (and limited to `window` positions) unless a mask says otherwise."""
+    Causal (and limited to `window` positions) unless a mask says otherwise.
+
+    >>> MultiHeadAttention(16, 4, 2)(torch.zeros(1, 5, 16)).shape
+    torch.Size([1, 5, 16])
+    """
 
     def __init__(
         self,
@@ -338,7 +372,8 @@ class MultiHeadAttention(nn.Module):
         "How much each position (down) takes of each other one (across), for every head."
         q, k, _ = self._project(x, positions)
         T = x.shape[1]
-        if mask is None and self.window is not None and (positions is None or positions.ndim == 1):
+        alike = positions is None or positions.ndim == 1
+        if mask is None and self.window is not None and alike:
             mask = sliding_window_mask(T, self.window, device=x.device)
         _, mask, plan = _plan(q, k, positions, mask, self.window, self.position_bias)
         return attention_weights(q, k, mask, **plan, **self._scoring())
@@ -381,7 +416,8 @@ def _plan(
     T, S, bias = q.shape[2], k.shape[2], None
     if mask is None and positions is not None and positions.ndim == 2:
         positions = positions.expand(len(q), -1)
-        if position_bias is not None: bias = position_bias.between(positions, positions, q.dtype)
+        if position_bias is not None:
+            bias = position_bias.between(positions, positions, q.dtype)
         return S, _own_mask(positions, window), {"causal": False, "bias": bias}
     causal = mask is None
     if causal and window is not None:
@@ -413,7 +449,13 @@ class Cache:
 
     This one joins old and new keys. For another kind of memory, override `update`, which
     `attend` builds on; what is kept outside the states needs a `reorder` and `forget` of its
-    own. Every tensor in a state has a row for each row of the batch."""
+    own. Every tensor in a state has a row for each row of the batch.
+
+    >>> layer, cache, x = MultiHeadAttention(8, 2), Cache(), torch.ones(1, 3, 8)
+    >>> for t in range(3): y = layer(x[:, t : t + 1], cache=cache)      # a token at a time
+    >>> cache.state(0)["keys"].shape
+    torch.Size([1, 2, 3, 4])
+    """
 
     def __init__(self) -> None:
         self._states: dict[Any, dict[str, Any]] = {}
@@ -433,7 +475,7 @@ class Cache:
         layer: Any,
         k: Float[Tensor, "B K T d"],            # keys of the new tokens
         v: Float[Tensor, "B K T d"],            # values of the new tokens
-    ) -> tuple[Tensor, Tensor]:                 # all that are kept, (B K S d), the new ones last
+    ) -> tuple[Tensor, Tensor]:                 # all kept, (B K S d), the new ones last
         "Add new keys and values; give back all that are kept."
         state = self.state(layer)
         if "keys" in state:
@@ -506,7 +548,7 @@ class Cache:
         layer: Any,
         n: int,                                 # how many positions of each row stay
     ) -> None:
-        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
         if "keys" not in state: return          # an heir that keeps them in its own way
         at, S = state.get("positions"), state["keys"].shape[2]
@@ -517,7 +559,7 @@ class Cache:
             state["positions"] = self._once(torch.gather, at, 1, kept)
         state["keys"], state["values"] = (_columns(state[x], kept) for x in ("keys", "values"))
 
-
+# %% ../nbs/07_attention.ipynb #caf94f63
 def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
     "These rows of every tensor, in dictionaries, lists and tuples of any depth."
     if isinstance(kept, dict): return {name: _pick(x, rows, done) for name, x in kept.items()}
@@ -561,121 +603,3 @@ def _last(positions: Tensor, n: int) -> Tensor: return positions[:, -n:]
 def _latest(positions: Tensor, n: int) -> Tensor:
     "The columns of the n latest positions of each row, in order."
     return positions.topk(n, 1).indices.sort(1).values
-
-# %% ../nbs/07_attention.ipynb #96f97dfd
-def _map_svg(weights: Tensor, name: str) -> str:
-    "A heat map as SVG: who looks, down; at whom, across; ten shades."
-    n = len(weights)
-    shades = (weights * 10).round().int().tolist()
-    paths = [f'<rect class="hv-frame" width="{n}" height="{n}"/>']
-    for shade in range(1, 11):
-        cells = "".join(f"M{s} {t}h1v1h-1z" for t, row in enumerate(shades)
-                        for s, value in enumerate(row) if value == shade)
-        if cells: paths.append(f'<path d="{cells}" opacity="{shade / 10:g}"/>')
-    title = escape(f"{name}: who looks, down; at whom, across", quote=True)
-    return (f'<svg viewBox="0 0 {n} {n}" role="img" aria-label="{title}">{"".join(paths)}'
-            f'<rect class="hv-row" width="{n}" height="1"/></svg>')
-
-# %% ../nbs/07_attention.ipynb #38c1086f
-#| code-fold: true
-#| code-summary: "The style"
-_STYLE = """<style>
-.head-view { --hv: 42 134 201; margin: 1.5rem 0; padding: 1px; color: inherit }
-.head-view .hv-maps { display: flex; flex-wrap: wrap; gap: .8rem }
-.head-view figure { flex: 1 1 7rem; max-width: 14rem; margin: 0; text-align: center }
-.head-view svg { display: block; width: 100%; height: auto }
-.head-view svg path { fill: rgb(var(--hv)) }
-.head-view .hv-frame { fill: none; stroke: currentColor; stroke-width: .15; opacity: .5 }
-.head-view .hv-row { fill: none; stroke: #d55e00; stroke-width: .35; display: none }
-.head-view.hv-on .hv-row { display: inline }
-.head-view figcaption { font-size: .85em; margin: .2rem 0 0; text-align: center }
-.head-view .hv-live { margin-top: 1rem }
-.head-view label { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
-.head-view input { flex: 1 1 12rem; min-height: 1.5rem }
-.head-view p { margin: .7rem 0 0; line-height: 1.9 }
-.head-view .hv-tokens { font-family: monospace; overflow-wrap: anywhere; cursor: pointer }
-.head-view .hv-tokens span { padding: .15em .28em; border-radius: .2em; white-space: pre }
-.head-view .hv-tokens .hv-here { outline: 2px solid #d55e00 }
-.head-view .hv-tokens .hv-most { text-decoration: underline; text-underline-offset: .2em }
-</style>"""
-
-# %% ../nbs/07_attention.ipynb #c9a9974a
-#| code-fold: true
-#| code-summary: "The script"
-_SCRIPT = """<script>
-(function (root) {
-  if (!root) return;
-  const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
-  const live = root.querySelector('.hv-live'), slider = live.querySelector('input');
-  const said = live.querySelector('output'), make = (tag) => document.createElement(tag);
-  const strips = data.names.map((name) => {
-    const line = make('p'), most = make('span'), tokens = make('span'), title = make('b');
-    title.textContent = name;
-    tokens.className = 'hv-tokens';
-    data.tokens.forEach((token, s) => {
-      const one = make('span');
-      one.textContent = token;
-      one.addEventListener('click', () => { slider.value = s; show(s); });
-      tokens.append(one);
-    });
-    line.append(title, ' ', most, make('br'), tokens);
-    live.append(line);
-    return { most, spans: [...tokens.children] };
-  });
-  function show(t) {
-    const name = (s) => '\\u201c' + data.tokens[s] + '\\u201d at ' + s;
-    said.textContent = name(t);
-    slider.setAttribute('aria-valuetext', name(t));
-    root.querySelectorAll('.hv-row').forEach((row) => row.setAttribute('y', t));
-    strips.forEach(({ most, spans }, h) => {
-      const row = data.weights[h][t], best = row.indexOf(Math.max(...row));
-      const share = `reads ${name(best)} (${row[best] / 10} %)`;
-      most.textContent = row[best] ? share : 'reads nothing';
-      spans.forEach((span, s) => {
-        span.style.background = `rgb(var(--hv) / ${(row[s] || 0) / 1000 * 0.5})`;
-        span.className = (s === t ? 'hv-here ' : '') + (s === best && row[s] ? 'hv-most' : '');
-      });
-    });
-  }
-  slider.addEventListener('input', () => show(+slider.value));
-  live.hidden = false; root.classList.add('hv-on'); show(+slider.value);
-})(document.querySelector(".head-view:not(.hv-on)"));     // the next one on the page
-</script>"""
-
-# %% ../nbs/07_attention.ipynb #dc41dc9d
-class HeadView(str):
-    "A piece of HTML that a notebook shows as it is; written to a file, any browser does."
-    def _repr_html_(self) -> str: return str(self)
-
-
-def _data(tokens: Sequence[str], names: Sequence[str], weights: Tensor) -> str:
-    "What the script reads, as JSON that cannot end a script too early."
-    shown = [token.replace("\n", "⏎").replace(" ", "␣") or "∅" for token in tokens]
-    thousandths = (weights * 1000).round().int().tolist()
-    data = {"tokens": shown, "names": list(names), "weights": thousandths}
-    text = json.dumps(data, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("&", "\\u0026")
-
-# %% ../nbs/07_attention.ipynb #66910183
-def head_view(
-    tokens: Sequence[str],                      # what stands at each position
-    weights: Float[Tensor, "H T T"],            # of each head, from `attention_weights`
-    names: Sequence[str] | None = None,         # of the heads; by default "head 1", "head 2", …
-    position: int = -1,                         # who reads, until somebody else is chosen
-) -> HeadView:
-    "A page of attention weights: a heat map for each head and, with JavaScript, what it reads."
-    H, T, S = weights.shape
-    names = [f"head {h + 1}" for h in range(H)] if names is None else names
-    if (len(tokens), len(names)) != (T, H) or T != S:
-        raise ValueError(f"weights of shape {(H, T, S)} need as many tokens as rows and "
-                         "columns, and a name for each head, "
-                         f"got {len(tokens)} tokens and {len(names)} names")
-    weights, start = weights.detach().float().cpu(), range(T)[position]
-    data = _data(tokens, names, weights)
-    maps = "".join(f"<figure>{_map_svg(w, name)}<figcaption>{escape(name)}</figcaption>"
-                   "</figure>" for w, name in zip(weights, names))
-    return HeadView(
-        f'<div class="head-view">{_STYLE}<div class="hv-maps">{maps}</div>'
-        f'<div class="hv-live" hidden><label>Who reads: <input type="range" min="0" '
-        f'max="{T - 1}" value="{start}"> <output></output></label></div>'
-        f'<script type="application/json">{data}</script>{_SCRIPT}</div>')

@@ -41,8 +41,9 @@ def rms_norm(
     eps: float = 1e-6,                            # added to the mean square
 ) -> Float[Tensor, "*B D"]:
     "Each vector over the root of its mean square, @eq-blocks-rmsnorm; by hand."
-    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return y if weight is None else y * weight
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))     # halves are too coarse
+    y = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (y if weight is None else y * weight).to(x.dtype)
 
 # %% ../nbs/08_blocks.ipynb #21b8dca6
 class _RMSNormFunction(torch.autograd.Function):
@@ -121,7 +122,7 @@ class RMSNorm(nn.Module):
         _check_width(x, len(self.weight))
         weight = self.weight + self.offset if self.offset else self.weight
         if not _learns_on_cpu(x, weight):
-            return F.rms_norm(x, weight.shape, weight, self.eps)
+            return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
         return _RMSNormFunction.apply(x, weight, self.eps)
 
 # %% ../nbs/08_blocks.ipynb #e8484229

@@ -26,7 +26,7 @@ from llm_from_scratch.text import (
 if TYPE_CHECKING: import tiktoken
 
 # %% auto #0
-__all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'EMBEDDED', 'BPETokenizer', 'model_folder', 'load_tokenizer']
+__all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'BPETokenizer', 'load_tokenizer']
 
 # %% ../nbs/03_bpe.ipynb #35dc78df
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -154,9 +154,9 @@ _CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")     # (?r): sear
 _BLOCK = 1 << 20                                                     # characters
 
 _Path = Union[str, "os.PathLike[str]"]          # the path of a file
-Source = Union[str, "os.PathLike[str]"]         # a str is a text, a Path is a UTF-8 file
+Text = Union[str, "os.PathLike[str]"]           # a str is a text, a Path is a UTF-8 file
 
-def _read(source: Source) -> Iterator[str]:
+def _read(source: Text) -> Iterator[str]:
     "A text or a file in parts of at most a block. Raises ValueError where a file is not UTF-8."
     if isinstance(source, str):
         yield from (source[i:i + _BLOCK] for i in range(0, len(source), _BLOCK))
@@ -213,7 +213,7 @@ def _count_block(
     return counts
 
 def count_pretokens(
-    texts: Source | Iterable[Source],       # a str is a text, a Path is a UTF-8 file
+    texts: Text | Iterable[Text],           # a str is a text, a Path is a UTF-8 file
     pattern: str = GPT2_PATTERN,
     special_tokens: Sequence[str] = (),     # boundaries, not counted
     workers: int = 1,                       # processes; for more, `if __name__ == "__main__":`
@@ -231,7 +231,7 @@ def count_pretokens(
 
 # %% ../nbs/03_bpe.ipynb #23d94528
 def _batches(
-    texts: Source | Iterable[Source], pattern: str, special_tokens: Sequence[str], bar: Any
+    texts: Text | Iterable[Text], pattern: str, special_tokens: Sequence[str], bar: Any
 ) -> Iterator[list[str]]:
     "Blocks of all texts, short ones in one list, so that a list is about a block."
     batch, size = [], 0
@@ -285,7 +285,12 @@ class BPETokenizer:
     """Byte-pair encoding over bytes: `decode(encode(text)) == text` for every text.
 
     Ids, as trained here: 0 to 255 are the bytes, then the merges in order, then special tokens.
-    Made by `train`, `load`, `from_gpt2_files` or `from_hf`."""
+    Made by `train`, `load`, `from_gpt2_files` or `from_hf`.
+
+    >>> tokenizer = BPETokenizer.train("low lower lowest", vocab_size=259)
+    >>> [tokenizer.decode([i]) for i in tokenizer.encode("lowest")]
+    ['lowe', 's', 't']
+    """
 
     def __init__(
         self,
@@ -516,7 +521,7 @@ class BPETokenizer:
     @classmethod
     def train(
         cls,
-        texts: Source | Iterable[Source],       # a str is a text, a Path is a UTF-8 file
+        texts: Text | Iterable[Text],           # a str is a text, a Path is a UTF-8 file
         vocab_size: int,                        # bytes, merges and special tokens together
         special_tokens: Sequence[str] = (),     # boundaries in the text; ids behind all others
         pattern: str = GPT2_PATTERN,
@@ -610,7 +615,7 @@ def _grouped(pattern: str) -> str:
 
 # %% ../nbs/03_bpe.ipynb #9060403b
 def _learn(
-    texts: Source | Iterable[Source], vocab_size: int, special_tokens: Sequence[str],
+    texts: Text | Iterable[Text], vocab_size: int, special_tokens: Sequence[str],
     pattern: str, workers: int, progress: bool,
 ) -> _Parts:
     _check_names(special_tokens)
@@ -786,8 +791,14 @@ def model_folder(source: _Path) -> Path:
     raise FileNotFoundError(f"there is no model {os.fspath(source)!r}: expected a folder, "
                             f"or one of {', '.join(EMBEDDED)}")
 
+# %% ../nbs/03_bpe.ipynb #1b604fa9
 def load_tokenizer(source: _Path) -> Tokenizer:
-    "A tokenizer of any kind, by its file, its folder, or the name of its model."
+    """A tokenizer of any kind, by its file, its folder, or the name of its model.
+
+    >>> words = load_tokenizer("storyland")
+    >>> words.decode(words.encode("Once upon a time"))
+    'Once upon a time'
+    """
     path, known = Path(source), source in EMBEDDED
     if known or path.is_dir(): path = model_folder(source) / "tokenizer.json"
     if not path.is_file():

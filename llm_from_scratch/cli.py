@@ -468,8 +468,8 @@ def _settings(path: str) -> dict[str, Any]:
     "The fields of a `TrainConfig` that a file gives, all of them checked."
     if not path: return {}
     from llm_from_scratch.files import revived
-    from llm_from_scratch.training import TrainConfig
-    given = _json_file(Path(path))
+    from llm_from_scratch.training import TrainConfig, renamed
+    given = renamed(_json_file(Path(path)))
     try:
         found = revived(TrainConfig, given)
         TrainConfig(**{"steps": found.get("warmup", 0) + 1, **found})    # an end may follow
@@ -484,14 +484,14 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
                 "settings": _settings(_peek(words, "--config", ""))}
     from llm_from_scratch.files import revived
     from llm_from_scratch.gpt import GPTConfig
-    from llm_from_scratch.training import TrainConfig
+    from llm_from_scratch.training import TrainConfig, renamed
     path = Path(_peek(words, "--out", "run")) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
     saved = _json_file(path)
     if missing := {"data", "shape", "settings"} - saved.keys():
         raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = revived(TrainConfig, saved["settings"])
+    settings = revived(TrainConfig, renamed(saved["settings"]))
     settings |= _settings(_peek(words, "--config", ""))
     shape = GPTConfig.from_dict(saved["shape"])
     return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}
@@ -623,7 +623,8 @@ def _generate(
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
     from llm_from_scratch.bpe import load_tokenizer
-    from llm_from_scratch.generation import Constraint, stream
+    from llm_from_scratch.constraints import Constraint
+    from llm_from_scratch.generation import stream
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import best_device
     made = GPT.from_pretrained(model, device=device or best_device())
@@ -632,10 +633,10 @@ def _generate(
     end = table.special_tokens.get(END)
     if end is None and not begun:
         raise Misuse(f"this tokenizer has no {END} to begin with: give a --prompt")
+    start = () if end is None else (end,)
     options = {"constraint": Constraint(pattern, table)} if pattern else {}
     pieces = stream(made, table, begun, max_new_tokens, sampler, seed=seed, stop=stop,
-                    start=() if end is None else (end,), end_token=end, overflow=overflow,
-                    **options)
+                    start=start, end_tokens=start, overflow=overflow, **options)
     if json: return _say(dumps({"prompt": begun, "text": "".join(pieces), "seed": seed}))
     _say(begun, end="")
     for piece in pieces: _say(piece, end="")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer, UInt64
+from jaxtyping import Int64, Integer, UInt64
 
 from .files import check_checksum, checksum, digest, replacing
 from .text import Tokenizer, clean, pydoc_corpus
@@ -22,8 +22,7 @@ if TYPE_CHECKING: from torch import Tensor
 else: Tensor = Any        # writing and reading token files needs no torch; only batches do
 
 # %% auto #0
-__all__ = ['CACHE_VARIABLE', 'SPLITS', 'IGNORE', 'DownloadError', 'download', 'split_text', 'split_documents', 'load_corpus',
-           'TokenWriter', 'TokenFile', 'document_mask', 'document_positions', 'mix', 'rank_rows', 'BatchLoader']
+__all__ = ['DownloadError', 'download', 'load_corpus', 'TokenFile', 'BatchLoader']
 
 # %% ../nbs/05_data.ipynb #9c9d6934
 def as_ids(
@@ -78,11 +77,15 @@ SOURCES: Mapping[str, Source] = {
     ), "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"),
 }
 
+CACHE_VARIABLE = "LLM_FROM_SCRATCH_CACHE"     # names a folder for downloads
+
 # %% ../nbs/05_data.ipynb #de54c85b
 class DownloadError(OSError):
-    "No address of a `Source` gave the text; says what each of them answered."
+    """No address of a `Source` gave the text; says what each of them answered.
 
-CACHE_VARIABLE = "LLM_FROM_SCRATCH_CACHE"
+    >>> issubclass(DownloadError, OSError)
+    True
+    """
 
 def _pooch() -> Any:
     "The library that downloads, or an error that names the extra which brings it."
@@ -97,7 +100,16 @@ def download(
     cache: str | os.PathLike[str] | None = None,  # else $LLM_FROM_SCRATCH_CACHE, else its own
     progress: bool = False,                       # show a bar
 ) -> Path:
-    "The text's path in the cache, downloaded if need be. `DownloadError` if no address has it."
+    """The text's path in the cache, downloaded if need be.
+
+    `DownloadError` if no address has it.
+
+    >>> import tempfile
+    >>> nowhere = Source(urls=(), sha256="0" * 64)
+    >>> try: download("a-book", nowhere, cache=tempfile.gettempdir())
+    ... except DownloadError as e: print(str(e)[:24])
+    cannot download 'a-book'
+    """
     pooch, sha, failures = _pooch(), source.sha256, []
     folder = cache or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("llm_from_scratch")
     get = pooch.HTTPDownloader(timeout=30, progressbar=progress)
@@ -171,7 +183,11 @@ def load_corpus(
     cache: str | os.PathLike[str] | None = None,  # where downloads are kept, see `download`
     progress: bool = False,                       # show a bar while downloading
 ) -> Iterator[str]:
-    "The documents of a corpus. `ValueError` if unknown, `DownloadError` if it cannot be had."
+    """The documents of a corpus. `ValueError` if unknown, `DownloadError` if it cannot be had.
+
+    >>> [text[:16] for text in load_corpus("storyland", n=2)]
+    ['Once upon a time', 'Once upon a time']
+    """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
     if name == "storyland": found = _storyland(n, seed, size, split)
@@ -344,7 +360,15 @@ def _writing(
 class TokenFile:
     """A file of token ids that knows its tokenizer, its documents and whether it is whole.
 
-    `len(file)` counts documents, `file[i]` is one, `file.ids` is all of them in a row."""
+    `len(file)` counts documents, `file[i]` is one, `file.ids` is all of them in a row.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "some.tok"
+    >>> with TokenFile.create(path, vocab_size=100) as file:
+    ...     file.append([1, 2, 3]); file.append([4, 5])
+    >>> with TokenFile.open(path) as file: len(file), file[1].tolist(), len(file.ids)
+    (2, [4, 5], 5)
+    """
     _ids: np.ndarray | None
     _offsets: np.ndarray | None
 
@@ -469,18 +493,6 @@ def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     at_once = hasattr(tokenizer, "encode_batch")
     while some := list(islice(texts, 256)):
         yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)
-
-# %% ../nbs/05_data.ipynb #056c8ac1
-def document_mask(
-    segments: Int64[Tensor, "B T"],     # the document of each token
-) -> Bool[Tensor, "B T T"]:             # True where a query (down) may look at a key (across)
-    "A causal mask that ends at the borders of documents, @eq-data-mask."
-    same = segments[:, :, None] == segments[:, None, :]
-    return same.tril()
-
-def document_positions(segments: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
-    "How many tokens of its document stand before each token in the same row."
-    return document_mask(segments).sum(-1) - 1
 
 # %% ../nbs/05_data.ipynb #35fff9fd
 def mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
@@ -608,7 +620,13 @@ class BatchLoader:
     """Batches of a token file, each a pure function of seed, step, rank and world size.
 
     `batch(step)` computes one, `for x, y in loader` reads the rest of the epoch it is in,
-    `len(loader)` counts the steps of that epoch."""
+    `len(loader)` counts the steps of that epoch.
+
+    >>> loader = BatchLoader(np.arange(9), context_length=4, batch_size=2, shuffle=False)
+    >>> x, y = loader.batch(0)
+    >>> x.tolist(), y.tolist()
+    ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]])
+    """
 
     def __init__(
         self,

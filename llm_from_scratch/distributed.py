@@ -23,7 +23,11 @@ __all__ = ['DataParallel', 'join_processes']
 # %% ../nbs/distributed.ipynb #8bd6664f
 @dataclass(frozen=True)
 class DataParallel(ProcessGroup):
-    "Processes that hold the same model and share the rows of each batch."
+    """Processes that hold the same model and share the rows of each batch.
+
+    >>> DataParallel(rank=1, size=2).is_main
+    False
+    """
 
     def wrap(self, model: nn.Module) -> nn.Module:
         "The model, with its gradients averaged over all processes."
@@ -46,7 +50,11 @@ class DataParallel(ProcessGroup):
 def join_processes(
     device: torch.device | str | None = None,  # None: the best there is
 ) -> Iterator[ProcessGroup]:
-    "Meet the processes that `torchrun` started; without it, a group of one."
+    """Meet the processes that `torchrun` started; without it, a group of one.
+
+    >>> with join_processes("cpu") as world: (world.rank, world.size)
+    (0, 1)
+    """
     if "WORLD_SIZE" not in os.environ:
         yield ProcessGroup(device=torch.device(device or best_device()))
         return

@@ -20,29 +20,35 @@ from torch.nn import functional as F
 
 from .data import as_ids
 from llm_from_scratch.storyland import (
-    HOURS, KINDS, NUMBERS, PEOPLE, PLACES, SKIES, THINGS, Facts, Narrator, Story, narrator,
-    read, recall,
+    COLOR_WORDS, HOURS, KINDS, NUMBERS, PEOPLE, PLACES, SKIES, THINGS, Facts, Narrator, Story,
+    narrator, read, recall,
 )
-from .storyland import COLORS as COLOR_WORDS
 from .text import Tokenizer
 
 # %% auto #0
-__all__ = ['perplexity', 'bits_per_byte', 'Evaluation', 'document_losses', 'end_token', 'evaluate_text', 'Calibration',
-           'calibration', 'kl_to_world', 'Cloze', 'cloze', 'log_likelihoods', 'rank_answers', 'ngram_overlap',
-           'longest_copy', 'LMEvalAdapter']
+__all__ = ['perplexity', 'bits_per_byte', 'Evaluation', 'evaluate_text', 'calibration', 'kl_to_world', 'cloze', 'rank_answers',
+           'ngram_overlap', 'LMEvalAdapter']
 
 # %% ../nbs/12_evaluation.ipynb #a2386922
 def perplexity(
     nats_per_token: float,       # mean surprise, the loss
 ) -> float:
-    "The number of equally likely tokens that would surprise as much, @eq-evaluation-units."
+    """The number of equally likely tokens that would surprise as much, @eq-evaluation-units.
+
+    >>> round(perplexity(math.log(6)), 9)
+    6.0
+    """
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 def bits_per_byte(
     nats: float,                 # surprise at a whole text
     n_bytes: int,                # its length in UTF-8
 ) -> float:
-    "Bits that a model spends on a byte of text, @eq-evaluation-units."
+    """Bits that a model spends on a byte of text, @eq-evaluation-units.
+
+    >>> bits_per_byte(8 * math.log(2), 1)
+    8.0
+    """
     if n_bytes < 1: raise ValueError(f"a text of {n_bytes} bytes has no bits per byte")
     return nats / math.log(2) / n_bytes
 
@@ -153,7 +159,11 @@ def token_losses(
 # %% ../nbs/12_evaluation.ipynb #e23d3155
 @dataclass(frozen=True)
 class Evaluation:
-    "Surprise of a model at each of some documents."
+    """The loss of a model on each of some documents.
+
+    >>> Evaluation(np.array([2.0, 4.0]), np.array([2, 4]), np.array([9, 9])).nats_per_token
+    1.0
+    """
     nats: Float64[np.ndarray, "N"]         # of each document
     tokens: Int[np.ndarray, "N"]           # that were scored
     n_bytes: Int[np.ndarray, "N"]
@@ -199,22 +209,31 @@ def document_losses(
         if len(ids) > T + 1: losses[i] = token_losses(model, ids, window, stride)
     return losses
 
-def end_token(tokenizer: Tokenizer, end: str) -> int:
+def end_id(tokenizer: Tokenizer, end: str) -> int:
     "The id of the token between documents; `ValueError` names the special tokens there are."
     if end in tokenizer.special_tokens: return tokenizer.special_tokens[end]
     names = ", ".join(map(repr, tokenizer.special_tokens)) or "none"
     raise ValueError(f"the tokenizer has no special token {end!r}; it has {names}")
 
+# %% ../nbs/12_evaluation.ipynb #94d69740
 def evaluate_text(
     model: Any, tokenizer: Tokenizer,
     texts: Sequence[str],                                      # documents
     end: str = "<|endoftext|>",                                # before and after each of them
     window: int | None = None, stride: int | None = None,      # see `token_losses`
 ) -> Evaluation:
-    "Score documents, each on its own; bytes are those of the texts."
+    """Score documents, each on its own; bytes are those of the texts.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> letters = CharTokenizer.train(["ab"], special_tokens=("<end>",))
+    >>> def uniform(ids): return torch.zeros(*ids.shape, letters.vocab_size)
+    >>> found = evaluate_text(uniform, letters, ["ab", "b"], "<end>", window=8)
+    >>> round(found.perplexity, 6), found.tokens.tolist()
+    (3.0, [3, 2])
+    """
     if isinstance(texts, str): raise TypeError("expected several texts, got one: write [text]")
     if not texts: raise ValueError("there is no text to evaluate")
-    around = end_token(tokenizer, end)
+    around = end_id(tokenizer, end)
     documents = [[around, *tokenizer.encode(text), around] for text in texts]
     losses = document_losses(model, documents, window, stride)
     return Evaluation(np.array([x.sum() for x in losses]), np.array([len(x) for x in losses]),
@@ -251,12 +270,17 @@ class Calibration:
         "Expected calibration error, @eq-evaluation-ece."
         return float(np.abs(self.accuracy - self.confidence) @ self.count / self.count.sum())
 
+# %% ../nbs/12_evaluation.ipynb #f2465165
 def calibration(
     probability: Any,               # what the model gave, one for each prediction
     correct: Any,                   # whether it came true
     n_bins: int = 10,               # of equal width
 ) -> Calibration:
-    "Confidence and accuracy of predictions."
+    """Confidence and accuracy of predictions.
+
+    >>> calibration([1.0, 1.0, 0.0], [True, False, False]).accuracy.tolist()
+    [0.0, 0.5]
+    """
     p, hit = np.asarray(probability, dtype=float), np.asarray(correct, dtype=float)
     if p.shape != hit.shape or p.ndim != 1 or not len(p):
         raise ValueError(f"expected as many outcomes as probabilities, at least one; "
@@ -409,8 +433,17 @@ def kl_to_world(
     stories: Sequence[Story],
     end: str = "<|endoftext|>",          # before and after each story
 ) -> WorldGap:
-    "Compare a model with the world whose stories it tells, token by token."
-    around = end_token(tokenizer, end)
+    """Compare a model with the world whose stories it tells, token by token.
+
+    >>> from llm_from_scratch.bpe import load_tokenizer
+    >>> from llm_from_scratch.storyland import stories
+    >>> tokenizer = load_tokenizer("storyland")
+    >>> def uniform(ids): return torch.zeros(*ids.shape, tokenizer.vocab_size)
+    >>> gap = kl_to_world(uniform, tokenizer, list(stories(1)))
+    >>> bool((gap.terms.sum(-1) > -1e-9).all())            # a divergence is not negative
+    True
+    """
+    around = end_id(tokenizer, end)
     ids = {tokenizer.decode([i]): i for i in range(tokenizer.vocab_size)} | {"": around}
     kinds = [KINDS_OF_WORDS.index(kind_of("" if i == around else tokenizer.decode([i])))
              for i in range(tokenizer.vocab_size)]
@@ -430,11 +463,19 @@ class Cloze(NamedTuple):
     choices: tuple[str, ...]      # words of that kind, each with the space before it
     answer: str                   # the right one
 
+# %% ../nbs/12_evaluation.ipynb #14cc3ef4
 def cloze(
     story: Story, tokenizer: Any,        # one token per word, with a `pattern`
     kinds: Sequence[str] = ("names", "places", "things", "goods", "counts"),
 ) -> list[Cloze]:
-    "All such questions that a story contains; the choices are words the tokenizer knows."
+    """All such questions that a story contains; the choices are words the tokenizer knows.
+
+    >>> from llm_from_scratch.bpe import load_tokenizer
+    >>> from llm_from_scratch.storyland import stories
+    >>> question = cloze(next(iter(stories(1))), load_tokenizer("storyland"))[0]
+    >>> question.answer in question.choices
+    True
+    """
     known = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     words = {kind: tuple(w for w in known if w[:1] == " " and kind_of(w) == kind)
              for kind in kinds}
@@ -456,7 +497,7 @@ def encode_pair(
     whole, before = tokenizer.encode(context + continuation), tokenizer.encode(text)
     n = len(before)
     if not whole[n:]: raise ValueError("there is nothing to score: empty continuation")
-    return [end_token(tokenizer, end), *whole[:n]], whole[n:]
+    return [end_id(tokenizer, end), *whole[:n]], whole[n:]
 
 class Likelihood(NamedTuple):
     "How a model takes a continuation."
@@ -488,13 +529,22 @@ def _likelihood(logits: Tensor, wanted: Sequence[int]) -> Likelihood:
     log_p = -float(_surprise(last, wanted).sum())
     return Likelihood(log_p, last.argmax(-1).tolist() == list(wanted), len(wanted))
 
+# %% ../nbs/12_evaluation.ipynb #063f1f24
 def rank_answers(
     model: Any, tokenizer: Tokenizer, prompt: str,
     choices: Sequence[str],                # each as it would follow the prompt
     per: str = "answer",                   # or "token", "byte": what scores are divided by
     end: str = "<|endoftext|>",
 ) -> list[float]:
-    "The log-likelihood of each answer in nats; the largest is the model's."
+    """The log-likelihood of each answer in nats; the largest is the model's.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> letters = CharTokenizer.train(["ab"], special_tokens=("<end>",))
+    >>> def uniform(ids): return torch.zeros(*ids.shape, letters.vocab_size)
+    >>> short, long = rank_answers(uniform, letters, "a", ["b", "bb"], end="<end>")
+    >>> short > long, [round(x, 3) for x in (short, long)]
+    (True, [-1.099, -2.197])
+    """
     found = log_likelihoods(model, [encode_pair(tokenizer, prompt, c, end) for c in choices])
     sizes = {"answer": [1] * len(found), "token": [x.tokens for x in found],
              "byte": [len(c.encode()) for c in choices]}
@@ -533,7 +583,11 @@ def ngram_overlap(
     corpus: Iterable[Any],           # rows of ids: what was learned
     n: int = 13,                     # ids in a run
 ) -> Float64[np.ndarray, "N"]:
-    "The share of each document's n-grams that stand in the corpus; 0 for a shorter document."
+    """The share of each document's n-grams that stand in the corpus; 0 for a shorter document.
+
+    >>> ngram_overlap([[1, 2, 3], [7]], [[1, 2, 9]], 2).tolist()
+    [0.5, 0.0]
+    """
     if n < 1: raise ValueError(f"an n-gram has at least 1 token, got n={n}")
     def runs(ids: Any) -> list[str]:
         row = _letters(ids)
@@ -542,6 +596,7 @@ def ngram_overlap(
     found = [[run in known for run in runs(ids)] for ids in documents]
     return np.array([np.mean(row) if row else 0.0 for row in found])
 
+# %% ../nbs/12_evaluation.ipynb #cb2738fa
 def longest_copy(
     document: Any, corpus: Iterable[Any],       # rows of ids
 ) -> int:
@@ -567,7 +622,7 @@ class _Requests:
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         "For (text,): log-probability in nats of the whole text, without its end."
-        end, encode = end_token(self.tokenizer, self.end), self.tokenizer.encode
+        end, encode = end_id(self.tokenizer, self.end), self.tokenizer.encode
         rows = [[end, *encode(request.args[0])] for request in requests]
         return [-float(losses.sum()) for losses in document_losses(self.model, rows)]
 
@@ -580,7 +635,7 @@ class _Requests:
             raise ValueError("this adapter writes greedily; the task asks for sampling")
         until, n = options.get("until") or [], int(options.get("max_gen_toks", 128))
         stops = [until] if isinstance(until, str) else list(until)
-        end, decode = end_token(self.tokenizer, self.end), self.tokenizer.decode
+        end, decode = end_id(self.tokenizer, self.end), self.tokenizer.decode
         def done(ids: list[int]) -> bool:
             return ids[-1] == end or any(stop in decode(ids) for stop in stops)
         ids = continue_greedily(self.model, [end, *self.tokenizer.encode(context)], n, done)
@@ -595,11 +650,16 @@ def LMEvalAdapter(
 ) -> Any:
     """A model of the Language Model Evaluation Harness: `lm_eval.simple_evaluate(model=…)`.
 
-    Needs the `eval` extra. Greedy writing only; contexts that are too long lose their start."""
+    Needs the `eval` extra. Greedy writing only; contexts that are too long lose their start.
+
+    >>> from llm_from_scratch import GPT, load_tokenizer             # doctest: +SKIP
+    >>> LMEvalAdapter(GPT.from_pretrained("storyland"), load_tokenizer("storyland"),
+    ...               "<end>")                                       # doctest: +SKIP
+    """
     try: harness = importlib.import_module("lm_eval.api.model")
     except ImportError as e:
         raise ImportError("the harness is missing: pip install 'llm-from-scratch[eval]'") from e
     adapter = type("LMEvalAdapter", (_Requests, harness.LM), {})()
     adapter.model, adapter.tokenizer, adapter.end = model, tokenizer, end
-    end_token(tokenizer, end)                                        # an error now, not later
+    end_id(tokenizer, end)                                        # an error now, not later
     return adapter

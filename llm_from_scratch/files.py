@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_origin, get_type_
 if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
-__all__ = ['replacing']
+__all__ = []
 
 # %% ../nbs/files.ipynb #8becc618
 @contextmanager

@@ -6,25 +6,24 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from operator import index
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-import regex
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .attention import Cache
+from .data import as_ids
 from .text import Tokenizer
 
 # %% auto #0
-__all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search', 'Constraint']
+__all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search']
 
 # %% ../nbs/13_generation.ipynb #269fe468
 def draw(
@@ -48,14 +47,14 @@ def _check_choice(possible: Bool[Tensor, "B 1"]) -> None:
 
 # %% ../nbs/13_generation.ipynb #4ec6fdbb
 def row_seeds(
-    seed: int | Sequence[int],     # one for all rows, or one for each
+    seed: SupportsIndex | Sequence[SupportsIndex],     # one for all rows, or one for each
     n_rows: int,
 ) -> list[int]:
     "A seed for each row: hashed from `seed` and the row's number, or as given."
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence):
         if len(seed) != n_rows: raise ValueError(f"{len(seed)} seeds for {n_rows} rows")
-        return list(seed)
-    names = (f"{seed} {row}".encode() for row in range(n_rows))
+        return [index(own) for own in seed]
+    names = (f"{index(seed)} {row}".encode() for row in range(n_rows))
     return [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
             for name in names]
 
@@ -87,9 +86,10 @@ def keep_min_p(
 # %% ../nbs/13_generation.ipynb #90383f22
 def _keep_first(logits: Tensor, order: Tensor, mass: float) -> Tensor:
     "Tokens in this order until their probabilities sum to `mass`; the first one always."
+    if mass >= 1: return logits                        # a rounded sum would cut the last ones
     p = logits.softmax(-1).gather(-1, order)
     before = p.cumsum(-1) - p
-    keep = before < mass
+    keep = ~(before >= mass)                           # NaN stays, and `choose` refuses it
     keep[:, 0] = True
     return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)
 
@@ -106,7 +106,7 @@ def keep_typical(
 ) -> Float[Tensor, "B V"]:
     "Tokens whose surprise is nearest to the expected one, until they sum to `mass`."
     log_p = logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).nansum(-1, keepdim=True)
+    entropy = torch.special.entr(log_p.exp()).sum(-1, keepdim=True)        # 0 · log 0 is 0
     return _keep_first(logits, (-log_p - entropy).abs().argsort(-1), mass)
 
 # %% ../nbs/13_generation.ipynb #2bc892e6
@@ -117,7 +117,7 @@ class Context:
     prompts: Sequence[Sequence[int]] = ()    # what the rows began with
     written: Sequence[Sequence[int]] = ()    # what they have written since
     remaining: int | None = None             # tokens they may still write, the next included
-    end_token: int | None = None             # the token that ends a text
+    end_tokens: Sequence[int] = ()           # the tokens that end a text
 
 
 def _counts(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def require(
     kept = logits.clone()
     for row, written in enumerate(context.written):
         missing = [token for token in tokens if token not in written]
-        if missing and context.end_token is not None: kept[row, context.end_token] = -math.inf
+        if missing: kept[row, list(context.end_tokens)] = -math.inf
         if missing and context.remaining is not None and context.remaining <= len(missing):
             kept[row] = torch.full_like(kept[row], -math.inf)
             kept[row, missing] = logits[row, missing]
@@ -210,7 +210,11 @@ PROCESSORS: dict[str, Callable[[Tensor, Any, Context], Tensor]] = {
 class Sampler:
     """How to choose the next token: processors by name, applied in `order`, then a draw.
 
-    A field at its default does nothing. Raises ValueError for values that cannot be."""
+    A field at its default does nothing. Raises ValueError for values that cannot be.
+
+    >>> Sampler(top_k=2).probabilities(torch.tensor([[0.0, 5.0, 5.0]])).tolist()
+    [[0.0, 0.5, 0.5]]
+    """
 
     temperature: float = 1.0            # 0: always the best token
     top_k: int | None = None            # keep so many tokens
@@ -287,7 +291,7 @@ def _check_sampler(s: Sampler) -> None:
 
 # %% ../nbs/13_generation.ipynb #cb3e35ef
 def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor:
-    "Positions of the last T of S columns, @eq-generation-padding; of all rows, if none is padded."
+    "Positions of the last T of S columns, @eq-generation-padding; (T,) if none is padded."
     columns = torch.arange(S - T, S, device=device)
     if not any(pads): return columns
     return (columns - torch.tensor(pads, device=device)[:, None]).clamp(min=-1)
@@ -296,7 +300,13 @@ def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor
 class SimpleCache(Cache):
     """A KV cache in memory that doubles when it is full: each key is copied about once.
 
-    Of a layer with a window it keeps what the window can still reach."""
+    Of a layer with a window it keeps what the window can still reach.
+
+    >>> cache, new = SimpleCache(), torch.ones(1, 1, 2, 4)
+    >>> for _ in range(3): keys, values = cache.update(0, new, new)
+    >>> keys.shape
+    torch.Size([1, 1, 6, 4])
+    """
 
     def update(
         self, layer: Any, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
@@ -314,7 +324,7 @@ class SimpleCache(Cache):
         return keys[:, :, slice(*span)], values[:, :, slice(*span)]
 
     def forget(self, layer: Any, n: int) -> None:
-        "Drop the keys and values of all positions but the last n; sometimes later, never sooner."
+        "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
         start, end = state["span"]
         if "positions" not in state: state["span"] = max(start, end - n), end
@@ -368,11 +378,16 @@ class _Reader:
         starts = [_start(len(row), self.limit) for row in rows]
         if self.make_cache and starts == self.starts:  # one new token in every row
             return self._read([row[-1:] for row in rows])
-        texts = [row[start:] for row, start in zip(rows, starts)]
         self.cache, self.starts = self.make_cache() if self.make_cache else None, starts
-        longest = max(map(len, texts))
-        self.pads, self.columns = [longest - len(text) for text in texts], 0
-        return self._read([[0] * pad + list(text) for pad, text in zip(self.pads, texts)])
+        texts = [tuple(row[start:]) for row, start in zip(rows, starts)]
+        once = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        longest = max(map(len, once))
+        self.pads, self.columns = [longest - len(text) for text in once], 0
+        logits = self._read([[0] * pad + list(text) for pad, text in zip(self.pads, once)])
+        if len(once) == len(texts): return logits
+        shared = [once[text] for text in texts]        # a text of several rows was read once
+        self._fan_out(shared)
+        return logits[shared]
 
     def _read(self, new: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
         T, S = len(new[0]), self.columns + len(new[0])
@@ -383,11 +398,14 @@ class _Reader:
         self.columns = S
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)
 
+    def _fan_out(self, rows: Sequence[int]) -> None:
+        if self.cache is not None: self.cache.reorder(rows)
+        self.pads = [self.pads[row] for row in rows]
+
     def reorder(self, rows: Sequence[int]) -> None:
         "Row i goes on from where row `rows[i]` is."
-        self.cache.reorder(rows)
+        self._fan_out(rows)
         self.starts = [self.starts[row] for row in rows]
-        self.pads = [self.pads[row] for row in rows]
 
 # %% ../nbs/13_generation.ipynb #0f383532
 class _Row:
@@ -407,71 +425,125 @@ class _Row:
         if self.text is not None: self.text.push(token)
         return token
 
+# %% ../nbs/13_generation.ipynb #72fd07c2
+@runtime_checkable
+class TokenConstraint(Protocol):
+    "What generation asks of a constraint. A row is in a state, which is 0 at the beginning."
+
+    def prepare(self, sampler: Sampler, max_new_tokens: int) -> TokenConstraint:
+        "The constraint for these settings. ValueError if they leave no text."
+        ...
+
+    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int) -> None:
+        "Set the logits of tokens that cannot come to −∞, in place."
+        ...
+
+    def advance(self, state: int, token: int) -> int:
+        "The state after a token."
+        ...
+
+    def is_complete(self, state: int) -> bool:
+        "May the text end here?"
+
+    def can_continue(self, state: int, remaining: int) -> bool:
+        "Can anything follow, with so many tokens left?"
+        ...
+
 # %% ../nbs/13_generation.ipynb #8a80bdd1
+TokenIds = Sequence[int] | np.ndarray | Tensor
+
+
+def as_end_tokens(
+    end_tokens: Any,               # one id, or several
+) -> tuple[int, ...]:
+    "The ids that end a text. TypeError for what is neither an id nor several."
+    try: return (index(end_tokens),)
+    except TypeError: pass
+    try: return tuple(as_ids(end_tokens).tolist())
+    except (TypeError, ValueError):
+        raise TypeError(f"end_tokens is a token id or several, got {end_tokens!r}") from None
+
+
+def _as_prompts(prompts: Any) -> list[list[int]]:
+    try: return [as_ids(prompt).tolist() for prompt in prompts]
+    except (TypeError, ValueError):
+        raise TypeError("prompts is a list of lists of token ids") from None
+
+# %% ../nbs/13_generation.ipynb #d07a552b
 def generate_steps(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompts: Sequence[Sequence[int]],            # token ids, of any lengths
+    prompts: Sequence[TokenIds] | np.ndarray | Tensor,     # equal ones are read once
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     *,
-    seed: int | Sequence[int] = 0,               # see `row_seeds`
-    end_token: int | None = None,                # ends a row
+    seed: SupportsIndex | Sequence[SupportsIndex] = 0,   # see `row_seeds`
+    end_tokens: SupportsIndex | TokenIds = (),   # one or several, each of which ends a row
     stop: Sequence[str] = (),                    # strings that end a row; need a tokenizer
     tokenizer: Tokenizer | None = None,
     overflow: str = "error",                     # or "slide": when the context is full
     context_length: int | None = None,           # None: what `model.config` says, if anything
-    cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all again
-    constraint: "Constraint | None" = None,      # what the new text must match
+    cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all anew
+    constraint: TokenConstraint | None = None,      # what the new text must match
 ) -> Iterator[list[int | None]]:                 # a token for each row, None if it has ended
     """Write all rows at once, a token at a time. A row does not depend on the others.
 
     Raises ValueError, before the first token, for what cannot work."""
-    _check_prompts(prompts, max_new_tokens, sampler, end_token, stop, tokenizer)
+    texts, ends = _as_prompts(prompts), as_end_tokens(end_tokens)
+    _check_prompts(texts, max_new_tokens, sampler, ends, stop, tokenizer)
     limit = _context_limit(model, context_length)
-    _check_room(prompts, max_new_tokens, limit, overflow)
+    _check_room(texts, max_new_tokens, limit, overflow)
     if constraint is not None: constraint = constraint.prepare(sampler, max_new_tokens)
 
     def text(prompt: Sequence[int]) -> "TextStream | None":
         return TextStream(tokenizer, stop, prompt) if tokenizer and stop else None
 
-    seeds = row_seeds(seed, len(prompts))
-    rows = [_Row(prompt, own, text(prompt)) for prompt, own in zip(prompts, seeds)]
+    seeds = row_seeds(seed, len(texts))
+    rows = [_Row(prompt, own, text(prompt)) for prompt, own in zip(texts, seeds)]
+    if constraint is not None and not ends and not constraint.can_continue(0, max_new_tokens):
+        rows = []                                # nothing can come, and no end is asked for
     reader = _Reader(model, cache, limit)
-    return _steps(reader, rows, max_new_tokens, sampler, end_token, constraint)
+    return _steps(reader, rows, max_new_tokens, sampler, ends, constraint)
 
 # %% ../nbs/13_generation.ipynb #a9693530
 def _steps(
     reader: _Reader, rows: list[_Row], max_new_tokens: int, sampler: Sampler,
-    end_token: int | None, constraint: "Constraint | None",
+    ends: tuple[int, ...], constraint: TokenConstraint | None,
 ) -> Iterator[list[int | None]]:
     for remaining in range(max_new_tokens, 0, -1):
+        if not any(row.is_open for row in rows): return
         logits = reader([row.read for row in rows])
         if constraint is not None:
             for row, scores in zip(rows, logits):
-                if row.is_open: constraint.mask(scores, row.state, remaining, end_token)
+                if row.is_open: _constrain(scores, row.state, remaining, ends, constraint)
         context = Context([row.prompt for row in rows], [row.written for row in rows],
-                          remaining, end_token)
+                          remaining, ends)
         tokens = sampler.choose(logits, [row.coin.random() for row in rows], context)
         yield [row.add(token) for row, token in zip(rows, tokens)]
         for row, token in zip(rows, tokens):
-            if row.is_open: _close(row, token, remaining - 1, end_token, constraint)
-        if not any(row.is_open for row in rows): return
+            if row.is_open: _close(row, token, remaining - 1, ends, constraint)
 
 
-def _close(row: _Row, token: int, remaining: int, end_token: int | None,
-           constraint: "Constraint | None") -> None:
+def _close(row: _Row, token: int, remaining: int, ends: tuple[int, ...],
+           constraint: TokenConstraint | None) -> None:
     "Close the row if its text has come to an end."
-    if token == end_token or (row.text is not None and row.text.stopped): row.is_open = False
+    if token in ends or (row.text is not None and row.text.stopped): row.is_open = False
     elif constraint is not None:
         row.state = constraint.advance(row.state, token)
-        row.is_open = end_token is not None or constraint.can_continue(row.state, remaining)
+        row.is_open = bool(ends) or constraint.can_continue(row.state, remaining)
+
+
+def _constrain(scores: Tensor, state: int, remaining: int, ends: tuple[int, ...],
+               constraint: TokenConstraint) -> None:
+    "Leave only what the constraint allows, in place; the end only where the text is complete."
+    closing = scores[list(ends)]
+    constraint.mask(scores, state, remaining)
+    if not constraint.is_complete(state): closing = torch.full_like(closing, -math.inf)
+    scores[list(ends)] = closing
 
 # %% ../nbs/13_generation.ipynb #ff6ff0bf
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
-                   end_token: int | None, stop: Sequence[str],
+                   ends: Sequence[int], stop: Sequence[str],
                    tokenizer: Tokenizer | None) -> None:
-    if isinstance(prompts, str) or any(isinstance(prompt, (str, int)) for prompt in prompts):
-        raise TypeError("prompts is a list of lists of token ids")
     empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
     if not len(prompts) or empty:
         what = f"prompt {empty[0]} is empty" if empty else "there is no prompt"
@@ -479,7 +551,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sample
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if stop and tokenizer is None: raise ValueError("stop strings need a tokenizer")
-    if len(sampler.required) > max_new_tokens or end_token in sampler.required:
+    if len(sampler.required) > max_new_tokens or {*ends} & {*sampler.required}:
         raise ValueError(f"cannot fit the required tokens {list(sampler.required)} into "
                          f"{max_new_tokens} new ones before the end")
 
@@ -506,14 +578,20 @@ def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: in
 
 def generate(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompts: Sequence[Sequence[int]],            # token ids, of any lengths
+    prompts: Sequence[TokenIds] | np.ndarray | Tensor,     # equal ones are read once
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     **options: Any,                              # as for `generate_steps`
 ) -> list[list[int]]:
-    """The new tokens of each row, up to and with its end token, if that came.
+    """The new tokens of each row, up to and with its end token, if one came.
 
-    Raises ValueError, before the first token, for what cannot work."""
+    Raises ValueError, before the first token, for what cannot work.
+
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> generate(count, [[1], [5, 6]], 3, end_tokens=[3, 8])
+    [[2, 3], [7, 8]]
+    """
+    prompts = _as_prompts(prompts)
     written: list[list[int]] = [[] for _ in prompts]
     for step in generate_steps(model, prompts, max_new_tokens, sampler, **options):
         for row, token in zip(written, step):
@@ -521,9 +599,12 @@ def generate(
     return written
 
 # %% ../nbs/13_generation.ipynb #cf7ccca8
-def _stop_at(text: str, stop: Sequence[str]) -> int | None:
-    "Where the stop string begins that is complete first; of two, the longer."
-    found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+def _stop_at(text: str, stop: Sequence[str], known: int = 0) -> int | None:
+    "Where the stop string begins that is complete first after `known` characters; the longest."
+    found = []
+    for s in stop:
+        at = text.find(s, max(0, known - len(s) + 1))
+        if at >= 0: found.append((at + len(s), at))
     return min(found)[1] if found else None
 
 
@@ -533,19 +614,34 @@ def _may_stop(text: str, stop: Sequence[str]) -> int:
     return next((n for n in range(min(longest, len(text)), 0, -1)
                  if any(s.startswith(text[-n:]) for s in stop)), 0)
 
+
+def _alike(known: str, text: str) -> int:
+    "How many characters were known; half a character at the end may have become a whole one."
+    if known.endswith("\ufffd") and not text.startswith(known): return len(known) - 1
+    return len(known)
+
 # %% ../nbs/13_generation.ipynb #40ace0b1
 class TextStream:
     """Turns tokens into text as they come: whole characters only, nothing of a stop string.
 
-    `stopped` says whether one was found; the text that was given out ends before it."""
+    `stopped` says whether one was found; the text that was given out ends before it. A stop
+    string may begin in the prompt, and a character of the prompt be completed.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> letters = CharTokenizer.train(["abc"])
+    >>> text = TextStream(letters, ["bc"])
+    >>> [text.push(i) for i in letters.encode("cabc")], text.stopped
+    (['c', 'a', '', ''], True)
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
                  prompt: Sequence[int] = ()) -> None:
         if isinstance(stop, str): raise TypeError(f"stop is a list of strings: [{stop!r}]")
         if "" in stop: raise ValueError("a stop string cannot be empty")
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
-        self._ids, self._held = list(prompt), ""
-        self._known = len(tokenizer.decode(self._ids))
+        self._ids, self._known = list(prompt), tokenizer.decode(list(prompt))
+        begun = _may_stop(self._known, self.stop)
+        self._held, self._old = self._known[len(self._known) - begun :], begun
 
     def push(self, token: int) -> str:
         "The text that is certain now that this token has come."
@@ -558,17 +654,18 @@ class TextStream:
         "What was held back, when no token comes any more."
         if self.stopped: return ""
         out = self._release(self.tokenizer.decode(self._ids))
-        return out if self.stopped else out + self._held
+        return out if self.stopped else out + self._held[self._old :]
 
     def _release(self, text: str) -> str:
         "Give out what is new in `text`, but for what may become a stop string."
-        self._held += text[self._known:]
+        self._held += text[_alike(self._known, text) :]
         self._ids = self._ids[-1:]                             # what follows may depend on it
-        self._known = len(self.tokenizer.decode(self._ids))
-        end = _stop_at(self._held, self.stop)
+        self._known = self.tokenizer.decode(self._ids)
+        end = _stop_at(self._held, self.stop, self._old)
         self.stopped = end is not None
         keep = len(self._held) - _may_stop(self._held, self.stop) if end is None else end
-        out, self._held = self._held[:keep], self._held[keep:]
+        out, self._held = self._held[self._old : keep], self._held[keep:]
+        self._old = max(0, self._old - keep)                   # of the prompt: not given out
         return out
 
 # %% ../nbs/13_generation.ipynb #7a6d9c46
@@ -579,23 +676,28 @@ def stream(
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     *,
-    start: Sequence[int] = (),                   # tokens before the prompt, if it needs one
+    start: TokenIds = (),                        # tokens before the prompt, if it needs one
     stop: Sequence[str] = (),                    # strings that end the text, and are left out
-    end_token: int | None = None,
+    end_tokens: SupportsIndex | TokenIds = (),   # one or several; left out, too
     **options: Any,                              # as for `generate_steps`
 ) -> Iterator[str]:
-    "The new text in pieces, each as soon as it is certain: never half a character."
-    ids = [*start, *tokenizer.encode(prompt)]
+    """The new text in pieces, each as soon as it is certain: never half a character.
+
+    >>> from llm_from_scratch.text import CharTokenizer
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> list(stream(count, CharTokenizer.train(["abcdefghi"]), "ab", 9, stop=["fg"]))
+    ['c', 'd', 'e']
+    """
+    ids, ends = [*as_ids(start).tolist(), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
     text = TextStream(tokenizer, stop, ids)
-    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_token=end_token,
-                           **options)
-    return _pieces(steps, text, end_token)
+    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends, **options)
+    return _pieces(steps, text, ends)
 
 
 def _pieces(steps: Iterator[list[int | None]], text: TextStream,
-            end_token: int | None) -> Iterator[str]:
+            ends: tuple[int, ...]) -> Iterator[str]:
     for (token,) in steps:
-        if token is None or token == end_token: break
+        if token is None or token in ends: break
         if piece := text.push(token): yield piece
         if text.stopped: return
     if piece := text.finish(): yield piece
@@ -609,18 +711,18 @@ class _Beam(NamedTuple):
     parent: int
 
 
-def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, end_token: int | None,
+def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, ends: tuple[int, ...],
             ) -> tuple[list[_Beam], list[_Beam]]:
-    "Every beam with the end token, and the best beams with any other."
+    "Every beam with each end token, and the best beams with any other token."
     log_p = logits.double().log_softmax(-1)
     total = log_p + log_p.new_tensor([[beam.log_p] for beam in live])
 
     def grown(row: int, token: int) -> _Beam:
         return _Beam([*live[row].ids, token], float(total[row, token]), row)
 
-    ended = [] if end_token is None else [grown(row, end_token) for row in range(len(live))]
+    ended = [grown(row, end) for row in range(len(live)) for end in ends]
     others = total.clone()
-    if end_token is not None: others[:, end_token] = -math.inf
+    others[:, list(ends)] = -math.inf
     best = others.flatten().topk(min(n_beams, others.numel()))
     places = [divmod(place, total.shape[1]) for place, value in
               zip(best.indices.tolist(), best.values.tolist()) if value > -math.inf]
@@ -629,24 +731,31 @@ def _extend(live: Sequence[_Beam], logits: Tensor, n_beams: int, end_token: int 
 # %% ../nbs/13_generation.ipynb #a95756f1
 def beam_search(
     model: Any,                                  # (ids, positions=, cache=) → logits
-    prompt: Sequence[int],
+    prompt: TokenIds,
     n_beams: int,                                # how many texts are kept at each length
     max_new_tokens: int,
     length_penalty: float = 1.0,                 # 0: bare log-probability; more: longer texts
-    end_token: int | None = None,
+    end_tokens: SupportsIndex | TokenIds = (),   # one or several, each of which ends a text
     context_length: int | None = None,           # None: what `model.config` says, if anything
+    cache: Callable[[], Cache] | None = SimpleCache,   # makes one; None: read all anew
 ) -> list[tuple[list[int], float]]:              # (new tokens, score), the best first
     """Up to `n_beams` texts with the best scores that were found, @eq-generation-beam.
 
-    Raises ValueError for what cannot work."""
-    limit = _check_beams(model, prompt, n_beams, max_new_tokens, end_token, context_length)
+    Raises ValueError for what cannot work.
+
+    >>> def count(ids, positions=None, cache=None): return torch.eye(9)[(ids + 1) % 9].log()
+    >>> [text for text, _ in beam_search(count, [4], 2, 3)]
+    [[5, 6, 7]]
+    """
+    (ids,), ends = _as_prompts([prompt]), as_end_tokens(end_tokens)
+    limit = _check_beams(model, ids, n_beams, max_new_tokens, ends, context_length)
     def score(log_p: float, length: int) -> float: return log_p / length**length_penalty
 
-    reader, live = _Reader(model, SimpleCache, limit), [_Beam([], 0.0, 0)]
+    reader, live = _Reader(model, cache, limit), [_Beam([], 0.0, 0)]
     done: list[tuple[list[int], float]] = []
     for length in range(1, max_new_tokens + 1):
-        logits = reader([[*prompt, *beam.ids] for beam in live])
-        ended, live = _extend(live, logits, n_beams, end_token)
+        logits = reader([[*ids, *beam.ids] for beam in live])
+        ended, live = _extend(live, logits, n_beams, ends)
         done += [(beam.ids, score(beam.log_p, length)) for beam in ended]
         done = sorted(done, key=lambda text: -text[1])[:n_beams]
         if not live: break
@@ -656,293 +765,13 @@ def beam_search(
     done += [(beam.ids, score(beam.log_p, max_new_tokens)) for beam in live]
     return sorted(done, key=lambda text: -text[1])[:n_beams]
 
-
+# %% ../nbs/13_generation.ipynb #b511e9d5
 def _check_beams(model: Any, prompt: Sequence[int], n_beams: int, max_new_tokens: int,
-                 end_token: int | None, context_length: int | None) -> int | None:
+                 ends: tuple[int, ...], context_length: int | None) -> int | None:
     if n_beams < 1 or max_new_tokens < 1:
         raise ValueError("a search needs at least one beam and one new token, "
                          f"got {n_beams} and {max_new_tokens}")
-    _check_prompts([prompt], max_new_tokens, Sampler(), end_token, (), None)
+    _check_prompts([prompt], max_new_tokens, Sampler(), ends, (), None)
     limit = _context_limit(model, context_length)
     _check_room([prompt], max_new_tokens, limit, "error")
     return limit
-
-# %% ../nbs/13_generation.ipynb #9728fdd7
-class _Expressions:
-    """Regular expressions by number: equal ones have the same.
-
-    0 matches nothing at all, 1 only the empty text."""
-
-    NOTHING, EMPTY = 0, 1
-
-    def __init__(self) -> None:
-        self.nodes: list[tuple[Any, ...]] = []
-        self._numbers: dict[tuple[Any, ...], int] = {}
-        self._derived: dict[tuple[int, str], int] = {}
-        for kind in ("nothing", "empty"): self.make(kind)
-
-    def make(self, *node: Any) -> int:
-        "The number of an expression: its kind, and its parts."
-        number = self._numbers.setdefault(node, len(self.nodes))
-        if number == len(self.nodes): self.nodes.append(node)
-        return number
-
-    def then(self, a: int, b: int) -> int:
-        "First `a`, then `b`."
-        if self.NOTHING in (a, b): return self.NOTHING
-        if self.EMPTY in (a, b): return a + b - self.EMPTY           # the other one
-        return self.make("then", a, b)
-
-    def either(self, *options: int) -> int:
-        "Any of `options`; their order and repetitions do not matter."
-        flat = {inner for o in options for inner in
-                (self.nodes[o][1] if self.nodes[o][0] == "either" else (o,))} - {self.NOTHING}
-        if len(flat) < 2: return flat.pop() if flat else self.NOTHING
-        return self.make("either", tuple(sorted(flat)))
-
-    def star(self, a: int) -> int:
-        "`a`, any number of times."
-        if a in (self.NOTHING, self.EMPTY): return self.EMPTY
-        return a if self.nodes[a][0] == "star" else self.make("star", a)
-
-    def repeat(self, a: int, least: int, most: int | None) -> int:
-        "`a`, at least and at most so often."
-        rest = self.star(a) if most is None else self.EMPTY
-        optional = 0 if most is None else most - least
-        for _ in range(optional): rest = self.either(self.EMPTY, self.then(a, rest))
-        for _ in range(least): rest = self.then(a, rest)
-        return rest
-
-    def may_end(self, a: int) -> bool:
-        "Does `a` match the empty text?"
-        kind, *parts = self.nodes[a]
-        if kind == "either": return any(map(self.may_end, parts[0]))
-        if kind == "then": return all(map(self.may_end, parts))
-        return kind in ("empty", "star")
-
-    def derive(self, a: int, c: str) -> int:
-        "What must follow the character `c` in a text that `a` matches."
-        key = a, c
-        if key not in self._derived: self._derived[key] = self._derive(*key)
-        return self._derived[key]
-
-    def _derive(self, a: int, c: str) -> int:
-        kind, *parts = self.nodes[a]
-        if kind == "one": return self.EMPTY if regex.fullmatch(parts[0], c) else self.NOTHING
-        if kind == "either": return self.either(*(self.derive(o, c) for o in parts[0]))
-        if kind == "star": return self.then(self.derive(parts[0], c), a)
-        if kind != "then": return self.NOTHING
-        first = self.then(self.derive(parts[0], c), parts[1])
-        if not self.may_end(parts[0]): return first
-        return self.either(first, self.derive(parts[1], c))
-
-# %% ../nbs/13_generation.ipynb #ee1caa21
-_LEXEMES = regex.compile(r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|"
-                         r"\{\d*,?\d*\}|\(\?:|.", regex.DOTALL)
-_QUANTIFIERS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-
-
-class _Parser:
-    "Reads a pattern into expressions, by recursive descent."
-
-    def __init__(self, pattern: str, made: _Expressions) -> None:
-        try: regex.compile(pattern)
-        except regex.error as e:
-            raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
-        self.pattern, self.made = pattern, made
-        self.left = _LEXEMES.findall(pattern)[::-1]
-
-    def alternatives(self) -> int:
-        "The number of what the pattern says: sequences, with bars between them."
-        options = [self._sequence()]
-        while self.left and self.left[-1] == "|":
-            self.left.pop()
-            options.append(self._sequence())
-        return self.made.either(*options)
-
-    def _sequence(self) -> int:
-        parts = []
-        while self.left and self.left[-1] not in ("|", ")"): parts.append(self._repeated())
-        whole = self.made.EMPTY
-        for part in reversed(parts): whole = self.made.then(part, whole)
-        return whole
-
-    def _repeated(self) -> int:
-        atom, before = _atom(self), ""
-        while self.left and (bounds := _bounds(self.left[-1])):
-            if before and self.left[-1] == "+": _refuse(before + "+", self.pattern)
-            before = self.left.pop()
-            atom = self.made.repeat(atom, *bounds)
-        return atom
-
-# %% ../nbs/13_generation.ipynb #2c80fae4
-def _bounds(lexeme: str) -> tuple[int, int | None] | None:
-    "How often a quantifier lets something come; None if it is none."
-    if lexeme in _QUANTIFIERS: return _QUANTIFIERS[lexeme]
-    if not regex.fullmatch(r"\{\d+(,\d*)?\}|\{,\d+\}", lexeme): return None
-    least, comma, most = lexeme[1:-1].partition(",")
-    return int(least or 0), int(most) if most else None if comma else int(least)
-
-
-def _atom(parser: _Parser) -> int:
-    "A group, or what matches one character."
-    lexeme, made = parser.left.pop(), parser.made
-    if lexeme in ("(", "(?:"):
-        if parser.left and parser.left[-1] == "?": _refuse("(?", parser.pattern)
-        inside = parser.alternatives()
-        parser.left.pop()                                        # the closing bracket
-        return inside
-    if lexeme in ("^", "$") or regex.fullmatch(r"\\[1-9bBAZzGgKmMXRLNk]", lexeme):
-        _refuse(lexeme, parser.pattern)
-    is_class = len(lexeme) > 1 or lexeme == "."
-    return made.make("one", lexeme if is_class else regex.escape(lexeme))
-
-
-def _refuse(what: str, pattern: str) -> NoReturn:
-    raise ValueError(f"{what!r} in {pattern!r}: a constraint knows characters, classes, "
-                     "groups, | and * + ? {m,n}; the whole text must match")
-
-# %% ../nbs/13_generation.ipynb #ffd84312
-def token_texts(
-    tokenizer: Tokenizer,
-) -> dict[int, str]:               # without special tokens and half characters
-    "The text that each token adds to a text that has begun."
-    texts: dict[int, str] = {}
-    anchor: list[int] = []
-    for token in sorted({*range(tokenizer.vocab_size)} - {*tokenizer.special_tokens.values()}):
-        try: text = tokenizer.decode([*anchor, token])
-        except ValueError: continue                                # ids may have gaps
-        if "\ufffd" in text: continue
-        if not anchor: anchor, text = [token], tokenizer.decode([token, token])
-        texts[token] = text[len(tokenizer.decode(anchor)):]
-    return texts
-
-
-class _Trie:
-    "Tokens by their characters: those with the same beginning share a branch."
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.branches: defaultdict[str, _Trie] = defaultdict(_Trie)
-
-    def add(self, text: str, token: int) -> None:
-        "Hang a token where its text leads."
-        node = self
-        for character in text: node = node.branches[character]
-        node.tokens.append(token)
-
-# %% ../nbs/13_generation.ipynb #6550d650
-def _moves(made: _Expressions, trie: _Trie, state: int) -> Iterator[tuple[int, int]]:
-    "The tokens that may come in a state, and the states they lead to."
-    for token in trie.tokens: yield token, state
-    for character, branch in trie.branches.items():
-        after = made.derive(state, character)
-        if after != made.NOTHING: yield from _moves(made, branch, after)
-
-
-def _automaton(
-    pattern: str, tokenizer: Tokenizer, max_states: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    "Where each token leads in each state, −1: nowhere; and the states where a text may end."
-    made, trie = _Expressions(), _Trie()
-    for token, text in token_texts(tokenizer).items():
-        if text: trie.add(text, token)                 # an empty one could come for ever
-    states = {_Parser(pattern, made).alternatives(): 0}
-    queue, table = deque(states), []
-    while queue:
-        row = np.full(tokenizer.vocab_size, -1, dtype=np.int32)
-        for token, after in _moves(made, trie, queue.popleft()):
-            if after not in states: queue.append(after)
-            row[token] = states.setdefault(after, len(states))
-        if len(states) > max_states:
-            raise ValueError(f"{pattern!r} needs more than {max_states} states")
-        table.append(row)
-    return np.stack(table), np.array([made.may_end(state) for state in states])
-
-# %% ../nbs/13_generation.ipynb #3c97efb5
-def _tokens_to_end(table: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    "The least number of tokens from each state to an end; infinite where there is no way."
-    before: dict[int, set[int]] = {}
-    for state, row in enumerate(table):
-        for after in np.unique(row[row >= 0]): before.setdefault(int(after), set()).add(state)
-    distance = np.where(ends, 0.0, np.inf)
-    queue = deque(np.flatnonzero(ends).tolist())
-    while queue:
-        state = queue.popleft()
-        for earlier in before.get(state, ()):
-            if distance[earlier] == np.inf:
-                distance[earlier] = distance[state] + 1
-                queue.append(earlier)
-    return distance
-
-# %% ../nbs/13_generation.ipynb #86b7197c
-class Constraint:
-    """Only texts that a regular expression matches from end to end.
-
-    Raises ValueError if no sequence of tokens spells such a text."""
-
-    def __init__(
-        self,
-        pattern: str,                  # characters, classes, groups, | and * + ? {m,n}
-        tokenizer: Tokenizer,
-        *,
-        max_states: int = 2000,        # a table of states × tokens is kept in memory
-    ) -> None:
-        self.pattern = pattern
-        self._take(*_automaton(pattern, tokenizer, max_states))
-
-    def _take(self, table: np.ndarray, ends: np.ndarray) -> None:
-        "Use this table of states × tokens, and the distances to an end that follow from it."
-        self.table, self.ends = table, ends
-        self.distance = _tokens_to_end(table, ends)
-        self.after = np.append(self.distance, np.inf)[table]       # -1 finds the infinite one
-        if self.distance[0] == np.inf:
-            raise ValueError(f"no text that matches {self.pattern!r} can be spelled with the "
-                             "tokens that are allowed")
-
-    def allowed(
-        self,
-        state: int,                    # 0 at the beginning
-        remaining: int,                # tokens that may still come, this one included
-    ) -> Bool[Tensor, "V"]:
-        "The tokens after which the text can still be finished in time."
-        return torch.from_numpy(self.after[state] <= remaining - 1)
-
-    def advance(self, state: int, token: int) -> int:
-        "The state after a token."
-        return int(self.table[state, token])
-
-    def is_complete(self, state: int) -> bool:
-        "Is the text a match as it stands?"
-        return bool(self.ends[state])
-
-    def can_continue(self, state: int, remaining: int) -> bool:
-        "Can anything follow, with so many tokens left?"
-        return bool(self.allowed(state, remaining).any())
-
-    @classmethod
-    def choices(cls, options: Sequence[str], tokenizer: Tokenizer) -> "Constraint":
-        "Only one of these texts."
-        if isinstance(options, str): raise TypeError(f"options is a list: [{options!r}]")
-        if not options: raise ValueError("there is nothing to choose from")
-        return cls("|".join(regex.escape(option) for option in options), tokenizer)
-
-    def prepare(self, sampler: Sampler, max_new_tokens: int) -> "Constraint":
-        "The same without banned tokens. ValueError if nothing matches in the room given."
-        if sampler.required:
-            raise ValueError("required tokens and a constraint: say both in one pattern")
-        prepared, table = copy(self), self.table.copy()
-        table[:, [token for token in sampler.banned if token < table.shape[1]]] = -1
-        prepared._take(table, self.ends)
-        if prepared.distance[0] > max_new_tokens:
-            raise ValueError(f"{self.pattern!r} takes at least {prepared.distance[0]:.0f} "
-                             f"tokens, max_new_tokens is {max_new_tokens}")
-        return prepared
-
-    def mask(self, logits: Float[Tensor, "V"], state: int, remaining: int,
-             end_token: int | None = None) -> None:
-        "Set the logits of tokens that cannot come to −∞, in place."
-        kept = torch.zeros_like(logits, dtype=torch.bool)
-        kept[: self.table.shape[1]] = self.allowed(state, remaining)
-        if end_token is not None: kept[end_token] = self.is_complete(state)
-        logits[~kept] = -math.inf

@@ -23,21 +23,20 @@ from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
+from .costs import count_parameters, estimate_memory, flops_per_token
+from .figures import SVG, count_weights, model_svg, parts_of
 from .files import Config, check_fields, checksum, replacing, revived
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
 )
 from llm_from_scratch.tensors import (
-    Dropout, Embedding, Linear, _check_targets, _may_look, cross_entropy, linear, undrawn,
+    Dropout, Embedding, Linear, check_targets, may_look, cross_entropy, linear, undrawn,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from llm_from_scratch.figures import SVG
+if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'count_parameters', 'flops_per_token', 'estimate_memory', 'model_card']
+__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'model_card']
 
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
@@ -280,6 +279,10 @@ class TiedHead(nn.Module):
         "The embedding table itself."
         return self._source[0].weight
 
+    def multiplied(self) -> int:
+        "How many weights a token is multiplied with: the whole table."
+        return self.weight.numel()
+
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token."
         return linear(x, self.weight)
@@ -316,7 +319,7 @@ class GPT(nn.Module):
                          else Linear(config.d_model, config.vocab_size, config.head_bias))
         init_weights(self, config.n_layers, generator=generator)
 
-    def hidden(
+    def _hidden(
         self,
         ids: Int[Tensor, "B T"],            # tokens
         *,
@@ -342,13 +345,19 @@ class GPT(nn.Module):
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
         cache: Cache | None = None,                 # what earlier tokens left
+        hidden: bool = False,                       # stop before the head
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
         """Logits; with targets, the mean surprise in nats, without ever holding all logits.
 
         Raises ValueError for an empty or too long sequence and ids outside the vocabulary."""
-        x = self.hidden(ids, positions=positions, mask=mask, cache=cache)
+        x = self._hidden(ids, positions=positions, mask=mask, cache=cache)
+        if hidden: return x
         if targets is None: return self.logits(x)
         return _loss(self, x, targets)
+
+    def hidden(self, ids: Int[Tensor, "B T"], **options: Any) -> Float[Tensor, "B T D"]:
+        "The final hidden states, which the head reads; `options` as for `forward`."
+        return self(ids, hidden=True, **options)
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         "A score for each token, from what `hidden` gives."
@@ -360,10 +369,9 @@ class GPT(nn.Module):
         "A line for each part: its name, its kind, the shapes and number of its parameters."
         return _summary(self)
 
-    def diagram(self) -> "SVG":
-        "The model as a picture, drawn from its own modules. Needs the `plots` extra."
-        from llm_from_scratch.figures import SVG
-        return SVG(_picture(self))
+    def diagram(self) -> SVG:
+        "The model as a picture, drawn from its own modules."
+        return model_svg(self)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         "Write `config.json` and `model.safetensors` into a folder, see @sec-gpt-saved."
@@ -393,118 +401,35 @@ def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
     if positions is None:
         if cache is None: return torch.arange(ids.shape[1], device=ids.device)
         raise ValueError("with a cache, say which positions these tokens have")
-    if not _may_look(positions): return positions
+    if not may_look(positions): return positions
     first, last = int(positions.min()), int(positions.max())
     if first < (0 if positions.ndim == 1 else -1) or last >= longest:
         raise ValueError(f"positions must lie between 0 and {longest - 1}, or be -1 for "
                          f"padding in ragged rows, got {first} to {last}")
     return positions
 
-# %% ../nbs/09_gpt.ipynb #8dd02484
-def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    "Named submodules that do something of their own."
-    return [(name, child) for name, child in module.named_children()
-            if not isinstance(child, (Dropout, nn.Identity, nn.ModuleList))]
-
-
-def _branches(block: nn.Module) -> list[tuple[bool, list[tuple[str, nn.Module]]]]:
-    "The stations of a block: whether it stands beside the stream, and its parts in order."
-    found = []
-    for kind in ("attention", "feed_forward"):
-        parts = [part for part in _parts(block) if part[0].startswith(kind)]
-        if getattr(block, "order", "pre") == "post":       # the norm follows on the stream
-            found += [(True, parts[1:]), (False, parts[:1])]
-        else: found.append((True, parts))
-    return found
-
-# %% ../nbs/09_gpt.ipynb #58670827
-def _size(module: nn.Module) -> int:
-    "How many parameters a module owns."
-    return sum(p.numel() for p in module.parameters())
-
-
-def _box(x: int, y: int, name: str, module: nn.Module, color: str) -> str:
-    "A box with the name of a part, and below it what it is and how large."
-    size = f" · {_size(module):,}" if _size(module) else ""
-    words = f"{type(module).__name__}{size}"
-    return (f'<rect x="{x}" y="{y}" width="{330 - x}" height="36" rx="6" fill="none" '
-            f'stroke="{color}" stroke-width="1.4"/><g text-anchor="middle" fill="#222222">'
-            f'<text x="{165 + x // 2}" y="{y + 15}" font-weight="bold">{name}</text>'
-            f'<text x="{165 + x // 2}" y="{y + 30}">{words}</text></g>')
-
-
-def _arrow(*points: tuple[int, int]) -> str:
-    "A line through the points, with a tip."
-    way = " L".join(f"{x},{y}" for x, y in points)
-    return f'<path d="M{way}" fill="none" stroke="#8a8a8a" marker-end="url(#into)"/>'
-
-# %% ../nbs/09_gpt.ipynb #9d0ae08c
-def _station(y: int, beside: bool, parts: list[tuple[str, nn.Module]],
-             read: int | None = None) -> tuple[str, int]:
-    "A box on the stream, or a branch that reads (at height `read`) and adds; where it ends."
-    if not beside:
-        name, module = parts[0]
-        return _box(20, y, name, module, "#0072B2") + _arrow((50, y + 36), (50, y + 52)), y + 52
-    end = y + 46 * len(parts) + 22
-    color = "#D55E00" if parts[0][0].startswith("attention") else "#009E73"
-    way = [(50, read), (75, read)] if read is not None else [(50, y + 18)]
-    drawn = [_arrow((50, y), (50, end)), _arrow(*way, (way[-1][0], y + 18), (100, y + 18)),
-             _arrow((215, end - 32), (215, end - 14), (59, end - 14)),
-             f'<text x="50" y="{end - 8}" text-anchor="middle" font-size="18">⊕</text>']
-    for i, (name, module) in enumerate(parts):
-        drawn.append(_box(100, y + 46 * i, name, module, color))
-        if i: drawn.append(_arrow((215, y + 46 * i - 10), (215, y + 46 * i)))
-    return "".join(drawn), end
-
-# %% ../nbs/09_gpt.ipynb #ed54af57
-def _picture(model: GPT) -> str:
-    "SVG: the residual stream runs down on the left, through everything the model holds."
-    outer, block = _parts(model), _branches(next(iter(model.blocks)))
-    first = [name for name, _ in outer].index("norm")
-    y, drawn = 10, []
-    for beside, parts in [(False, [part]) for part in outer[:first]]:
-        svg, y = _station(y, beside, parts)
-        drawn.append(svg)
-    top, y = y, y + 12
-    together = getattr(model.blocks[0], "order", "pre").startswith("parallel")
-    for beside, parts in block:
-        svg, y = _station(y, beside, parts, top + 30 if together else None)
-        drawn.append(svg)
-    drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
-                 f'fill="none" stroke="#8a8a8a" stroke-dasharray="5 4"/>'
-                 f'<text x="350" y="{(top + y) // 2}" font-size="15">'
-                 f'× {len(model.blocks)}</text>' + _arrow((50, y), (50, y + 20)))
-    y += 20
-    for part in outer[first:]:
-        svg, y = _station(y, False, [part])
-        drawn.append(svg)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 390 {y + 4}" width="390" '
-            f'height="{y + 4}" font-family="Helvetica, Arial, sans-serif" font-size="12" '
-            'fill="#222222"><defs><marker id="into" markerWidth="8" markerHeight="8" refX="7" '
-            'refY="4" orient="auto"><path d="M0,1 L7,4 L0,7" fill="none" stroke="#8a8a8a"/>'
-            f'</marker></defs>{"".join(drawn)}</svg>')
-
 # %% ../nbs/09_gpt.ipynb #67a81dc3
 def _line(name: str, module: nn.Module, times: int = 1) -> str:
     "Name, kind, shapes, number of parameters of all copies."
     own = [p.shape for _, p in module.named_parameters(recurse=False)]
     shapes = ", ".join("×".join(map(str, shape)) for shape in own)
-    return f"{name:28}{type(module).__name__:20}{shapes:16}{times * _size(module):>16,}"
+    return f"{name:28}{type(module).__name__:20}{shapes:16}{times * count_weights(module):>16,}"
 
 
 def _summary(model: GPT) -> str:
     "What `GPT.summary` returns."
     times, block = len(model.blocks), next(iter(model.blocks))
-    lines = [f"GPT with {_size(model):,} parameters"]
+    lines = [f"GPT with {count_weights(model):,} parameters"]
     for name, part in model.named_children():
         if isinstance(part, (Dropout, nn.Identity)): continue
         if name != "blocks":
             lines.append(_line(name, part))
             continue
         lines.append(_line(f"blocks, {times} of", block, times))
-        for inner, module in _parts(block):
+        for inner, module in parts_of(block):
             lines.append(_line(f"  {inner}", module, times))
-            lines += [_line(f"    {leaf}", m, times) for leaf, m in _parts(module) if _size(m)]
+            lines += [_line(f"    {leaf}", m, times) for leaf, m in parts_of(module)
+                      if count_weights(m)]
     return "\n".join(lines)
 
 # %% ../nbs/09_gpt.ipynb #de4239f1
@@ -554,7 +479,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        if not (_may_look(slope) and slope == 1): grads = [slope * grad for grad in grads]
+        if not (may_look(slope) and slope == 1): grads = [slope * grad for grad in grads]
         return *grads, None, None, None
 
 # %% ../nbs/09_gpt.ipynb #78e537ba
@@ -575,7 +500,7 @@ def chunked_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     shape = hidden[..., :1].expand(*hidden.shape[:-1], len(weight))      # of the logits: a view
-    _check_targets(shape, targets, ignore_index)
+    check_targets(shape, targets, ignore_index)
     return _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, rows)
 
@@ -589,24 +514,9 @@ def _loss(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden, model.head.weight, targets)
 
 # %% ../nbs/09_gpt.ipynb #92fd56e6
-_KINDS = {"token_embedding": "token embedding", "position_embedding": "position embedding",
-          "attention": "attention", "feed_forward": "feed-forward", "head": "head"}
-
-
-def _kind(name: str) -> str:
-    "The part of the model that a parameter belongs to, by its name."
-    part = name.split(".")[2 if name.startswith("blocks.") else 0]
-    return _KINDS.get(part, "norms")
-
-
-def count_parameters(
-    config: GPTConfig,
-) -> dict[str, int]:                        # part -> parameters; their sum is the model's
-    "Exact parameter counts, of a model that is built without its numbers."
-    with torch.device("meta"): model = GPT(config)
-    counts = dict.fromkeys([*_KINDS.values(), "norms"], 0)
-    for name, parameter in model.named_parameters(): counts[_kind(name)] += parameter.numel()
-    return counts
+def blueprint(config: GPTConfig) -> GPT:
+    "The model without its numbers, on torch's meta device."
+    with torch.device("meta"): return GPT(config)
 
 # %% ../nbs/09_gpt.ipynb #55ee59a2
 _MODERN: dict[str, Any] = {"positions": "rope", "norm": "rmsnorm", "feed_forward": "swiglu",
@@ -642,86 +552,6 @@ PRESETS: dict[str, GPTConfig] = {
                            rope_scaling=RopeScaling("llama3", 32.0, 8_192)),
 }
 
-# %% ../nbs/09_gpt.ipynb #ecf73cb2
-def _multiplied(part: Any) -> int:
-    "Weights that a token is multiplied with: those of linear layers, or what the part says."
-    if hasattr(part, "multiplied"): return part.multiplied()
-    own = part.weight.numel() if isinstance(part, nn.Linear) else 0
-    return own + sum(_multiplied(child) for child in part.children())
-
-
-def flops_per_token(
-    config: GPTConfig,
-    length: int | None = None,              # of the sequences, T; None: the whole context
-    training: bool = True,                  # forward and backward, or forward alone
-) -> int:
-    """Floating-point operations for each token, @eq-gpt-flops, of the matrix products alone.
-
-    Attention is counted over all pairs of positions, as is usual, though half are masked."""
-    c, T = config, config.context_length if length is None else length
-    with torch.device("meta"): multiplied = _multiplied(GPT(c))
-    if c.tie_embeddings: multiplied += c.vocab_size * c.d_model
-    forward = 2 * multiplied + 4 * c.n_layers * T * c.n_heads * c.head_width
-    return 3 * forward if training else forward
-
-# %% ../nbs/09_gpt.ipynb #6d2a71fa
-@dataclass(frozen=True)
-class MemoryEstimate:
-    "Bytes that a model needs, part by part; `training` and `inference` are the peaks."
-
-    parameters: int
-    gradients: int
-    optimizer: int                          # AdamW's two averages
-    activations: int                        # what forward leaves for backward
-    loss: int                               # logits of a chunk and the gradients of the loss
-    work: int                               # gradients on their way through one block
-    cache: int                              # keys and values of the whole batch, for generation
-
-    @property
-    def moments(self) -> dict[str, int]:
-        "Bytes in use when the forward pass ends, when the backward pass ends, and at the step."
-        rest = self.parameters + self.optimizer
-        return {"after forward": rest + self.activations + self.loss,
-                "after backward": rest + self.gradients + self.work,
-                "optimizer step": rest + self.gradients}
-
-    @property
-    def training(self) -> int:
-        "The most that a training step holds at once."
-        return max(self.moments.values())
-
-    @property
-    def inference(self) -> int:
-        "Parameters and cache."
-        return self.parameters + self.cache
-
-# %% ../nbs/09_gpt.ipynb #f731f797
-def estimate_memory(
-    config: GPTConfig,
-    batch_size: int,                        # sequences at a time, B
-    length: int | None = None,              # of each, T; None: the whole context
-    bytes_per_number: int = 4,              # 4 for float32
-) -> MemoryEstimate:
-    """Memory of training and generating, @eq-gpt-activations, before anything is made.
-
-    For fused attention (the default), no dropout, AdamW, and gradients that are set to None."""
-    c, T = config, config.context_length if length is None else length
-    if batch_size < 1 or T < 1:
-        raise ValueError(f"expected at least one sequence of one token, got {batch_size} × {T}")
-    P, D, hidden = sum(count_parameters(c).values()), c.d_model, c.ff_width
-    heads, keys = c.head_width * c.n_heads, c.head_width * c.kv_heads
-    per_block = 4 * D + 2 * (heads + keys) + (4 if c.is_gated else 2) * hidden
-    tokens, table = batch_size * T, c.vocab_size * D
-    logits = 2 * min(tokens, 512) * c.vocab_size
-    numbers = {
-        "parameters": P, "gradients": P, "optimizer": 2 * P,
-        "activations": tokens * (c.n_layers * per_block + D),
-        "loss": table + tokens * 2 * D + logits,
-        "work": tokens * 2 * D + (table if c.tie_embeddings else 0),
-        "cache": 2 * c.n_layers * keys * tokens,
-    }
-    return MemoryEstimate(**{part: n * bytes_per_number for part, n in numbers.items()})
-
 # %% ../nbs/09_gpt.ipynb #cf83d5d7
 def model_card(
     config: GPTConfig,
@@ -730,7 +560,8 @@ def model_card(
 ) -> str:
     "What a model is, costs and needs, as a Markdown table."
     c, T = config, config.context_length if length is None else length
-    memory, count = estimate_memory(c, batch_size, T), count_parameters(c)
+    model = blueprint(c)
+    memory, count = estimate_memory(model, batch_size, T), count_parameters(model)
     P, tables = sum(count.values()), ("token embedding", "position embedding", "head")
     grouped = "" if c.kv_heads == c.n_heads else f" ({c.kv_heads} key/value)"
     rows = {
@@ -741,8 +572,9 @@ def model_card(
         "reads": f"{c.context_length:,} tokens of {c.vocab_size:,}",
         "parameters": f"{P:,}",
         "of them in tables": f"{sum(count[table] for table in tables) / P:.0%}",
-        "training, per token": f"{flops_per_token(c, T) / 1e9:,.2f} GFLOP",
-        "generating, per token": f"{flops_per_token(c, T, training=False) / 1e9:,.2f} GFLOP",
+        "training, per token": f"{flops_per_token(model, T) / 1e9:,.2f} GFLOP",
+        "generating, per token":
+            f"{flops_per_token(model, T, training=False) / 1e9:,.2f} GFLOP",
         f"memory to train on {batch_size} × {T:,}": f"{memory.training / 1e9:,.2f} GB",
         "memory to generate as many": f"{memory.inference / 1e9:,.2f} GB",
         "cache, per token": f"{memory.cache / batch_size / T / 1e3:,.1f} kB",

@@ -100,7 +100,15 @@ def _check_adamw_group(group: dict[str, Any]) -> None:
 
 # %% ../nbs/10_optim.ipynb #5899e598
 class AdamW(Optimizer):
-    "Adam with decoupled weight decay, @eq-optim-adamw; state dicts fit torch.optim.AdamW's."
+    """Adam with decoupled weight decay, @eq-optim-adamw; state dicts fit torch.optim.AdamW's.
+
+    >>> weight = nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> round(weight.item(), 2)
+    0.9
+    """
 
     def __init__(
         self,
@@ -200,7 +208,15 @@ def _muon_update(p: Tensor, grad: Tensor, mean: Tensor, group: dict[str, Any]) -
 
 # %% ../nbs/10_optim.ipynb #25dd1685
 class Muon(Optimizer):
-    "Momentum, orthogonalized, for matrices, @eq-optim-muon; equal to torch.optim.Muon."
+    """Momentum, orthogonalized, for matrices, @eq-optim-muon; equal to torch.optim.Muon.
+
+    >>> weight = nn.Parameter(torch.zeros(2, 2))
+    >>> optimizer = Muon([weight], lr=0.1)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> bool((weight < 0).all())
+    True
+    """
 
     def __init__(
         self,
@@ -268,13 +284,15 @@ def _is_table(name: str, module: nn.Module) -> bool:
     return isinstance(module, kinds) or name.rpartition(".")[2] == "head"
 
 # %% ../nbs/10_optim.ipynb #22180e55
-def _warm_up(step: int, total: int, peak: float, warmup: int, floor: float) -> float:
+def _warm_up(
+    step: int, total: int, peak: float, warmup: int, min_lr_ratio: float,
+) -> float:
     "Check the arguments of a schedule; the share of the peak that the warm-up allows."
     if not 0 <= step: raise ValueError(f"steps count from 0, got {step}")
     if not 0 <= warmup <= total:
         raise ValueError(f"a warm-up of {warmup} steps does not fit into {total} steps")
-    if not 0 <= floor <= peak:
-        raise ValueError(f"expected 0 ≤ floor ≤ peak, got floor {floor} and peak {peak}")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}")
     return min(1.0, (step + 1) / (warmup + 1))
 
 # %% ../nbs/10_optim.ipynb #1951179b
@@ -284,10 +302,10 @@ def constant_schedule(
     *,
     peak: float,                    # the learning rate after the warm-up
     warmup: int = 0,                # steps on the way up
-    floor: float = 0.0,             # not used; schedules are called alike
+    min_lr_ratio: float = 0.0,      # not used; schedules are called alike
 ) -> float:
     "The learning rate of a step: up in a straight line, then constant."
-    return peak * _warm_up(step, total, peak, warmup, floor)
+    return peak * _warm_up(step, total, peak, warmup, min_lr_ratio)
 
 # %% ../nbs/10_optim.ipynb #b8f06c63
 def linear_schedule(
@@ -296,12 +314,13 @@ def linear_schedule(
     *,
     peak: float,                    # the largest learning rate, at step `warmup`
     warmup: int = 0,                # steps on the way up
-    floor: float = 0.0,             # the learning rate from step `total` on
+    min_lr_ratio: float = 0.0,      # what is left of the peak from step `total` on
 ) -> float:
     "The learning rate of a step: up in a straight line, down in a straight line."
-    up = _warm_up(step, total, peak, warmup, floor)
+    up = _warm_up(step, total, peak, warmup, min_lr_ratio)
     if up < 1: return peak * up
-    return floor + (peak - floor) * max(0.0, (total - step) / max(1, total - warmup))
+    least = min_lr_ratio * peak
+    return least + (peak - least) * max(0.0, (total - step) / max(1, total - warmup))
 
 # %% ../nbs/10_optim.ipynb #84edece8
 def cosine_schedule(
@@ -310,13 +329,14 @@ def cosine_schedule(
     *,
     peak: float,                    # the largest learning rate, at step `warmup`
     warmup: int = 0,                # steps on the way up
-    floor: float = 0.0,             # the learning rate from step `total` on
+    min_lr_ratio: float = 0.0,      # what is left of the peak from step `total` on
 ) -> float:
     "The learning rate of a step: up in a straight line, down along half a cosine."
-    up = _warm_up(step, total, peak, warmup, floor)
+    up = _warm_up(step, total, peak, warmup, min_lr_ratio)
     if up < 1: return peak * up
     way = (step - warmup) / (total - warmup) if step < total else 1.0
-    return floor + (peak - floor) * (1 + math.cos(math.pi * way)) / 2
+    least = min_lr_ratio * peak
+    return least + (peak - least) * (1 + math.cos(math.pi * way)) / 2
 
 # %% ../nbs/10_optim.ipynb #9544f0fb
 def wsd_schedule(
@@ -326,15 +346,16 @@ def wsd_schedule(
     peak: float,                    # the learning rate between warm-up and decay
     warmup: int = 0,                # steps on the way up
     decay: int | None = None,       # steps on the way down; None: the last fifth of all
-    floor: float = 0.0,             # the learning rate from step `total` on
+    min_lr_ratio: float = 0.0,      # what is left of the peak from step `total` on
 ) -> float:
     "The learning rate of a step: warm up, stay, decay in a straight line."
-    up = _warm_up(step, total, peak, warmup, floor)
+    up = _warm_up(step, total, peak, warmup, min_lr_ratio)
     decay = total // 5 if decay is None else decay
     if not 0 <= decay <= total - warmup:
         raise ValueError(f"{warmup} steps up and {decay} down do not fit into {total} steps")
     if up < 1: return peak * up
-    return floor + (peak - floor) * min(1.0, max(0, total - step) / max(1, decay))
+    least = min_lr_ratio * peak
+    return least + (peak - least) * min(1.0, max(0, total - step) / max(1, decay))
 
 # %% ../nbs/10_optim.ipynb #2bccde7b
 SCHEDULES: dict[str, Callable[..., float]] = {
@@ -347,7 +368,15 @@ def clip_grad_norm(
     parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
     max_norm: float,                # gradients together longer than this are scaled down
 ) -> Float[Tensor, ""]:             # their length before
-    "Bound the length of all gradients as one vector, @eq-optim-clip; named if not finite."
+    """Bound the norm of all gradients as one vector, @eq-optim-clip.
+
+    ValueError names a gradient that is not finite.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm([weight], max_norm=1.0)
+    tensor(5.)
+    """
     if not max_norm > 0: raise ValueError(f"the largest norm must be positive, got {max_norm}")
     named = _named(parameters)
     grads = [p.grad for _, p in named if p.grad is not None]
@@ -420,7 +449,15 @@ def find_learning_rate(
     steps: int = 100,               # how many to try, one batch each
     smoothing: float = 0.8,         # share of the old mean in each mean of losses
 ) -> LearningRateSearch:
-    "Train with a rate that grows from step to step; model and optimizer are put back."
+    """Train with a rate that grows from step to step; model and optimizer are put back.
+
+    >>> model = nn.Linear(1, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters())
+    >>> def loss(i): return model(torch.ones(4, 1)).square().mean()
+    >>> found = find_learning_rate(model, optimizer, loss, steps=20)
+    >>> 1e-6 < found.suggestion < 1.0
+    True
+    """
     if not 0 < low < high: raise ValueError(f"expected 0 < low < high, got {low} and {high}")
     if steps < 10: raise ValueError(f"a search needs at least 10 steps, got {steps}")
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

@@ -18,9 +18,8 @@ from .files import checksum
 if TYPE_CHECKING: from llm_from_scratch.text import Tokenizer
 
 # %% auto #0
-__all__ = ['SIZES', 'QUESTIONS', 'ORDINALS', 'read', 'Size', 'log_probability', 'continuations', 'can_begin', 'EntropyFloor',
-           'entropy_floor', 'Event', 'Story', 'stories', 'World', 'Task', 'questions', 'labels', 'instructions',
-           'arithmetic', 'Preference', 'preferences']
+__all__ = ['SIZES', 'log_probability', 'continuations', 'entropy_floor', 'Story', 'stories', 'Task', 'questions', 'labels',
+           'instructions', 'arithmetic', 'Preference', 'preferences']
 
 # %% ../nbs/04_storyland.ipynb #414caeb1
 def entropy(
@@ -228,7 +227,7 @@ PEOPLE = _pairs("Mia she, Tom he, Anna she, Ben he, Lily she, Sam he, Rosa she, 
 PLACES = _pairs("river by, market at, forest in, bridge on, garden in, mill by, beach on, "
                 "school at, castle in, meadow in, harbor at, tower in, lake by, village in, "
                 "hill on, station at")
-COLORS = "red blue green yellow white golden".split()
+COLOR_WORDS = "red blue green yellow white golden".split()
 HOURS = "morning noon afternoon evening night".split()
 SKIES = {"sunny": "the sun came out.", "rainy": "it began to rain.",
          "windy": "a strong wind rose.", "snowy": "it began to snow."}
@@ -281,6 +280,7 @@ class Size:
     pace: float        # how often it is the clock's turn; 1: always
     depth: int         # 0: hero, place, thing; 1: friends, feelings; 2: company, loss, theft
 
+# %% ../nbs/04_storyland.ipynb #38153abb
 SIZES = {
     "micro": Size(people=2, places=3, things=1, kinds=1, colors=0, skies=1, wordings=1,
                   friends=0, rooms=3, most=2, pace=1.0, depth=0),
@@ -398,7 +398,7 @@ def _things(w: Glass, role: str, tail: str, then: str, event: str, **facts: Any)
 
 def _colors(w: Glass, role: str, then: str) -> Told:
     "A color for the thing that comes."
-    for i, color in enumerate(COLORS[:w.size.colors]):
+    for i, color in enumerate(COLOR_WORDS[:w.size.colors]):
         yield Option(1 / (i + 2), color + " ", {"scene": then, f"{role}_full": color})
 
 def _amount(n: int, more: str = "") -> str:
@@ -1024,7 +1024,11 @@ def log_probability(
     text: str,              # a whole story
     size: str = "small",    # the world it is read in
 ) -> float:
-    "Exact logarithm of the probability that Storyland tells this text; −inf if it cannot."
+    """Exact logarithm of the probability that Storyland tells this text; −inf if it cannot.
+
+    >>> log_probability("Once upon a midnight dreary")
+    -inf
+    """
     try: return math.fsum(step.log_p for step in read(narrator(size), text))
     except ValueError:
         if size not in SIZES: raise
@@ -1035,7 +1039,12 @@ def continuations(
     text: str,              # the beginning of a story
     size: str = "small",
 ) -> dict[str, float]:
-    "What may follow up to the end of the next choice, with its exact probability."
+    """What may follow up to the end of the next choice, with its exact probability.
+
+    >>> told = continuations("Once upon a time there was a ", size="micro")
+    >>> {words: round(p, 2) for words, p in told.items()}
+    {'girl called Mia': 0.57, 'boy called Tom': 0.43}
+    """
     world = narrator(size)
     facts, at = world.start, 0
     for step in follow(world, text): facts, at = step.facts, step.end
@@ -1045,6 +1054,7 @@ def continuations(
     left = {words[len(text) - at:]: p for words, p in told if words.startswith(text[at:])}
     return {words: p / math.fsum(left.values()) for words, p in left.items()}
 
+# %% ../nbs/04_storyland.ipynb #072672c3
 def can_begin(text: str, size: str = "small") -> bool:
     "Can a story begin with this text, or be it?"
     return bool(continuations(text, size)) or log_probability(text, size) > -math.inf
@@ -1067,6 +1077,7 @@ def _ratio(h: Sequence[float], t: Sequence[float]) -> tuple[float, float]:
     spread = math.fsum((x - ratio * y) ** 2 for x, y in zip(h, t)) / (n - 1)
     return ratio, math.sqrt(spread / n) * n / math.fsum(t)
 
+# %% ../nbs/04_storyland.ipynb #06a73840
 def entropy_floor(
     tokenizer: Tokenizer | None = None,   # anything with `encode`
     size: str = "small",
@@ -1074,7 +1085,11 @@ def entropy_floor(
     seed: int = 0,
     extra_tokens: int = 0,                # that a loader adds to each story, as at its end
 ) -> EntropyFloor:
-    "Entropy of Storyland, @eq-storyland-chain, per story, byte and token."
+    """Entropy of Storyland, @eq-storyland-chain, per story, byte and token.
+
+    >>> entropy_floor(size="micro", n=50).n
+    50
+    """
     if n < 2: raise ValueError(f"a standard error needs at least 2 stories, got n={n}")
     world, uniform = narrator(size), random.Random(f"floor {seed}").random
     told = [([*walk(world, uniform, recall)]) for _ in range(n)]
@@ -1086,7 +1101,7 @@ def entropy_floor(
     return EntropyFloor(n, *numbers)
 
 # %% ../nbs/04_storyland.ipynb #70cec79e
-SPLITS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 100)}
+REMAINDERS = {"train": range(0, 90), "validation": range(90, 95), "test": range(95, 100)}
 
 def _part(text: str) -> int:
     "The remainder of the checksum by 100."
@@ -1095,7 +1110,7 @@ def _part(text: str) -> int:
 def split_of(text: str) -> str:
     "The split that a story belongs to, now and under any seed."
     part = _part(text)
-    return next(name for name, parts in SPLITS.items() if part in parts)
+    return next(name for name, parts in REMAINDERS.items() if part in parts)
 
 # %% ../nbs/04_storyland.ipynb #a546dbf3
 @dataclass(frozen=True)
@@ -1131,18 +1146,23 @@ def _state(f: Facts) -> State:
         goal=f["goal"], thing=f["N"] if f["goal"] == "collect" else f["T"],
         why=_fill(f["why"], f), reached=f["done"], mood=f["mood"])
 
-# %% ../nbs/04_storyland.ipynb #ee88060c
 class Event(NamedTuple):
     "What a sentence tells: its kind, its words, and the reason it gives, if any."
     kind: str
     sentence: str
     because: str
 
+# %% ../nbs/04_storyland.ipynb #ee88060c
 _END_OF_SENTENCE = re.compile(r'(?<=[.!?])\s+|(?<=[.!?]")\s+')
 
 @dataclass(frozen=True)
 class Story:
-    "A text of Storyland; the truth behind it is read back from it."
+    """A text of Storyland; the truth behind it is read back from it.
+
+    >>> story, = stories(1, size="micro")
+    >>> len(story.sentences) == len(story.states) == len(story.events)
+    True
+    """
     text: str
     size: str = "small"
 
@@ -1198,12 +1218,17 @@ def stories(
     size: str = "small",
     split: str | None = "train",     # None: stories of all splits
 ) -> Iterator[Story]:
-    "Stories, a pure function of seed, size and split; story i does not depend on n."
+    """Stories, a pure function of seed, size and split; story i does not depend on n.
+
+    >>> first, second = stories(2, seed=1)
+    >>> first == next(stories(seed=1)), first == second
+    (True, False)
+    """
     if n is not None and n < 0: raise ValueError(f"n must be at least 0, got {n}")
-    if split is not None and split not in SPLITS:
-        names = ", ".join(SPLITS)
+    if split is not None and split not in REMAINDERS:
+        names = ", ".join(REMAINDERS)
         raise ValueError(f"no split is called {split!r}; there are {names}, and None for all")
-    parts = SPLITS[split] if split else range(100)
+    parts = REMAINDERS[split] if split else range(100)
     return islice(_stream(narrator(size), seed, size, parts), n)
 
 def _stream(world: Narrator, seed: int, size: str, parts: range) -> Iterator[Story]:
@@ -1212,6 +1237,7 @@ def _stream(world: Narrator, seed: int, size: str, parts: range) -> Iterator[Sto
         text = tell(world, uniform)
         if _part(text) in parts: yield Story(text, size)
 
+# %% ../nbs/04_storyland.ipynb #ef3c8495
 class World:
     "A Storyland that tells one story after another, of all splits."
 
@@ -1224,7 +1250,12 @@ class World:
 
 # %% ../nbs/04_storyland.ipynb #0bfc9b51
 class Task(NamedTuple):
-    "Something to do with a text, and the one right answer."
+    """Something to do with a text, and the one right answer.
+
+    >>> task = Task("where", "Mia went to the river.", "Where is Mia?", "river")
+    >>> task.check("River.")
+    True
+    """
     kind: str
     text: str         # what to read
     question: str     # what to do
@@ -1235,11 +1266,18 @@ class Task(NamedTuple):
         mine, theirs = (" ".join(s.split()).rstrip(" .") for s in (self.answer, reply))
         return mine == theirs if " " in mine else mine.lower() == theirs.lower()
 
+# %% ../nbs/04_storyland.ipynb #27e32a49
 def questions(
     story: Story,
     sentences: int | None = None,     # ask about the state after so many; None: after all
 ) -> list[Task]:
-    "Where is X, who has Y, how many, why: everything that the text up to there tells."
+    """Where is X, who has Y, how many, why: everything that the text up to there tells.
+
+    >>> story, = stories(1, size="micro")
+    >>> task = questions(story)[0]
+    >>> task.question.endswith("?")
+    True
+    """
     n = len(story.sentences) if sentences is None else sentences
     if not 1 <= n <= len(story.sentences):
         raise ValueError(f"the story has {len(story.sentences)} sentences, asked for {n}")
@@ -1263,18 +1301,28 @@ def _why(state: State) -> str:
 
 # %% ../nbs/04_storyland.ipynb #c2d03e7a
 def labels(story: Story) -> dict[str, str | bool]:
-    "The mood at the end, the hero, the kind of goal, and whether the goal was reached."
+    """The mood at the end, the hero, the kind of goal, and whether the goal was reached.
+
+    >>> story, = stories(1, size="micro")
+    >>> labels(story)["who"] in story.text
+    True
+    """
     state = story.states[-1]
     return {"mood": state.mood, "who": state.hero, "goal": state.goal,
             "ended well": state.reached}
 
 # %% ../nbs/04_storyland.ipynb #acf2b118
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
 def instructions(story: Story) -> list[Task]:
-    "Things to do with a story, with the one right result."
+    """Things to do with a story, with the one right result.
+
+    >>> story, = stories(1, size="micro")
+    >>> [task.kind for task in instructions(story)][-3:]
+    ['capitals', 'count', 'list']
+    """
     said, people = story.sentences, ", ".join(story.states[-1].people)
-    asked = [("copy", f"Copy the {nth} sentence.", line) for nth, line in zip(ORDINALS, said)]
+    asked = [("copy", f"Copy the {nth} sentence.", line) for nth, line in zip(_ORDINALS, said)]
     asked += [("capitals", "Write the last sentence in capital letters.", said[-1].upper()),
               ("count", "How many sentences does the story have?", str(len(said))),
               ("list", "List the people in the order in which they appear.", people)]
@@ -1282,7 +1330,11 @@ def instructions(story: Story) -> list[Task]:
 
 # %% ../nbs/04_storyland.ipynb #e07d6100
 def arithmetic(story: Story) -> list[Task]:
-    "Sums that happen in a story: how many were there, what happened, how many are there now?"
+    """Sums that happen in a story: how many were there, what happened, how many are there now?
+
+    >>> all(task.answer.isdigit() for story in stories(5) for task in arithmetic(story))
+    True
+    """
     tasks, one = [], {many: one for one, many, *_ in KINDS}
     for before, after, sentence in zip(story.states, story.states[1:], story.sentences[1:]):
         hero, goods = before.hero, before.goods
@@ -1295,7 +1347,11 @@ def arithmetic(story: Story) -> list[Task]:
 
 # %% ../nbs/04_storyland.ipynb #c8dd68b1
 class Preference(NamedTuple):
-    "Two ways to go on from a text, the better first."
+    """Two ways to go on from a text, the better first.
+
+    >>> Preference("Mia found her kite.", " She was happy.", " She was sad.", "mood").rejected
+    ' She was sad.'
+    """
     text: str
     chosen: str
     rejected: str
@@ -1317,8 +1373,14 @@ def _rivals(story: Story) -> Iterator[tuple[str, str, str]]:
     for low, high in pairwise(NUMBERS[2:]):
         yield from [("number", low, high), ("number", high, low)]
 
+# %% ../nbs/04_storyland.ipynb #8bf19fcc
 def preferences(story: Story) -> list[Preference]:
-    "For each sentence that follows from the facts: the true one and false ones, a word apart."
+    """For each sentence that follows from the facts: the true one and false ones, a word apart.
+
+    >>> pair = preferences(next(stories()))[0]
+    >>> pair.chosen == pair.rejected
+    False
+    """
     pairs = []
     for (start, _), event in zip(_spans(story.text), story.events):
         if event.kind not in _FOLLOWS: continue

@@ -194,7 +194,7 @@ def cross_entropy(
     >>> round(float(cross_entropy(torch.zeros(1, 8), torch.tensor([3]))), 4)     # ln 8
     2.0794
     """
-    _check_targets(logits, targets, ignore_index)
+    check_targets(logits, targets, ignore_index)
     ignored = targets == ignore_index
     picked = targets.masked_fill(ignored, 0).long()[..., None]
     losses = -log_softmax(logits).gather(-1, picked)[..., 0].masked_fill(ignored, 0.0)
@@ -204,26 +204,27 @@ def cross_entropy(
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 # %% ../nbs/01_tensors.ipynb #8ae5c3cb
-def _check_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+def check_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+    "TypeError or ValueError for targets that do not fit the logits."
     if targets.is_floating_point():
         raise TypeError(f"targets must be token ids, whole numbers, got {targets.dtype}")
     expected, got = tuple(logits.shape[:-1]), tuple(targets.shape)
     if expected != got:
         raise ValueError(f"logits of shape {tuple(logits.shape)} need targets "
                          f"of shape {expected}, got {got}")
-    counted = targets[targets != ignore_index] if _may_look(targets) else targets
+    counted = targets[targets != ignore_index] if may_look(targets) else targets
     _check_ids(counted, logits.shape[-1], "target")
 
 
 def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
-    if not _may_look(ids) or not ids.numel(): return
+    if not may_look(ids) or not ids.numel(): return
     for worst in (int(ids.min()), int(ids.max())):
         if not 0 <= worst < vocab_size:
             raise ValueError(f"{what} {worst} is outside the vocabulary: "
                              f"expected 0 to {vocab_size - 1}")
 
 
-def _may_look(ids: Tensor) -> bool:
+def may_look(ids: Tensor) -> bool:
     "Reading ids is free on the CPU; a device would have to wait, and checks them itself."
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()
 

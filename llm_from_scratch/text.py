@@ -15,8 +15,7 @@ import regex
 from .files import digest, read_json, write_text
 
 # %% auto #0
-__all__ = ['CLEANING_STEPS', 'SPACED_PATTERN', 'clean', 'deduplicate', 'Tokenizer', 'CharTokenizer', 'WordTokenizer',
-           'SpacedWordTokenizer']
+__all__ = ['clean', 'deduplicate', 'Tokenizer', 'CharTokenizer', 'WordTokenizer', 'SpacedWordTokenizer']
 
 # %% ../nbs/02_text.ipynb #66269104
 def pydoc_corpus() -> dict[str, str]:
@@ -88,11 +87,16 @@ CLEANING_STEPS: dict[str, Callable[[str], str]] = {
     "blank lines": squeeze_blank_lines,
 }
 
+# %% ../nbs/02_text.ipynb #6438f00b
 def clean(
     text: str,                                                     # as it was found
     steps: Mapping[str, Callable[[str], str]] = CLEANING_STEPS,    # applied in this order
 ) -> str:
-    "Pass `text` through every step. With the steps above, a second pass changes nothing."
+    """Pass `text` through every step. With the steps above, a second pass changes nothing.
+
+    >>> clean("“Hello,”  she   said.")
+    '"Hello," she said.'
+    """
     if not isinstance(text, str):
         kind = type(text).__name__
         raise TypeError(f"clean expects text (str), got {kind}: decode bytes first")
@@ -218,7 +222,13 @@ def deduplicate(
     threshold: float = 0.8,               # from this similarity, the shorter of a pair goes
     contained: float | None = None,       # from this share inside another, an excerpt goes
 ) -> dict[str, str]:
-    "The documents without copies, near copies and, if asked, excerpts; the longest stays."
+    """The documents without copies, near copies and, if asked, excerpts; the longest stays.
+
+    >>> texts = {"a": "the cat sat on the mat", "b": "a dog ran",
+    ...          "c": "the cat sat on the mat!"}
+    >>> sorted(deduplicate(texts))       # a and c are nearly the same
+    ['b', 'c']
+    """
     names: dict[str, str] = {}                # text → the first name that has it
     for name, text in documents.items(): names.setdefault(text, name)
     unique = {name: text for text, name in names.items()}
@@ -235,7 +245,11 @@ def deduplicate(
 # %% ../nbs/02_text.ipynb #1abbc1b6
 @runtime_checkable
 class Tokenizer(Protocol):
-    "What every tokenizer of this book can do, and all that later chapters ask of one."
+    """What every tokenizer of this book can do, and all that later chapters ask of one.
+
+    >>> isinstance(CharTokenizer.train(["abc"]), Tokenizer)
+    True
+    """
     @property
     def vocab_size(self) -> int:
         "Ids run from 0 to `vocab_size - 1`."
@@ -340,7 +354,12 @@ def _first_missing(pieces: Iterable[str], table: Mapping[str, int]) -> tuple[int
 
 # %% ../nbs/02_text.ipynb #ba701c72
 class CharTokenizer(TableTokenizer):
-    "One token per character. Decoding gives back every text that could be encoded."
+    """One token per character. Decoding gives back every text that could be encoded.
+
+    >>> chars = CharTokenizer.train(["banana"])
+    >>> chars.encode("nab"), chars.decode([2, 0, 1])
+    ([2, 0, 1], 'nab')
+    """
     def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
         super().__init__(pieces, special_tokens)
         for piece in pieces:
@@ -375,6 +394,7 @@ class CharTokenizer(TableTokenizer):
 # %% ../nbs/02_text.ipynb #483d4d6d
 WHITESPACE_PATTERN = r"\S+"
 WORD_PATTERN = r"\w+(?:['’]\w+)*|[^\w\s]"
+SPACED_PATTERN = rf"\s?(?:{WORD_PATTERN})"      # a word with the space before it
 
 def split_words(
     text: str,
@@ -402,7 +422,12 @@ def frequent_words(
 
 # %% ../nbs/02_text.ipynb #f5647290
 class WordTokenizer(TableTokenizer):
-    "One token per word, the most frequent first; other words are `<unk>`, spaces are lost."
+    """One token per word, the most frequent first; other words are `<unk>`, spaces are lost.
+
+    >>> words = WordTokenizer.train(["a cat and a dog"])
+    >>> words.decode(words.encode("a dog and a cat"))
+    'a dog and a cat'
+    """
     def __init__(
         self, pieces: Sequence[str], special_tokens: Sequence[str] = (UNKNOWN,),
         pattern: str = WORD_PATTERN, lowercase: bool = False,
@@ -448,10 +473,13 @@ class WordTokenizer(TableTokenizer):
         return {**super().state(), "pattern": self.pattern, "lowercase": self.lowercase}
 
 # %% ../nbs/02_text.ipynb #5c9b07c1
-SPACED_PATTERN = rf"\s?(?:{WORD_PATTERN})"
-
 class SpacedWordTokenizer(WordTokenizer):
-    "Words with the space before them: decoding gives back every text that could be encoded."
+    """Words with the space before them: decoding gives back every text that could be encoded.
+
+    >>> words = SpacedWordTokenizer.train(["The cat sat. The dog sat."])
+    >>> words.decode(words.encode("The dog sat. The cat sat."))
+    'The dog sat. The cat sat.'
+    """
     def __init__(
         self, pieces: Sequence[str], special_tokens: Sequence[str] = (),
         pattern: str = SPACED_PATTERN, lowercase: bool = False,

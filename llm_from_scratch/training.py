@@ -22,12 +22,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .data import (
-    IGNORE, BatchLoader, document_mask, document_positions)
+from .attention import document_mask, document_positions
+from .costs import Trace, flops_per_token, trace_step
+from .data import IGNORE, BatchLoader
 from llm_from_scratch.files import (
     Config, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
     write_text)
-from .gpt import GPTConfig, flops_per_token
+from .gpt import GPTConfig
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
 from .tensors import best_device, seed_all
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['REASONS', 'BUDGETS', 'evaluate', 'TrainConfig', 'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint',
-           'loader_for', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'predict_run', 'plot_history']
+__all__ = ['evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -75,7 +75,13 @@ def evaluate(
     loss: Callable[..., Tensor] = lm_loss,
     segments: bool = False,           # keep documents apart
 ) -> tuple[float, int]:               # sum of the loss, number of targets
-    "Loss on held-out text, with dropout off; the model's mode stays."
+    """Loss on held-out text, with dropout off; the model's mode stays.
+
+    >>> class Two(nn.Linear):
+    ...     def forward(self, inputs, targets): return torch.tensor(2.0)
+    >>> evaluate(Two(1, 1), BatchLoader(np.arange(50), 4, 2), n_batches=1)
+    (16.0, 8)
+    """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total, counted = 0.0, 0
@@ -90,25 +96,31 @@ def evaluate(
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    "Every choice of a training run; checked when made, never changed afterwards."
+    """Every choice of a training run; checked when made, never changed afterwards.
+
+    ValueError for an unknown field or a value that cannot be.
+
+    >>> TrainConfig(steps=100, lr=3e-3).schedule
+    'cosine'
+    """
 
     steps: int | None = None            # end after so many steps
     tokens: int | None = None           # or so many tokens
     seconds: float | None = None        # or so many seconds; the first used up counts
-    batch_size: int = 32                # rows in a batch, of all processes together
-    micro_batch_size: int | None = None # rows in memory at once; None: the whole batch
+    batch_size: int = 32                # sequences in a batch, of all processes together
+    micro_batch_size: int | None = None # sequences in memory at once; None: the whole batch
     optimizer: str = "adamw"            # a name in `OPTIMIZERS`
-    lr: float = 1e-3                    # the peak of AdamW
-    muon_lr: float = 0.02               # the peak of Muon, for the matrices it trains
-    muon_momentum: float = 0.95         # Muon's memory of the mean gradient
+    lr: float = 1e-3                    # peak learning rate of AdamW
+    muon_lr: float = 0.02               # peak learning rate of Muon, for matrices
+    muon_momentum: float = 0.95         # momentum of Muon
     schedule: str = "cosine"            # a name in `SCHEDULES`
     warmup: int = 0                     # steps in which the learning rate rises
     decay: int | None = None            # steps in which "wsd" falls; None: a fifth of all
-    floor: float = 0.0                  # the last learning rate, as a share of the peak
+    min_lr_ratio: float = 0.0           # the last learning rate, as a share of the peak
     weight_decay: float = 0.1           # of matrices
-    betas: tuple[float, float] = (0.9, 0.95)   # memory of AdamW's mean, of its mean square
+    betas: tuple[float, float] = (0.9, 0.95)   # β₁, β₂: decay rates of AdamW's moments
     eps: float = 1e-8                   # AdamW's guard against division by 0
-    clip: float | None = 1.0            # longest gradient; None: any length
+    clip: float | None = 1.0            # max gradient norm; None: any norm
 
     precision: str = "auto"             # a name in `PRECISIONS`
     compile: bool = False               # fuse the model's operations, where a compiler is found
@@ -119,7 +131,7 @@ class TrainConfig(Config):
     patience: int | None = None         # stop after so many evaluations without a new best
     save_every: int | None = None       # steps between checkpoints; None: only at the end
     keep: int = 3                       # newest checkpoints that stay, beside the best
-    on_nan: str = "stop"                # or "skip": a loss or gradient that is no number
+    on_nan: str = "stop"                # or "skip": a loss or gradient that is NaN or infinite
     on_spike: str = "ignore"            # or "skip", "stop": a loss far above the last ones
     spike_sigmas: float = 6.0           # how far, in standard deviations of the last 64
     max_skips: int = 10                 # stop after so many skipped steps in a row
@@ -129,7 +141,19 @@ class TrainConfig(Config):
         _check_numbers(self)
         _check_choices(self)
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> TrainConfig:
+        "A configuration from the fields that JSON gave, also those of an older run."
+        return super().from_dict(renamed(given))
+
 # %% ../nbs/11_training.ipynb #f6040a42
+_RENAMED = {"floor": "min_lr_ratio"}      # as earlier versions wrote it → today's name
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    "Settings of an older run by the names of today."
+    return {_RENAMED.get(name, name): value for name, value in settings.items()
+            if _RENAMED.get(name) not in settings}
+
 _COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0,
            "decay": 1, "seed": 0, "eval_every": 1, "eval_batches": 1, "patience": 1,
            "save_every": 1, "keep": 1, "max_skips": 1}            # field → least value
@@ -152,7 +176,8 @@ def _check_numbers(c: TrainConfig) -> None:
         x = getattr(c, name)
         demand(name, _is_number(x) and x > 0, "a positive number")
     demand("weight_decay", _is_number(c.weight_decay), "a number of at least 0")
-    demand("floor", _is_number(c.floor) and c.floor <= 1, "a share between 0 and 1")
+    demand("min_lr_ratio", _is_number(c.min_lr_ratio) and c.min_lr_ratio <= 1,
+           "a share between 0 and 1")
     demand("muon_momentum", _is_number(c.muon_momentum) and c.muon_momentum < 1,
            "a number in [0, 1)")
     demand("betas", len(c.betas) == 2 and all(_is_number(b) and b < 1 for b in c.betas),
@@ -239,7 +264,7 @@ def lr_multiplier(config: TrainConfig, step: int, total: int) -> float:
     "The learning rate of a step, divided by its peak."
     options: dict[str, Any] = {"decay": config.decay} if config.schedule == "wsd" else {}
     return SCHEDULES[config.schedule](step, total, peak=1.0, warmup=config.warmup,
-                                      floor=config.floor, **options)
+                                      min_lr_ratio=config.min_lr_ratio, **options)
 
 def set_learning_rate(
     optimizers: Sequence[torch.optim.Optimizer], multiplier: float,
@@ -498,9 +523,17 @@ def write_tensors(
             crc, size = _put(file, crc, data, other), size + len(data)
     return {"bytes": size, "crc32": crc}
 
+def gathered(tensor: Tensor) -> Tensor:
+    "A tensor of which each process may hold a part; then all call this together."
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+def is_sharded(tensor: Tensor) -> bool:
+    "Whether it is one of torch's `DTensor`s, spread over processes."
+    return hasattr(tensor, "full_tensor")
+
 def _raw(tensor: Tensor) -> Any:
     "The bytes of a tensor, without a copy where it lies in one piece."
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return gathered(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy()
 
 def _put(file: Any, crc: int, data: Any, other: ThreadPoolExecutor) -> int:
     "Write the bytes while the other thread sums them up; neither holds Python's lock."
@@ -574,7 +607,11 @@ def _thin(folder: Path, keep: int, best: int | None) -> None:
 
 # %% ../nbs/11_training.ipynb #92e85d48
 class DamagedCheckpoint(ValueError):
-    "A checkpoint that cannot be read; says which file, what is wrong, and what else there is."
+    """A checkpoint that cannot be read; says which file, what is wrong, what else there is.
+
+    >>> issubclass(DamagedCheckpoint, ValueError)
+    True
+    """
 
 def _read_checked(path: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
     "The tensors of a file, if it is the one that was written."
@@ -671,9 +708,6 @@ class ProcessGroup:
             _log.warning("saved by %d processes, resumed by %d: dropout will "
                          "draw other numbers", state["size"], self.size)
 
-# %% ../nbs/11_training.ipynb #8d4f3a00
-World = ProcessGroup       # the name under which stored experiments know it
-
 # %% ../nbs/11_training.ipynb #6d01e35c
 def loader_for(
     config: TrainConfig,
@@ -710,7 +744,13 @@ def _check_run(
 class Callback:
     """Takes part in a run at fixed moments; every hook is optional.
 
-    What it remembers goes into checkpoints by its `state_dict`, under its `name`."""
+    What it remembers goes into checkpoints by its `state_dict`, under its `name`.
+
+    >>> class Late(Callback):
+    ...     def step(self, trainer, record): record["late"] = trainer.step > 100
+    >>> Late().name
+    'Late'
+    """
     @property
     def name(self) -> str:
         "What its state is called in a checkpoint; one of a name in a run."
@@ -741,14 +781,20 @@ class Callback:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put back what `state_dict` gave."
 
-# %% ../nbs/11_training.ipynb #0fc25276
+# %% ../nbs/11_training.ipynb #a3a4fb45
 REASONS = ("", "steps", "tokens", "seconds", "patience", "interrupted",
            "spike", "nan", "save error")     # the most severe comes last
 BUDGETS = REASONS[1:4]
 
+# %% ../nbs/11_training.ipynb #0fc25276
 @dataclass(frozen=True)
 class TrainResult:
-    "How a run ended, and what it has measured."
+    """How a run ended, and what it has measured.
+
+    >>> ended = TrainResult("steps", "done", 1, 8, 0.1, None, [{"step": 1, "loss": 2.5}])
+    >>> ended.column("loss")
+    ([1], [2.5])
+    """
     reason: str                       # one of `REASONS`
     message: str                      # the reason in a sentence
     step: int
@@ -769,7 +815,16 @@ class TrainResult:
 class Trainer:
     """Trains a model: `fit` runs to the end, `resume` goes on after a crash.
 
-    It makes the steps; whatever else a run needs, a `Callback` does."""
+    It makes the steps; whatever else a run needs, a `Callback` does.
+
+    >>> class Bigram(nn.Embedding):
+    ...     def forward(self, inputs, targets):
+    ...         logits = super().forward(inputs)
+    ...         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    >>> config = TrainConfig(steps=3, batch_size=2, precision="float32")
+    >>> Trainer(Bigram(9, 9), config, BatchLoader(np.arange(99) % 9, 4, 2)).fit().step
+    3
+    """
     def __init__(
         self,
         model: nn.Module,                  # whatever `loss` calls
@@ -889,7 +944,7 @@ class Trainer:
 
     def parts(self) -> dict[str, Any]:
         "Whatever has a state, by name."
-        return {"model": self.model,
+        return {"model": Weights(self.model),
                 "optimizer": OptimizerMemory(self.model, self.optimizers),
                 "data": self.train, "precision": self.precision,
                 "generators": self.generators, "world": self.world,
@@ -1112,12 +1167,11 @@ class Throughput(Callback):
     "Adds tokens per second to each record, and MFU for a model of ours."
     def begin(self, trainer: Trainer) -> None:
         self.before, self.speed = (trainer.seconds, trainer.tokens), 0.0
-        config = getattr(trainer.model, "config", None)
-        length = trainer.train.context_length
-        if not isinstance(config, GPTConfig): return
+        if not isinstance(getattr(trainer.model, "config", None), GPTConfig): return
+        each = flops_per_token(trainer.model, trainer.train.context_length)
         name, device = trainer.precision.name, trainer.world.device
         peak = matrix_speed(device, PRECISIONS[name]) * trainer.world.size
-        self.speed = peak / flops_per_token(config, length)   # tokens/s at most
+        self.speed = peak / each           # tokens per second, at most
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         seconds, tokens = self.before
@@ -1290,6 +1344,29 @@ def _say_unknown(names: set[str]) -> None:
         _log.warning("the checkpoint has a state of %s, which this run "
                      "does not have: it is left out", name)
 
+# %% ../nbs/11_training.ipynb #8dc6fe8e
+def share(value: Any, like: Tensor) -> Any:
+    "Of a whole tensor the part that this process holds, if `like` is spread so."
+    if not is_sharded(like) or not isinstance(value, Tensor): return value
+    if value.shape != like.shape: return value            # a count of steps
+    from torch.distributed.tensor import distribute_tensor
+    mesh, placements = like.device_mesh, like.placements   # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+class Weights:
+    "The weights of a model, whole, though each process may hold a part of them."
+    def __init__(self, model: nn.Module) -> None: self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        "What the model's own gives."
+        return dict(self.model.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Put it back, in parts where the model is spread over processes."
+        mine = self.model.state_dict()
+        self.model.load_state_dict({name: share(t, mine[name]) if name in mine else t
+                                    for name, t in state.items()})
+
 # %% ../nbs/11_training.ipynb #9ebfbeb2
 class OptimizerMemory:
     "What optimizers remember, by the name of the parameter it belongs to."
@@ -1313,15 +1390,15 @@ class OptimizerMemory:
             raise ValueError("the optimizer's memory is of another model: "
                              f"missing {missing}, unknown {unknown}")
         for o, owned in self.owned:
-            memory = {i: dict(state[name]) for i, name in enumerate(owned)
-                      if state[name]}
+            memory = {i: {key: share(t, owned[name]) for key, t in state[name].items()}
+                      for i, name in enumerate(owned) if state[name]}
             groups = o.state_dict()["param_groups"]
             o.load_state_dict({"state": memory, "param_groups": groups})
 
 # %% ../nbs/11_training.ipynb #baf19766
 def split_state(state: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     "A nested state in two: tensors by path, and the rest, for JSON."
-    if isinstance(state, Tensor): return {path: state}, {"$tensor": path}
+    if isinstance(state, Tensor): return {path: gathered(state)}, {"$tensor": path}
     if not isinstance(state, Mapping): return {}, state
     tensors: dict[str, Tensor] = {}
     rest = {}
@@ -1358,6 +1435,7 @@ def save(
     """Write a model, what its optimizers remember and the step, as `safetensors`.
 
     A file at a path is replaced once the new one is complete, or stays as it was.
+    Of a model that is spread over processes (FSDP), all call this, and one writes.
 
     >>> import io
     >>> model = torch.nn.Linear(2, 2)
@@ -1372,6 +1450,7 @@ def save(
         "step": step, "model": dict(model.state_dict()),
         "optimizer": OptimizerMemory(model, optimizers).state_dict(),
         "settings": {str(i): _settings(o) for i, o in enumerate(optimizers)}})
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank(): return
     about = {"format": _FORMAT, "state": json.dumps(rest), "crc32": "0" * 8}
     crc = checksum(_safetensors_header(tensors, about))
     for tensor in tensors.values(): crc = checksum(_raw(tensor), crc)
@@ -1406,7 +1485,7 @@ was not written by `save`: it has no readable header
         _check_kinds([*map(_settings, optimizers)], settings, name)
         OptimizerMemory(model, optimizers).load_state_dict(state["optimizer"])
         for o, saved in zip(optimizers, settings): _set(o, saved)
-    model.load_state_dict(state["model"])
+    Weights(model).load_state_dict(state["model"])
     return state["step"]
 
 # %% ../nbs/11_training.ipynb #f737527d
@@ -1481,7 +1560,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
 
 def _check_same(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     "Other data or another model is refused, another configuration reported."
-    now = json.loads(json.dumps(now))
+    now, was = json.loads(json.dumps(now)), {**was, "config": renamed(was["config"])}
     for part in "data", "model", "config":
         for key in {**was[part], **now[part]}:
             old, new = was[part].get(key), now[part].get(key)
@@ -1527,6 +1606,7 @@ class Prediction:
     gradients: int
     optimizer: int
     activations: int                  # what the backward pass needs of the forward pass
+    step: int                         # the most in both, beside weights and optimizer
     available: int | None             # bytes free on the device; None where it cannot be told
     step_seconds: float | None        # of one step; None if it does not fit, or was not tried
     steps: int | None                 # None: the run is bounded by seconds alone
@@ -1534,7 +1614,7 @@ class Prediction:
     @property
     def memory(self) -> int:
         "Bytes at the fullest moment."
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.optimizer + max(self.step, self.gradients)
 
     @property
     def fits(self) -> bool:
@@ -1549,7 +1629,7 @@ class Prediction:
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "activations")
         lines = [f"{name:12}{getattr(self, name) / 1e6:12,.1f} MB" for name in parts]
-        lines += [f"{'together':12}{self.memory / 1e6:12,.1f} MB"]
+        lines += [f"{'at most':12}{self.memory / 1e6:12,.1f} MB at once"]
         if not self.fits: lines += [f"does not fit into {(self.available or 0) / 1e6:,.1f} MB"]
         return "\n".join(lines)
 
@@ -1561,29 +1641,17 @@ def _optimizer_bytes(model: nn.Module, config: TrainConfig) -> int:
     saved = groups.get("matrices", 0) if config.optimizer == "muon" else 0
     return 2 * sum(groups.values()) - saved
 
-def _activation_bytes(model: nn.Module, loader: BatchLoader, rows: int) -> int:
-    "What backward needs of the forward pass: measured for one row and two, then a line."
-    x, y = loader.batch(0)
-    x, y = x[:1].repeat(2, 1), y[:1].repeat(2, 1).clamp(min=0)
-    one, two = (_saved_bytes(model, x[:n], y[:n]) for n in (1, 2))
-    return one + (rows - 1) * (two - one)
-
-def _saved_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    "Bytes of the tensors that a forward pass saves for the backward pass."
-    sizes = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
-    kept = []                                       # else a freed address could come again
-
-    def note(t: Tensor) -> Tensor:
-        kept.append(t)
-        memory = t.untyped_storage()
-        sizes.setdefault(memory.data_ptr(), memory.nbytes())
-        return t
-
-    states, device = generator_states(model), next(model.parameters()).device
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        model(x.to(device), y.to(device))
-    restore_generators(model, states)
-    return sum(sizes.values())
+def _trace(
+    model: nn.Module, config: TrainConfig, loader: BatchLoader,
+    loss: Callable[..., Tensor],
+) -> Trace:
+    "What a step keeps in memory; with accumulation, beside gradients of other rows."
+    batch = _fetch(loader, 0, config.document_mask)
+    rows = config.micro_batch_size or len(batch[0])
+    part = _move([t[:rows] for t in batch], next(model.parameters()).device)
+    states = generator_states(model)
+    try: return trace_step(model, part, loss, times=1 if rows >= len(batch[0]) else 2)
+    finally: restore_generators(model, states)
 
 # %% ../nbs/11_training.ipynb #97bcc8a5
 def _available(device: torch.device) -> int | None:
@@ -1593,15 +1661,20 @@ def _available(device: torch.device) -> int | None:
     with suppress(ValueError, OSError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-def _time_step(model: nn.Module, loader: BatchLoader, config: TrainConfig) -> float:
-    "Seconds of a step's gradient, the better of two; weights and generators stay as they are."
-    device, states, times = next(model.parameters()).device, generator_states(model), []
-    x, y = (t.to(device) for t in loader.batch(0))
+def _time_step(
+    model: nn.Module, config: TrainConfig, loader: BatchLoader,
+    loss: Callable[..., Tensor],
+) -> float:
+    "Seconds of a step's gradient, the better of two; the model stays as it is."
+    states, times = generator_states(model), []
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    batch = _move(_fetch(loader, 0, config.document_mask), next(model.parameters()).device)
     for _ in range(2):
         start = time.perf_counter()
-        float(accumulate(model, (x, y), config.micro_batch_size))
+        float(accumulate(model, batch, config.micro_batch_size, loss=loss))
         times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
+    for buffer, was in buffers: buffer.copy_(was)
     restore_generators(model, states)
     return min(times)
 
@@ -1612,17 +1685,19 @@ def predict_run(
     loader: BatchLoader,              # of the training data
     device: torch.device | str | None = None,
     seconds: bool = True,             # time a step as well; nothing of it stays
+    loss: Callable[..., Tensor] = lm_loss,
 ) -> Prediction:
     "Memory and time of a run before it starts; memory is found without using it."
     device = torch.device(device or next(model.parameters()).device)
-    rows = config.micro_batch_size or len(loader.plan.rows)
-    n = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trace = _trace(model, config, loader, loss)
     found = Prediction(
-        weights=n, gradients=n, optimizer=_optimizer_bytes(model, config),
-        activations=_activation_bytes(model, loader, rows), available=_available(device),
-        step_seconds=None, steps=planned_steps(config, loader))
+        weights=sum(n for n, _ in sizes), gradients=sum(n for n, learns in sizes if learns),
+        optimizer=_optimizer_bytes(model, config), activations=trace.activations,
+        step=trace.peak, available=_available(device), step_seconds=None,
+        steps=planned_steps(config, loader))
     if not (seconds and found.fits): return found
-    return replace(found, step_seconds=_time_step(model, loader, config))
+    return replace(found, step_seconds=_time_step(model, config, loader, loss))
 
 # %% ../nbs/11_training.ipynb #8fd03c82
 def plot_history(
@@ -1630,7 +1705,13 @@ def plot_history(
     history: Sequence[Mapping[str, Any]],
     floor: float | None = None,       # the loss that no model can beat
 ) -> None:
-    "Draw training and validation loss over the steps, and the floor if it is known."
+    """Draw training and validation loss over the steps, and the floor if it is known.
+
+    >>> from matplotlib.figure import Figure
+    >>> plot_history(ax := Figure().subplots(), [{"step": 1, "loss": 3.0}])
+    >>> [line.get_label() for line in ax.lines]
+    ['training']
+    """
     for name, mark in ("loss", ""), ("validation", "o"):
         rows = [(r["step"], r[name]) for r in history if r.get(name) is not None]
         if not rows: continue

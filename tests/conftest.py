@@ -106,10 +106,16 @@ def check_shapes():
     plain, config = jaxtyping.jaxtyped, jaxtyping.config
 
     def jaxtyped(**options):
-        "A function inside another is defined whenever that one runs: it gets no checks while nothing is checked."
+        "A function inside another is defined whenever that one runs: no checks for it without shapes, nor while nothing is checked."
         check = plain(**options)
-        return lambda f: f if config.jaxtyping_disable and '<locals>' in getattr(f, '__qualname__', '') else check(f)
+        return lambda f: f if is_inner(f) and (config.jaxtyping_disable or not has_shapes(f)) else check(f)
     jaxtyping.jaxtyped = jaxtyped
+
+
+def is_inner(f): return '<locals>' in getattr(f, '__qualname__', '') and not isinstance(f, type)
+
+
+def has_shapes(f): return any(isinstance(a, str) or 'jaxtyping' in repr(a) for a in f.__annotations__.values())
 
 
 def checked(function):

@@ -83,7 +83,7 @@ def named(path):
     "The files that the code of one file names: imported anywhere in it, or in a string such as `python -m llm_from_scratch.cli`."
     code = path.read_text(encoding='utf-8') if path.suffix == '.py' else '\n'.join(''.join(c['source']) for c in code_cells(path))
     files = {ROOT/LIBRARY/f'{m}.py' for m in re.findall(rf'{LIBRARY}[./](\w+)', code)}
-    for folder, name in imports(code, path): files |= library_files(name) if folder == LIBRARY else {at/f'{name}.py' for at in (path.parent, ROOT/'tools', ROOT/'benchmarks')}
+    for folder, name in imports(code, path): files |= library_files(name) if folder == LIBRARY else {at/f'{name}.py' for at in (path.parent, ROOT/'tools')}
     if path.suffix == '.ipynb': files |= {p for p in (ROOT/'nbs'/'results').glob('*.json') if re.search(rf'\b{p.stem}\b', code)}
     return frozenset(p for p in files - {path} if p.exists())
 

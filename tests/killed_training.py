@@ -53,14 +53,14 @@ def train(folder):
 
 
 def bomb(name='', fuse=0):
-    "Die at the line of function `name` that is executed as number `fuse`; the lines of every function are counted."
+    "Die at the line of function `name` that is executed as number `fuse`; without a name, the lines of every function are counted."
     counts = Counter()
     def local(frame, event, arg):
         here = frame.f_code.co_name
         counts[here] += event == 'line'
         if here == name and counts[here] == fuse: os.kill(os.getpid(), signal.SIGKILL)
         return local
-    sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename in WATCHED else None)
+    sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename in WATCHED and name in ('', frame.f_code.co_name) else None)
     return counts
 
 

@@ -1,5 +1,5 @@
-"Chapter 7 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation, hostile pages."
-import functools, inspect, json, math, re, subprocess, sys
+"Chapter 7 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation."
+import functools, inspect, json, math, subprocess, sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,8 +12,8 @@ from shapes import unchecked
 from torch import nn
 from torch.nn import functional as F
 
-from llm_from_scratch.attention import (BACKENDS, Cache, HeadView, MultiHeadAttention, attention, attention_weights, causal_mask,
-                                        document_mask, head_view, sliding_window_mask)
+from llm_from_scratch.attention import (BACKENDS, Cache, MultiHeadAttention, attention, attention_weights, causal_mask,
+                                        document_mask, document_positions, sliding_window_mask)
 from llm_from_scratch.gpt import GPT, GPTConfig, MIXERS
 from llm_from_scratch.positions import Alibi, Rope
 
@@ -142,6 +142,13 @@ for part in ({'rotary': Rope(4), 'qk_norm': True}, {'position_bias': Alibi(4), '
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+""", 'one layer for every length': """
+layer, plain = MultiHeadAttention(16, 4, 2, rotary=Rope(4)), torch.compile(attention, fullgraph=True, backend=compiler)
+compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+for T in (7, 9, 1, 12):
+    x, (q, k, v) = torch.randn(2, T, 16), torch.randn(3, 1, 2, T, 8)
+    torch.testing.assert_close(compiled(x, torch.arange(T)), layer(x, torch.arange(T)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain(q, k, v, causal=True), attention(q, k, v, causal=True), atol=1e-5, rtol=1e-5)
 """}
 
 EACH = """
@@ -438,6 +445,11 @@ def test_state_dict_names():
     assert 'output.bias' in MultiHeadAttention(16, 4, bias=True).state_dict()
 
 
+@pytest.mark.parametrize('heads, words', [((64, 0), '^n_heads must be at least 1, got 0'), ((64, 8, 0), 'n_kv_heads must divide n_heads, got 0 and 8'), ((64, 8, 3), 'n_kv_heads .* 3 and 8')])
+def test_heads_that_cannot_be_are_named(heads, words):
+    with pytest.raises(ValueError, match=words): MultiHeadAttention(*heads)
+
+
 def test_gradients_numerically():
     layer = MultiHeadAttention(8, 2, 1, rotary=Rope(4), qk_norm=True, sinks=True, bias=True).double()
     x = random(9, (1, 4, 8))[0].requires_grad_()
@@ -487,25 +499,12 @@ def test_half_precision_stays_half(dtype):
     torch.testing.assert_close(half.float(), y, atol=0.05, rtol=0.05)
 
 
-# ---- the viewer ----
-
-@settings(max_examples=40)
-@given(st.lists(st.text(max_size=6), min_size=1, max_size=6), st.integers(1, 3))
-def test_any_tokens_make_a_page(tokens, H):
-    weights = torch.rand(H, len(tokens), len(tokens))
-    page = head_view(tokens, weights, [f'<h{i}>&"' for i in range(H)])
-    body = re.sub(r'<(style|script)[^>]*>.*?</\1>', '', page, flags=re.S)
-    assert isinstance(page, HeadView) and page.count('<script') == page.count('</script') == 2 and '<h0>' not in page
-    assert body.count('<svg') == H and 'hidden' in body
-    data = json.loads(re.search(r'application/json">(.*?)</script>', page, re.S)[1])
-    assert len(data['tokens']) == len(tokens) and data['names'] == [f'<h{i}>&"' for i in range(H)]
-    assert data['weights'] == (weights * 1000).round().int().tolist()
-
-
-def test_a_view_is_the_same_each_time_and_says_what_is_wrong():
-    assert head_view('abc', torch.eye(3)[None]) == head_view('abc', torch.eye(3)[None]) != head_view('abd', torch.eye(3)[None])
-    with pytest.raises(ValueError, match='2 tokens'): head_view('ab', torch.eye(3)[None])
-    with pytest.raises(ValueError, match='1 names'): head_view('abc', torch.eye(3).expand(2, 3, 3), ['one'])
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(sorted))
+def test_masks_and_positions_against_loops(segments):
+    g = torch.tensor([segments, segments])
+    T = len(segments)
+    assert document_mask(g)[1].tolist() == [[u <= t and segments[u] == segments[t] for u in range(T)] for t in range(T)]
+    assert document_positions(g)[0].tolist() == [t - segments.index(segments[t]) for t in range(T)]
 
 
 def test_weights_sum_to_one_or_less():

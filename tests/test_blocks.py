@@ -357,3 +357,25 @@ def test_init_weights_takes_its_randomness_from_the_generator():
 ], ids=range(13))
 def test_errors_say_what_they_got(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
+
+
+def test_rms_norm_by_hand_is_as_exact_in_half_precision_as_the_module():
+    x, weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).bfloat16() * 3, torch.linspace(0.5, 2, 48).bfloat16()
+    module = RMSNorm(48).bfloat16()
+    with torch.no_grad(): module.weight.copy_(weight)
+    exact = torch.nn.functional.rms_norm(x.double(), (48,), weight.double(), 1e-6)
+    rounding = (exact.bfloat16().double() - exact).abs().max()
+    for y in (rms_norm(x, weight), module(x)):
+        assert y.dtype == torch.bfloat16 and (y - exact).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize('parts', [dict(qk_norm=True), dict(norm_order='sandwich'), dict(norm_order='output')])
+def test_under_autocast_every_norm_takes_the_fused_path(parts, recwarn):
+    from llm_from_scratch.gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(23, 16, 32, 2, 4, norm='rmsnorm', positions='rope', bias=False, **parts))
+    ids = torch.arange(16)[None]
+    torch.set_warn_always(True)                  # else the first warning of a process is its last
+    try:
+        with torch.autocast('cpu', dtype=torch.bfloat16): model(ids, ids).backward()
+    finally: torch.set_warn_always(False)
+    assert not [str(w.message) for w in recwarn if 'fused' in str(w.message)]

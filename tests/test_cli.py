@@ -271,7 +271,7 @@ def test_a_story(call, quick):
     assert (err, status) == ('', 0) and out.startswith('Once upon a time ') and out.endswith('\n') and len(out) > 60 and cli.END not in out
     tokenizer = load_tokenizer('storyland')
     end = tokenizer.special_tokens[cli.END]
-    assert out == 'Once upon a time' + ''.join(stream(GPT.from_pretrained('storyland'), tokenizer, 'Once upon a time', 25, seed=3, start=[end], end_token=end)) + '\n'
+    assert out == 'Once upon a time' + ''.join(stream(GPT.from_pretrained('storyland'), tokenizer, 'Once upon a time', 25, seed=3, start=[end], end_tokens=end)) + '\n'
     other = call('generate', '--prompt', 'Once upon a time', '--seed', 4, *short)[0]
     assert call('generate', '--prompt', 'Once upon a time', '--seed', 3, *short)[0] == out != other
     assert call('generate', '--model', 'storyland', '--seed', 3, *short, given='Once upon a time\n')[0] == out
@@ -429,6 +429,15 @@ def test_the_best_weights_are_saved(data, call, tmp_path):
     from safetensors.torch import load_file
     saved, then = load_file(tmp_path/'run'/'model.safetensors'), load_file(tmp_path/'run'/f'step-{best:08d}'/'model.safetensors')
     assert all(saved[name].equal(tensor) for name, tensor in then.items())
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path):
+    "`floor` was the name of `min_lr_ratio`, in run.json and in files of settings."
+    run = {'data': 'data', 'shape': {'vocab_size': 9, 'context_length': 4, 'd_model': 4, 'n_layers': 1, 'n_heads': 1}, 'settings': {'steps': 9, 'floor': .1, 'betas': [.9, .95]}}
+    (tmp_path/'run.json').write_text(json.dumps(run), encoding='utf-8')
+    (tmp_path/'settings.json').write_text('{"floor": 0.2}', encoding='utf-8')
+    assert cli._run_defaults(['--resume', '--out', str(tmp_path)])['settings'] == {'steps': 9, 'min_lr_ratio': .1, 'betas': (.9, .95)}
+    assert cli._run_defaults(['--config', str(tmp_path/'settings.json')])['settings'] == {'min_lr_ratio': .2}
 
 
 def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path):

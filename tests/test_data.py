@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from llm_from_scratch import data
 from llm_from_scratch.data import (IGNORE, SOURCES, SPLITS, BatchLoader, BatchPlan, DownloadError, Source, TokenFile, TokenWriter, as_ids, check_ids, check_windows,
-                                   document_mask, document_positions, download, fingerprint, id_type, load_corpus, shuffle_index, slide, split_documents,
+                                   download, fingerprint, id_type, load_corpus, shuffle_index, slide, split_documents,
                                    split_text, windows)
 from llm_from_scratch.text import CharTokenizer, WordTokenizer
 
@@ -469,14 +469,6 @@ def test_documents_in_rows_against_brute_force(tmp_path_factory, docs, T, step):
                 expected = int(y[row, j]) if owner[start + j] == owner[start + j + 1] else IGNORE
                 assert int(y2[row, j]) == expected
         del x, y, x2, y2
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(sorted))
-def test_masks_and_positions_against_loops(segments):
-    g = torch.tensor([segments, segments])
-    T = len(segments)
-    assert document_mask(g)[1].tolist() == [[u <= t and segments[u] == segments[t] for u in range(T)] for t in range(T)]
-    assert document_positions(g)[0].tolist() == [t - segments.index(segments[t]) for t in range(T)]
 
 
 def test_batches_are_contiguous_int64_of_their_own(tmp_path):

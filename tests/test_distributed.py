@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_training import same_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from llm_from_scratch import training
 from llm_from_scratch.distributed import DataParallel, join_processes
 from llm_from_scratch.gpt import GPT, GPTConfig
-from llm_from_scratch.training import Callback, ProcessGroup, TrainConfig, Trainer, load_checkpoint, loader_for
+from llm_from_scratch.optim import clip_grad_norm
+from llm_from_scratch.training import OPTIMIZERS, Callback, ProcessGroup, TrainConfig, Trainer, gathered, load, load_checkpoint, loader_for, save, write_tensors
 
 INPUTS = ['imports:tests/together.py']
 ROOT = Path(training.__file__).parent.parent
@@ -56,6 +59,43 @@ def together(world, folder):
     Path(f'{folder}/rank{world.rank}.json').write_text(json.dumps(found))
 
 
+IDS = torch.randint(19, (4, 6), generator=torch.Generator().manual_seed(1))
+
+
+def in_parts(world, seed=0):
+    "A model, spread over the processes where there are several."
+    model = GPT(GPTConfig(19, 6, 8, 2, 2, positions='rope', norm='rmsnorm'), generator=torch.Generator().manual_seed(seed))
+    if world.size == 1: return model
+    mesh = init_device_mesh('cpu', (world.size,))
+    for block in model.blocks: fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def sharded(world, folder, one):
+    "What each of several processes does with its part of a model: train, save, read the file of one process, ask for the hidden states."
+    found = {}
+    for name in OPTIMIZERS:
+        model, config = in_parts(world), TrainConfig(steps=1, lr=1e-3, weight_decay=.1)
+        optimizers, norms = OPTIMIZERS[name](model, config), []
+        mine = IDS[world.rank * 4 // world.size:(world.rank + 1) * 4 // world.size]
+        for _ in range(3):
+            model(mine, mine.roll(-1, 1)).backward()
+            norms.append(float(gathered(clip_grad_norm(model.named_parameters(), .5))))
+            for o in optimizers: o.step(); o.zero_grad()
+        save(f'{folder}/{name}', model, optimizers, 3)
+        found[name] = {'norms': norms, 'weights': {n: gathered(p.detach()).tolist() for n, p in model.named_parameters()}}
+        other = in_parts(world, seed=1)
+        again = OPTIMIZERS[name](other, config)
+        assert load(f'{one}/{name}', other, again) == 3
+        save(f'{folder}/{name}-again', other, again, 3)
+        write_tensors(f'{folder}/{name}-weights{world.rank}', other.state_dict())
+        found[name]['hidden'] = other.hidden(IDS).tolist()
+        other(mine, mine.roll(-1, 1)).backward()                     # and it goes on
+        for o in again: o.step()
+    Path(f'{folder}/parts{world.rank}.json').write_text(json.dumps(found))
+
+
 def full_disk(*args): raise OSError(28, 'No space left on device')
 
 
@@ -64,11 +104,11 @@ def full_disk(*args): raise OSError(28, 'No space left on device')
 def found(request, tmp_path_factory, one_thread):
     "What one process has found, then each of two."
     folder = tmp_path_factory.mktemp('together')
+    (folder/'one').mkdir()
+    together(ProcessGroup(), folder/'one'); sharded(ProcessGroup(), folder/'one', folder/'one')
     env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, *request.param, Path(__file__).with_name('together.py'), folder], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    (folder/'one').mkdir()
-    together(ProcessGroup(), folder/'one')
     return folder, *(json.loads((folder/name).read_text()) for name in ('one/rank0.json', 'rank0.json', 'rank1.json'))
 
 
@@ -91,6 +131,26 @@ def test_a_stop_that_one_process_asks_for_reaches_all_with_the_next_step(found):
     _, one, *two = found
     assert one['ended'] == [['interrupted', 3]] * 2 and one['full'] == ['save error', 2]
     for each in two: assert each['ended'] == [['interrupted', 4]] * 2 and each['full'] == ['save error', 3]
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_model_in_parts_learns_what_a_whole_one_does(found, name):
+    "torch's FSDP: each process holds half of every weight, and of what the optimizer remembers of it."
+    folder = found[0]
+    one, *two = (json.loads((folder/file).read_text())[name] for file in ('one/parts0.json', 'parts0.json', 'parts1.json'))
+    for each in two:
+        np.testing.assert_allclose(each['norms'], one['norms'], rtol=1e-5)
+        for n, values in one['weights'].items(): np.testing.assert_allclose(each['weights'][n], values, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(each['hidden'], one['hidden'], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_parts_are_saved_as_the_whole_and_read_again(found, name):
+    folder = found[0]
+    whole_file = (folder/'one'/name).read_bytes()
+    assert (folder/f'{name}-again').read_bytes() == (folder/'one'/f'{name}-again').read_bytes() == whole_file and len((folder/name).read_bytes()) == len(whole_file)
+    weights = (folder/'one'/f'{name}-weights0').read_bytes()
+    assert (folder/f'{name}-weights0').read_bytes() == (folder/f'{name}-weights1').read_bytes() == weights
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

@@ -148,12 +148,13 @@ def experts(monkeypatch):
 
 def test_a_part_of_ones_own_gets_its_options_and_is_counted(experts):
     from dataclasses import replace
-    from llm_from_scratch.gpt import count_parameters, flops_per_token
+    from llm_from_scratch.costs import count_parameters, flops_per_token
+    from llm_from_scratch.gpt import blueprint
     config = GPTConfig(V, T, D, L, H, feed_forward='experts', d_ff=24, options={'experts': {'n_experts': 5}})
     assert GPT(config).blocks[0].feed_forward.up.shape == (5, 24, D)
-    assert count_parameters(config)['feed-forward'] == L * 5 * 24 * D
+    assert count_parameters(blueprint(config))['feed-forward'] == L * 5 * 24 * D
     more = replace(config, options={'experts': {'n_experts': 9}})
-    assert flops_per_token(more) == flops_per_token(config) and sum(count_parameters(more).values()) > sum(count_parameters(config).values())
+    assert flops_per_token(blueprint(more), T) == flops_per_token(blueprint(config), T) and sum(count_parameters(blueprint(more)).values()) > sum(count_parameters(blueprint(config)).values())
     some = replace(config, feed_forward='gelu', layers=({}, {'feed_forward': 'experts'}))
     assert [type(block.feed_forward).__name__ for block in GPT(some).blocks] == ['FeedForward', 'Experts'] * 2
     assert GPTConfig.from_json(some.to_json()) == some

@@ -1,9 +1,14 @@
 """The drawing helpers of the figures appendix."""
+import json, re
+
 import matplotlib
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
-from llm_from_scratch.figures import COLORS, SVG, heatmap, use_style
+from llm_from_scratch.figures import COLORS, SVG, HeadView, head_view, heatmap, use_style
 
 INPUTS = []
 
@@ -54,3 +59,29 @@ def test_a_heatmap_names_its_axes_and_writes_its_numbers():
 def test_a_heatmap_refuses_what_is_no_matrix():
     _, ax = plt.subplots()
     with pytest.raises(ValueError, match=r'shape \(3,\)'): heatmap(ax, [1, 2, 3])
+
+
+@settings(max_examples=20)
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=6), st.integers(1, 3))
+def test_any_tokens_make_a_page(tokens, H):
+    weights = np.random.default_rng(len(tokens)).random((H, len(tokens), len(tokens)))
+    page = head_view(tokens, weights, [f'<h{i}>&"' for i in range(H)])
+    body = re.sub(r'<(style|script)[^>]*>.*?</\1>', '', page, flags=re.S)
+    assert isinstance(page, HeadView) and page.count('<script') == page.count('</script') == 2 and '<h0>' not in page
+    assert body.count('<svg') == H and 'hidden' in body
+    data = json.loads(re.search(r'application/json">(.*?)</script>', page, re.S)[1])
+    assert len(data['tokens']) == len(tokens) and data['names'] == [f'<h{i}>&"' for i in range(H)]
+    assert data['weights'] == (weights * 1000).round().astype(int).tolist()
+
+
+def test_a_view_is_the_same_each_time_and_says_what_is_wrong():
+    assert head_view('abc', np.eye(3)[None]) == head_view('abc', np.eye(3)[None]) != head_view('abd', np.eye(3)[None])
+    with pytest.raises(ValueError, match='2 tokens'): head_view('ab', np.eye(3)[None])
+    with pytest.raises(ValueError, match='1 names'): head_view('abc', [np.eye(3)] * 2, ['one'])
+
+
+def test_a_view_takes_lists_arrays_and_tensors_of_any_kind():
+    torch = pytest.importorskip('torch')
+    weights = [[[1, 0], [.25, .75]]]
+    tensor = torch.tensor(weights, requires_grad=True)
+    assert head_view('ab', weights) == head_view('ab', np.array(weights, 'float32')) == head_view('ab', tensor) == head_view('ab', tensor.bfloat16())

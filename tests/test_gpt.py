@@ -1,7 +1,6 @@
 "Chapter 9 beyond its chapter: counts, memory, compilation."
 import copy, math, pickle
 from dataclasses import replace
-from itertools import accumulate
 
 import pytest
 import safetensors.torch
@@ -13,7 +12,8 @@ from torch.nn import functional as F
 from llm_from_scratch.attention import Cache
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
 from llm_from_scratch.bpe import EMBEDDED, load_tokenizer, model_folder
-from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig, MemoryEstimate, TiedHead, chunked_cross_entropy, count_parameters, estimate_memory, flops_per_token, model_card
+from llm_from_scratch.costs import count_parameters, memory_over_time
+from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig, TiedHead, blueprint, chunked_cross_entropy, model_card
 from llm_from_scratch.positions import POSITIONS, RopeScaling
 from llm_from_scratch.storyland import stories
 
@@ -45,15 +45,15 @@ choices = st.fixed_dictionaries(dict(
     tie_embeddings=st.booleans(), qk_norm=st.booleans(), sinks=st.booleans(), rope_scaling=st.sampled_from([None, ('linear', 2.0), ('yarn', 4.0, 16)])))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(choices)
 def test_any_configuration_survives_json_pickle_and_counting(choice):
     scaling = choice.pop('rope_scaling')
     config = GPTConfig(**choice, rope_scaling=scaling and RopeScaling(*scaling))
     assert GPTConfig.from_json(config.to_json()) == config
     assert pickle.loads(pickle.dumps(config)) == config and copy.deepcopy(config) == config
-    with torch.device('meta'), unchecked():
-        assert sum(p.numel() for p in GPT(config).parameters()) == sum(count_parameters(config).values())
+    with torch.device('meta'), unchecked(): made = GPT(config)
+    assert sum(p.numel() for p in made.parameters()) == sum(count_parameters(blueprint(config)).values())
 
 
 @pytest.mark.parametrize('bad, words', [
@@ -279,13 +279,6 @@ def test_chunked_loss_under_autocast_and_in_bfloat16():
     assert (w.grad - expected).norm() < 0.02 * expected.norm()
 
 
-def memory_over_time(f):
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: f()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == '[memory]']
-    return [*accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))]
-
-
 def test_chunked_loss_never_holds_all_logits():
     h, w = torch.randn(1024, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
     targets = torch.zeros(1024, dtype=torch.long)
@@ -298,51 +291,12 @@ def test_targets_that_do_not_fit(targets, error, words):
     with unchecked(), pytest.raises(error, match=words): chunked_cross_entropy(torch.zeros(3, 2), torch.zeros(9, 2), targets)
 
 
-# ---- what it costs ----
-
-PUBLISHED = {'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_030_080, 'gpt2-xl': 1_557_611_200, 'llama-260k': 260_032,
-             'llama-1.1b': 1_100_048_384, 'llama-2-7b': 6_738_415_616, 'llama-3-8b': 8_030_261_248, 'llama-3.2-1b': 1_235_814_400}
-
-
 @pytest.mark.parametrize('name', sorted(PRESETS))
-def test_counts_of_presets(name):
-    "The published number, or that of the model itself."
-    with unchecked():
-        expected = PUBLISHED.get(name) or sum(p.numel() for p in GPT(PRESETS[name]).parameters())
-        assert sum(count_parameters(PRESETS[name]).values()) == expected
-
-
-@pytest.mark.parametrize('name', ['nano', 'llama-260k', 'gpt2'])
-def test_a_card_says_how_many(name):
-    with unchecked(): assert f'{sum(count_parameters(PRESETS[name]).values()):,}' in model_card(PRESETS[name])
-
-
-@pytest.mark.parametrize('name', ['nano', 'small', 'gpt2', 'llama-1.1b', 'llama-260k'])
-def test_flops_against_torch(name):
-    from torch.utils.flop_counter import FlopCounterMode
-    config, T = replace(PRESETS[name], n_layers=2), 128
-    with torch.device('meta'), unchecked():
-        made, ids = GPT(replace(config, backend='manual')), torch.zeros(2, T, dtype=torch.long)
-        with FlopCounterMode(display=False) as training: made(ids, ids).backward()
-        with FlopCounterMode(display=False) as forward: made(ids)
-    assert abs(training.get_total_flops() / ids.numel() / flops_per_token(config, T) - 1) < 0.01
-    assert abs(forward.get_total_flops() / ids.numel() / flops_per_token(config, T, training=False) - 1) < 0.01
-
-
-@pytest.mark.parametrize('config, batch_size', [(PRESETS['nano'], 2), (PRESETS['tiny'], 4), (PRESETS['small'], 1), (PRESETS['llama-260k'], 1),
-                                                (GPTConfig(20_000, 128, 256, 2, 4), 1), (replace(PRESETS['tiny'], tie_embeddings=False, vocab_size=8_192), 1)])
-def test_memory_against_the_allocator(config, batch_size):
-    def train():
-        made = GPT(config)
-        optimizer, ids = torch.optim.AdamW(made.parameters(), fused=True), torch.zeros(batch_size, config.context_length, dtype=torch.long)
-        with unchecked():
-            for _ in range(2):
-                made(ids, ids).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    peak, estimate = max(memory_over_time(train)), estimate_memory(config, batch_size)
-    assert isinstance(estimate, MemoryEstimate) and abs(estimate.training / peak - 1) < 0.1
-    assert estimate.training == max(estimate.moments.values()) and estimate.inference == estimate.parameters + estimate.cache
+def test_the_card_says_the_count(name):
+    made = blueprint(PRESETS[name])
+    if PRESETS[name].tie_embeddings: assert made.head.multiplied() == made.token_embedding.weight.numel()
+    if PRESETS[name].n_layers > 12: pytest.skip('large ones take seconds, and are counted in test_costs.py')
+    assert f'{sum(p.numel() for p in made.parameters()):,}' in model_card(PRESETS[name], length=64)
 
 
 # ---- a model on disk ----

@@ -185,3 +185,52 @@ def test_the_tokenizer_at_the_front_needs_no_torch(installed):
     script = f'import sys; sys.path.insert(0, {str(installed)!r})\nfrom llm_from_scratch import BPETokenizer, stories\nassert not {{"torch", "llm_from_scratch.gpt"}} & set(sys.modules)'
     done = run(sys.executable, '-c', script, cwd=installed)
     assert done.returncode == 0, done.stderr
+
+
+# One small library ------------------------------------------------------------------------------------------------
+
+def tree(module): return ast.parse((ROOT/'llm_from_scratch'/f'{module}.py').read_text(encoding='utf-8'))
+
+
+def defined(module):
+    "The names without an underscore that a module defines itself."
+    for node in tree(module).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]: yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+
+
+def test_one_name_means_one_thing():
+    homes = {}
+    for module in MODULES:
+        for name in {*defined(module)}:
+            if not name.startswith('_') and (module, name) != ('training', 'World'): homes      # an alias, for stored experiments.setdefault(name, []).append(module)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_no_module_imports_a_private_name_of_another():
+    found = [f'{module}: {alias.name}' for module in MODULES for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('llm_from_scratch'))
+             for alias in node.names if alias.name.startswith('_') and alias.name != '__version__']
+    assert found == []
+
+
+def test_one_module_for_files():
+    "Nobody else replaces files, makes temporary ones beside them, or sums up bytes in a way of their own."
+    own = {'os.replace', 'zlib.crc32', 'hashlib.sha256', 'tempfile.mkstemp', 'difflib.get_close_matches'}
+    found = {f'{module}: {ast.unparse(node)}' for module in MODULES if module != 'files' for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute) and ast.unparse(node) in own}
+    assert found == {'cli: difflib.get_close_matches'}             # of a misspelled command, which is no field
+
+
+PUBLIC = {
+    'text': 'CharTokenizer SpacedWordTokenizer Tokenizer WordTokenizer clean deduplicate', 'bpe': 'BPETokenizer GPT2_PATTERN GPT4_PATTERN load_tokenizer',
+    'storyland': 'Preference SIZES Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',
+    'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c', 'constraints': 'Constraint',
+    'figures': 'COLORS FAINT INK graph_svg head_view heatmap use_style'}
+
+
+@pytest.mark.parametrize('module', PUBLIC)
+def test_the_public_names_are_few_and_have_examples(module):
+    public = next(ast.literal_eval(node.value) for node in tree(module).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__')
+    assert sorted(public) == PUBLIC[module].split()
+    without = [node.name for node in tree(module).body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public and '>>> ' not in (ast.get_docstring(node) or '')]
+    assert without == []

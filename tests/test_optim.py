@@ -273,7 +273,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
 def test_schedules_rise_to_the_peak_and_never_again(name, warmup, rest, peak, share):
     total, floor = warmup + rest, share * peak
     extra = {'decay': rest // 2} if name == 'wsd' else {}
-    rates = [SCHEDULES[name](step, total, peak=peak, warmup=warmup, floor=floor, **extra) for step in range(total + 5)]
+    rates = [SCHEDULES[name](step, total, peak=peak, warmup=warmup, min_lr_ratio=share, **extra) for step in range(total + 5)]
     for step in range(warmup): assert math.isclose(rates[step], peak * (step + 1) / (warmup + 1))
     if rest > 1: assert math.isclose(rates[warmup], peak)
     assert all(b <= a * (1 + 1e-9) for a, b in zip(rates[warmup:], rates[warmup + 1:]))
@@ -298,7 +298,7 @@ def test_schedules_against_transformers():
 
 
 def test_wsd_known_values():
-    rates = [wsd_schedule(step, 10, peak=1.0, warmup=3, decay=4, floor=0.2) for step in range(12)]
+    rates = [wsd_schedule(step, 10, peak=1.0, warmup=3, decay=4, min_lr_ratio=0.2) for step in range(12)]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]))
     assert wsd_schedule(79, 100, peak=1.0) == 1.0 > wsd_schedule(81, 100, peak=1.0)
 
@@ -307,7 +307,7 @@ def test_wsd_known_values():
 def test_schedules_refuse(schedule):
     with pytest.raises(ValueError, match='from 0'): schedule(-1, 10, peak=1.0)
     with pytest.raises(ValueError, match='does not fit'): schedule(0, 10, peak=1.0, warmup=11)
-    with pytest.raises(ValueError, match='floor'): schedule(0, 10, peak=1.0, floor=2.0)
+    with pytest.raises(ValueError, match='min_lr_ratio'): schedule(0, 10, peak=1.0, min_lr_ratio=2.0)
 
 
 def test_schedules_have_no_state():

@@ -8,7 +8,7 @@ from shapes import unchecked
 
 from llm_from_scratch import storyland
 from llm_from_scratch.storyland import (
-    FRIENDS, NUMBERS, PEOPLE, PLACES, SCENES, SIZES, SPLITS, START, THINGS, EntropyFloor, Event, Glass, Menu, Narrator, Option, Preference, Size, State, Step, Story, Task, World,
+    FRIENDS, NUMBERS, PEOPLE, PLACES, SCENES, REMAINDERS, SIZES, START, THINGS, EntropyFloor, Event, Glass, Menu, Narrator, Option, Preference, Size, State, Step, Story, Task, World,
     arithmetic, can_begin, continuations, cross_entropy_of, entropy, entropy_floor, follow, instructions, kl_divergence, labels, log_probability, narrator, preferences,
     questions, read, recall, split_of, stories, tell, walk)
 
@@ -344,7 +344,7 @@ def test_story_i_does_not_depend_on_n(seed, size, n, m):
 
 
 def test_splits_share_nothing_and_lose_nothing():
-    own = {split: {s.text for seed in range(3) for s in stories(60, seed, 'micro', split)} for split in SPLITS}
+    own = {split: {s.text for seed in range(3) for s in stories(60, seed, 'micro', split)} for split in REMAINDERS}
     assert all(own.values())
     assert all(split_of(text) == split for split, texts in own.items() for text in texts)
     assert sum(map(len, own.values())) == len(set.union(*own.values()))

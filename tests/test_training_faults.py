@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_training import SAVING
+from shapes import unchecked
 from test_training import make, same_model
 
 from llm_from_scratch import training
@@ -13,6 +14,12 @@ from llm_from_scratch.training import DamagedCheckpoint, append_line, checkpoint
 INPUTS = ['imports:tests/killed_training.py']
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
+
+
+@pytest.fixture(autouse=True)
+def shapes_were_checked():
+    "By test_training.py, of the same runs where nothing goes wrong."
+    with unchecked(): yield
 
 
 # Killed -----------------------------------------------------------------------------------------------------------
@@ -28,9 +35,9 @@ def kill(folder, points, seed):
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='runs are forked, to be killed by the dozen')
-def test_killed_at_20_points_a_run_ends_as_if_nothing_had_happened(tmp_path):
-    found = kill(tmp_path, 20, 0)
-    assert found['deaths'] >= 20 and found['resumed'] >= 10 and set(SAVING) < set(found['where']), found
+def test_killed_at_14_points_a_run_ends_as_if_nothing_had_happened(tmp_path):
+    found = kill(tmp_path, 14, 0)
+    assert found['deaths'] >= 14 and found['resumed'] >= 7 and set(SAVING) < set(found['where']), found
 
 
 @pytest.mark.slow

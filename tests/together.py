@@ -9,14 +9,16 @@ import os, socket, sys
 from pathlib import Path
 
 import torch
-from test_distributed import together
+from test_distributed import sharded, together
 
 from llm_from_scratch.distributed import join_processes
 from llm_from_scratch.training import ProcessGroup
 
 
 def meet(folder):
-    with join_processes('cpu') as world: together(world, folder)
+    with join_processes('cpu') as world:
+        together(world, folder)
+        sharded(world, folder, f'{folder}/one')
 
 
 def fork(folder, size=2):

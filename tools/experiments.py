@@ -10,6 +10,8 @@ import argparse, hashlib, inspect, json, os, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
+from machine import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS, RESULTS = ROOT/'nbs', ROOT/'nbs'/'results'
 MARK, SEEDS = '#| experiment', 3
@@ -53,8 +55,6 @@ def found(root=NBS):
 
 def store(experiment, runs, seconds):
     "Write the runs, and what they were made with, beside and rename."
-    sys.path.insert(0, str(ROOT/'benchmarks'))
-    from run import processor
     result = {'name': experiment.name, 'chapter': experiment.chapter, 'code': experiment.code, 'seeds': len(runs), 'seconds': round(seconds),
               'machine': f'{os.cpu_count()} cores, {processor()}', 'versions': {'python': sys.version.split()[0], **{p: version(p) for p in ('torch', 'numpy')}}, 'runs': runs}
     RESULTS.mkdir(exist_ok=True)

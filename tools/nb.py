@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import grow
+from machine import processor_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, WORK, LIBRARY = ROOT/'nbs', ROOT/'.work', ROOT/'llm_from_scratch'
@@ -120,17 +121,8 @@ def sources(nb):
 def environment():
     "What stored outputs depend on, besides the code."
     import torch
-    return {'system': platform.system(), 'processor': processor(), 'capability': os.environ.get('ONEDNN_MAX_CPU_ISA') or torch.backends.cpu.get_cpu_capability(),
+    return {'system': platform.system(), 'processor': processor_model(), 'capability': os.environ.get('ONEDNN_MAX_CPU_ISA') or torch.backends.cpu.get_cpu_capability(),
             'threads': torch.get_num_threads(), 'python': platform.python_version(), **{p: version(p).split('+')[0] for p in PACKAGES}}
-
-
-def processor():
-    "The processor's model: names such as `AMD EPYC` are worn by several, so Linux's numbers of family and model stand beside it."
-    sys.path.append(str(ROOT/'benchmarks'))
-    from run import processor as name
-    try: facts = dict(re.findall(r'^(cpu family|model)\s*: (\S+)$', Path('/proc/cpuinfo').read_text(), re.M))
-    except OSError: facts = {}
-    return ', '.join([name(), *(f'{k} {v}' for k, v in sorted(facts.items()))])
 
 
 def kernel_settings():
