@@ -3,6 +3,7 @@
 # %% ../nbs/figures.ipynb #bea917d8
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['COLORS', 'INK', 'FAINT', 'use_style', 'heatmap', 'graph_svg', 'pipeline']
+__all__ = ['COLORS', 'INK', 'FAINT', 'use_style', 'heatmap', 'graph_svg', 'head_view', 'pipeline']
 
 # %% ../nbs/figures.ipynb #b4613223
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -40,7 +41,14 @@ def _plots() -> Any:
     return matplotlib
 
 def use_style() -> None:
-    "Draw from here on in the book's style, as SVG in a notebook. Needs the `plots` extra."
+    """Draw from here on in the book's style, as SVG in a notebook. Needs the `plots` extra.
+
+    >>> import matplotlib
+    >>> with matplotlib.rc_context():
+    ...     use_style()
+    ...     matplotlib.rcParams["axes.facecolor"]
+    'none'
+    """
     matplotlib = _plots()
     matplotlib.rcParams.update(_STYLE)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
@@ -61,10 +69,15 @@ def heatmap(
     colorbar: bool = False,                     # draw the scale
     **imshow: Any,                              # passed on to `Axes.imshow`
 ) -> Any:
-    "Draw a matrix as colors with named axes; returns the image."
-    import numpy as np
-    if hasattr(matrix, "detach"): matrix = matrix.detach().cpu()           # a torch tensor
-    data = np.asarray(matrix, dtype=float)
+    """Draw a matrix as colors with named axes; returns the image.
+
+    >>> from matplotlib.figure import Figure
+    >>> ax = Figure().subplots()
+    >>> image = heatmap(ax, [[1, 2], [3, 4]], rows=["a", "b"], fmt=".0f")
+    >>> [text.get_text() for text in ax.texts]
+    ['1', '2', '3', '4']
+    """
+    data = _array(matrix)
     if data.ndim != 2: raise ValueError(f"a heat map shows a matrix, got shape {data.shape}")
     image = ax.imshow(data, **{"aspect": "auto", **imshow})
     for axis, what, names, n in ((ax.yaxis, "rows", rows, data.shape[0]),
@@ -78,6 +91,12 @@ def heatmap(
     ax.tick_params(length=0)
     for side in ax.spines.values(): side.set_visible(False)
     return image
+
+def _array(numbers: Any) -> Any:
+    "Nested lists, an array or a tensor of any device and kind as an array."
+    import numpy as np
+    if hasattr(numbers, "detach"): numbers = numbers.detach().cpu().double()   # a torch tensor
+    return np.asarray(numbers, dtype=float)
 
 def _write_numbers(ax: Axes, image: Any, data: Any, fmt: str) -> None:
     "Each number in its cell, dark on a light color and light on a dark one."
@@ -111,7 +130,12 @@ def graph_svg(
     width: int = 110,                         # of a node, in pixels
     colors: Mapping[str, str] | None = None,  # id -> color of its border
 ) -> SVG:
-    "Draw a directed graph without circles from left to right, inputs first."
+    """Draw a directed graph without circles from left to right, inputs first.
+
+    >>> picture = graph_svg({"a": "a = 2", "y": "y = a²"}, [("a", "y")])
+    >>> picture.count("<rect"), picture.count("marker-end")
+    (2, 1)
+    """
     unknown = [n for edge in edges for n in edge if n not in nodes]
     if unknown:
         raise ValueError(f"an edge names {unknown[0]!r}; the nodes are {list(nodes)}")
@@ -158,6 +182,213 @@ def _box(label: str, x: float, y: float, width: int, height: int, color: str) ->
                     f'fill="{INK}">{escape(row)}</text>' for i, row in enumerate(rows))
     return (f'<rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="6" fill="none" '
             f'stroke="{color}" stroke-width="1.4"/>{words}')
+
+# %% ../nbs/figures.ipynb #96f97dfd
+def _map_svg(weights: Any, name: str) -> str:
+    "A heat map as SVG: queries down, keys across; ten shades."
+    n = len(weights)
+    shades = (weights * 10).round().astype(int).tolist()
+    paths = [f'<rect class="hv-frame" width="{n}" height="{n}"/>']
+    for shade in range(1, 11):
+        cells = "".join(f"M{s} {t}h1v1h-1z" for t, row in enumerate(shades)
+                        for s, value in enumerate(row) if value == shade)
+        if cells: paths.append(f'<path d="{cells}" opacity="{shade / 10:g}"/>')
+    title = escape(f"{name}: queries down, keys across", quote=True)
+    return (f'<svg viewBox="0 0 {n} {n}" role="img" aria-label="{title}">{"".join(paths)}'
+            f'<rect class="hv-row" width="{n}" height="1"/></svg>')
+
+# %% ../nbs/figures.ipynb #38c1086f
+#| code-fold: true
+#| code-summary: "The style"
+_VIEW_STYLE = """<style>
+.head-view { --hv: 42 134 201; margin: 1.5rem 0; padding: 1px; color: inherit }
+.head-view .hv-maps { display: flex; flex-wrap: wrap; gap: .8rem }
+.head-view figure { flex: 1 1 7rem; max-width: 14rem; margin: 0; text-align: center }
+.head-view svg { display: block; width: 100%; height: auto }
+.head-view svg path { fill: rgb(var(--hv)) }
+.head-view .hv-frame { fill: none; stroke: currentColor; stroke-width: .15; opacity: .5 }
+.head-view .hv-row { fill: none; stroke: #d55e00; stroke-width: .35; display: none }
+.head-view.hv-on .hv-row { display: inline }
+.head-view figcaption { font-size: .85em; margin: .2rem 0 0; text-align: center }
+.head-view .hv-live { margin-top: 1rem }
+.head-view label { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem }
+.head-view input { flex: 1 1 12rem; min-height: 1.5rem }
+.head-view p { margin: .7rem 0 0; line-height: 1.9 }
+.head-view .hv-tokens { font-family: monospace; overflow-wrap: anywhere; cursor: pointer }
+.head-view .hv-tokens span { padding: .15em .28em; border-radius: .2em; white-space: pre }
+.head-view .hv-tokens .hv-here { outline: 2px solid #d55e00 }
+.head-view .hv-tokens .hv-most { text-decoration: underline; text-underline-offset: .2em }
+</style>"""
+
+# %% ../nbs/figures.ipynb #c9a9974a
+#| code-fold: true
+#| code-summary: "The script"
+_VIEW_SCRIPT = """<script>
+(function (root) {
+  if (!root) return;
+  const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
+  const live = root.querySelector('.hv-live'), slider = live.querySelector('input');
+  const said = live.querySelector('output'), make = (tag) => document.createElement(tag);
+  const strips = data.names.map((name) => {
+    const line = make('p'), most = make('span'), tokens = make('span'), title = make('b');
+    title.textContent = name;
+    tokens.className = 'hv-tokens';
+    data.tokens.forEach((token, s) => {
+      const one = make('span');
+      one.textContent = token;
+      one.addEventListener('click', () => { slider.value = s; show(s); });
+      tokens.append(one);
+    });
+    line.append(title, ' ', most, make('br'), tokens);
+    live.append(line);
+    return { most, spans: [...tokens.children] };
+  });
+  function show(t) {
+    const name = (s) => '\\u201c' + data.tokens[s] + '\\u201d at ' + s;
+    said.textContent = name(t);
+    slider.setAttribute('aria-valuetext', name(t));
+    root.querySelectorAll('.hv-row').forEach((row) => row.setAttribute('y', t));
+    strips.forEach(({ most, spans }, h) => {
+      const row = data.weights[h][t], best = row.indexOf(Math.max(...row));
+      const share = `reads ${name(best)} (${row[best] / 10} %)`;
+      most.textContent = row[best] ? share : 'reads nothing';
+      spans.forEach((span, s) => {
+        span.style.background = `rgb(var(--hv) / ${(row[s] || 0) / 1000 * 0.5})`;
+        span.className = (s === t ? 'hv-here ' : '') + (s === best && row[s] ? 'hv-most' : '');
+      });
+    });
+  }
+  slider.addEventListener('input', () => show(+slider.value));
+  live.hidden = false; root.classList.add('hv-on'); show(+slider.value);
+})(document.querySelector(".head-view:not(.hv-on)"));     // the next one on the page
+</script>"""
+
+# %% ../nbs/figures.ipynb #dc41dc9d
+class HeadView(str):
+    "A piece of HTML that a notebook shows as it is; written to a file, any browser does."
+    def _repr_html_(self) -> str: return str(self)
+
+
+def _data(tokens: Sequence[str], names: Sequence[str], weights: Any) -> str:
+    "What the script reads, as JSON that cannot end a script too early."
+    shown = [token.replace("\n", "⏎").replace(" ", "␣") or "∅" for token in tokens]
+    thousandths = (weights * 1000).round().astype(int).tolist()
+    data = {"tokens": shown, "names": list(names), "weights": thousandths}
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
+
+# %% ../nbs/figures.ipynb #66910183
+def head_view(
+    tokens: Sequence[str],                      # what stands at each position
+    weights: Any,                               # (heads, T, T): array or tensor
+    names: Sequence[str] | None = None,         # of the heads; by default "head 1", "head 2", …
+    position: int = -1,                         # who reads, until somebody else is chosen
+) -> HeadView:
+    """A page of attention weights: a heat map for each head; with JavaScript, what it reads.
+
+    >>> page = head_view(["a", "b"], [[[1, 0], [0.5, 0.5]]])
+    >>> page.count("<svg"), page.startswith('<div class="head-view">')
+    (1, True)
+    """
+    weights = _array(weights)
+    H, T, S = weights.shape
+    names = [f"head {h + 1}" for h in range(H)] if names is None else names
+    if (len(tokens), len(names)) != (T, H) or T != S:
+        raise ValueError(f"weights of shape {(H, T, S)} need as many tokens as rows and "
+                         "columns, and a name for each head, "
+                         f"got {len(tokens)} tokens and {len(names)} names")
+    data, start = _data(tokens, names, weights), range(T)[position]
+    maps = "".join(f"<figure>{_map_svg(w, name)}<figcaption>{escape(name)}</figcaption>"
+                   "</figure>" for w, name in zip(weights, names))
+    return HeadView(
+        f'<div class="head-view">{_VIEW_STYLE}<div class="hv-maps">{maps}</div>'
+        f'<div class="hv-live" hidden><label>Who reads: <input type="range" min="0" '
+        f'max="{T - 1}" value="{start}"> <output></output></label></div>'
+        f'<script type="application/json">{data}</script>{_VIEW_SCRIPT}</div>')
+
+# %% ../nbs/figures.ipynb #8dd02484
+def parts_of(module: Any) -> list[tuple[str, Any]]:
+    "Named submodules that do something of their own."
+    return [(name, child) for name, child in module.named_children()
+            if type(child).__name__ not in ("Dropout", "Identity", "ModuleList")]
+
+def count_weights(module: Any) -> int:
+    "How many parameters a module owns."
+    return sum(p.numel() for p in module.parameters())
+
+def _branches(block: Any) -> list[tuple[bool, list[tuple[str, Any]]]]:
+    "The stations of a block: whether it stands beside the stream, and its parts in order."
+    found = []
+    for kind in ("attention", "feed_forward"):
+        parts = [part for part in parts_of(block) if part[0].startswith(kind)]
+        if getattr(block, "order", "pre") == "post":       # the norm follows on the stream
+            found += [(True, parts[1:]), (False, parts[:1])]
+        else: found.append((True, parts))
+    return found
+
+# %% ../nbs/figures.ipynb #58670827
+def _part_box(x: int, y: int, name: str, module: Any, color: str) -> str:
+    "A box with the name of a part, and below it what it is and how large."
+    n = count_weights(module)
+    words = type(module).__name__ + (f" · {n:,}" if n else "")
+    return (f'<rect x="{x}" y="{y}" width="{330 - x}" height="36" rx="6" fill="none" '
+            f'stroke="{color}" stroke-width="1.4"/><g text-anchor="middle" fill="{INK}">'
+            f'<text x="{165 + x // 2}" y="{y + 15}" font-weight="bold">{name}</text>'
+            f'<text x="{165 + x // 2}" y="{y + 30}">{words}</text></g>')
+
+def _line(*points: tuple[int, int]) -> str:
+    "A line through the points, with a tip."
+    way = " L".join(f"{x},{y}" for x, y in points)
+    return f'<path d="M{way}" fill="none" stroke="{FAINT}" marker-end="url(#into)"/>'
+
+# %% ../nbs/figures.ipynb #9d0ae08c
+def _station(y: int, beside: bool, parts: list[tuple[str, Any]],
+             read: int | None = None) -> tuple[str, int]:
+    "A box on the stream, or a branch that reads (at height `read`) and adds; where it ends."
+    if not beside:
+        name, module = parts[0]
+        box = _part_box(20, y, name, module, COLORS[0])
+        return box + _line((50, y + 36), (50, y + 52)), y + 52
+    end = y + 46 * len(parts) + 22
+    color = COLORS[1] if parts[0][0].startswith("attention") else COLORS[2]
+    way = [(50, read), (75, read)] if read is not None else [(50, y + 18)]
+    drawn = [_line((50, y), (50, end)), _line(*way, (way[-1][0], y + 18), (100, y + 18)),
+             _line((215, end - 32), (215, end - 14), (59, end - 14)),
+             f'<text x="50" y="{end - 8}" text-anchor="middle" font-size="18">⊕</text>']
+    for i, (name, module) in enumerate(parts):
+        drawn.append(_part_box(100, y + 46 * i, name, module, color))
+        if i: drawn.append(_line((215, y + 46 * i - 10), (215, y + 46 * i)))
+    return "".join(drawn), end
+
+# %% ../nbs/figures.ipynb #ed54af57
+def model_svg(
+    model: Any,               # a torch module with `blocks` and a `norm` after them
+) -> SVG:
+    "Draw a model: the residual stream runs down on the left, through all the model holds."
+    outer, block = parts_of(model), _branches(next(iter(model.blocks)))
+    first = [name for name, _ in outer].index("norm")
+    y, drawn = 10, []
+    for beside, parts in [(False, [part]) for part in outer[:first]]:
+        svg, y = _station(y, beside, parts)
+        drawn.append(svg)
+    top, y = y, y + 12
+    together = getattr(model.blocks[0], "order", "pre").startswith("parallel")
+    for beside, parts in block:
+        svg, y = _station(y, beside, parts, top + 30 if together else None)
+        drawn.append(svg)
+    drawn.append(f'<rect x="6" y="{top}" width="338" height="{y - top + 6}" rx="10" '
+                 f'fill="none" stroke="{FAINT}" stroke-dasharray="5 4"/>'
+                 f'<text x="350" y="{(top + y) // 2}" font-size="15">'
+                 f'× {len(model.blocks)}</text>' + _line((50, y), (50, y + 20)))
+    y += 20
+    for part in outer[first:]:
+        svg, y = _station(y, False, [part])
+        drawn.append(svg)
+    return SVG(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 390 {y + 4}" width="390" '
+            f'height="{y + 4}" font-family="Helvetica, Arial, sans-serif" font-size="12" '
+            'fill="#222222"><defs><marker id="into" markerWidth="8" markerHeight="8" refX="7" '
+            'refY="4" orient="auto"><path d="M0,1 L7,4 L0,7" fill="none" stroke="#8a8a8a"/>'
+            f'</marker></defs>{"".join(drawn)}</svg>')
 
 # %% ../nbs/figures.ipynb #a1f00002
 def label(
