@@ -67,8 +67,8 @@ class TinyGPT(nn.Module):
     torch.Size([1, 3, 10])
     """
 
-    def __init__(self, vocab_size: int, context_length: int, d_model: int = 96,
-                 n_layers: int = 3, n_heads: int = 3) -> None:
+    def __init__(self, vocab_size: int, context_length: int, d_model: int = 128,
+                 n_layers: int = 2, n_heads: int = 4) -> None:
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"n_heads must divide d_model, got {n_heads} and {d_model}")
@@ -80,7 +80,7 @@ class TinyGPT(nn.Module):
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight          # tied: one table for both
         for p in self.parameters():
-            if p.ndim == 2: nn.init.normal_(p, std=0.02)
+            if p.ndim == 2: nn.init.normal_(p, std=0.05)
 
     def forward(self, ids: Tensor) -> Tensor:          # (B, T) -> (B, T, V)
         "Logits. Raises ValueError for more tokens than the context holds."
@@ -99,44 +99,71 @@ def sample(
     n: int,                                 # how many tokens to add
     *,
     temperature: float = 1.0,               # 0: always the most probable token
-    context_length: int = 128,              # how far back the model may look
+    context_length: int | None = None,      # how far back to look; None: as the model
     generator: torch.Generator | None = None,
 ) -> list[int]:                             # the prompt and what was added
-    "Autoregressive sampling: draw the next token, append it, and read again."
+    """Autoregressive sampling: draw the next token, append it, and read again.
+
+    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_layers=1, n_heads=2)
+    >>> len(sample(model, [1, 2], 5))
+    7
+    """
     ids = list(ids)
     if not ids: raise ValueError("a prompt needs at least one token")
+    window = model.context_length if context_length is None else context_length
     for _ in range(n):
-        logits = model(torch.tensor([ids[-context_length:]]))[0, -1]
+        logits = model(torch.tensor([ids[-window:]]))[0, -1]
         if temperature == 0: ids.append(int(logits.argmax())); continue
         chance = (logits / temperature).softmax(-1)
         ids.append(int(torch.multinomial(chance, 1, generator=generator)))
     return ids
 
 # %% ../nbs/00_tour.ipynb #970df87f
-def batch(ids: Tensor, rows: int, length: int, generator: torch.Generator | None = None,
-          ) -> tuple[Tensor, Tensor]:       # inputs and targets, (rows, length) each
-    "Random pieces of a text, and the same pieces shifted by one token."
-    if len(ids) <= length: raise ValueError(f"{len(ids)} tokens are too few for {length} + 1")
-    starts = torch.randint(len(ids) - length, (rows, 1), generator=generator)
-    pieces = ids[starts + torch.arange(length + 1)]
+def batch(
+    ids: Tensor,                            # the text, (N,)
+    rows: int,                              # how many pieces
+    length: int,                            # tokens in a piece, T
+    *,
+    starts: Tensor | None = None,           # where pieces may begin; None: anywhere
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:                 # inputs and targets, (rows, T) each
+    """Random pieces of a text, and the same pieces shifted by one token.
+
+    >>> inputs, targets = batch(torch.arange(100), rows=2, length=5)
+    >>> bool((targets == inputs + 1).all())
+    True
+    """
+    if starts is None: starts = torch.arange(len(ids) - length)
+    starts = starts[starts + length < len(ids)]
+    if not len(starts):
+        raise ValueError(f"{len(ids)} tokens are too few for pieces of {length} + 1")
+    chosen = starts[torch.randint(len(starts), (rows, 1), generator=generator)]
+    pieces = ids[chosen + torch.arange(length + 1)]
     return pieces[:, :-1], pieces[:, 1:]
 
 
 def train(
     model: TinyGPT,                         # trained in place
     ids: Tensor,                            # the text, (N,)
-    steps: int = 700,
+    steps: int = 900,
     *,
-    rows: int = 12,                         # pieces of text in a batch
-    lr: float = 7e-3,                       # the highest learning rate
+    starts: Tensor | None = None,           # where pieces may begin; None: anywhere
+    rows: int = 10,                         # pieces of text in a batch
+    lr: float = 5e-3,                       # peak learning rate
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[int, float]]:           # after each step: its number, and its loss
-    "Teach the model to guess the next token: AdamW, warm-up, linear decay, clipping."
+    """Teach the model to guess the next token: AdamW, warm-up, linear decay, clipping.
+
+    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_layers=1, n_heads=2)
+    >>> [step for step, loss in train(model, torch.arange(10).repeat(9), steps=3)]
+    [1, 2, 3]
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 50, 1 - (step - 1) / steps)
-        inputs, targets = batch(ids, rows, model.context_length, generator)
+        inputs, targets = batch(ids, rows, model.context_length, starts=starts,
+                                generator=generator)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()                     # backpropagation: a gradient for each parameter

@@ -68,18 +68,26 @@ def test_no_position_sees_a_later_one():
 
 
 def test_a_batch_is_the_text_and_the_text_shifted_by_one():
-    inputs, targets = batch(TEXT, 5, 16, torch.Generator().manual_seed(0))
+    inputs, targets = batch(TEXT, 5, 16, generator=torch.Generator().manual_seed(0))
     assert inputs.shape == targets.shape == (5, 16)
     assert torch.equal((inputs + 1) % 11, targets) and len({*inputs[:, 0].tolist()}) > 1
 
 
 class Fixed(torch.nn.Module):
     "The same probabilities, whatever comes in."
+    context_length = 4
+
     def __init__(self, *p):
         super().__init__()
         self.logits = torch.tensor(p).log()
 
     def forward(self, ids): return self.logits.expand(1, ids.shape[1], -1)
+
+
+def test_pieces_begin_where_they_may():
+    starts = torch.tensor([5, 300, 430])                       # the last one is too near the end
+    inputs, _ = batch(TEXT, 50, 16, starts=starts)
+    assert {*inputs[:, 0].tolist()} == {5 % 11, 300 % 11}
 
 
 def test_sampling_follows_the_probabilities_and_its_generator():
