@@ -12,6 +12,7 @@ import ast
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -201,8 +202,10 @@ def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, A
 
 def uses(cells: list[Cell]) -> tuple[set[str], set[str]]:
     "What the code of a notebook imports from the library, and the attributes that it asks of anything but a module."
-    texts = [MAGIC.sub(r"\1pass", directives(source(c))[1]) for c in cells if c["cell_type"] == "code"]
-    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    nodes: list[ast.AST] = []
+    for text in (MAGIC.sub(r"\1pass", source(c)) for c in cells if c["cell_type"] == "code"):
+        with suppress(SyntaxError):                          # a cell of another language
+            nodes += ast.walk(ast.parse(text))
     imported = {a.name for n in nodes if isinstance(n, ast.ImportFrom) and f"{n.module}.".startswith(f"{LIBRARY}.") for a in n.names}
     modules = {a.asname or a.name.partition(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
     return imported, {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", None) not in modules}
