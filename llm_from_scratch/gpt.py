@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .attention import BACKENDS, Cache, MultiHeadAttention
 from llm_from_scratch.blocks import (

@@ -6,9 +6,9 @@ from __future__ import annotations
 import base64, importlib.util, json, logging, math, os, random, secrets
 import shutil, signal, statistics, struct, time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from io import BufferedIOBase
