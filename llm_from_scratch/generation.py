@@ -420,6 +420,10 @@ class TokenConstraint(Protocol):
         "The state after a token."
         ...
 
+    def is_complete(self, state: int) -> bool:
+        "May the text end here?"
+        ...
+
     def can_continue(self, state: int, remaining: int) -> bool:
         "Can anything follow, with so many tokens left?"
         ...

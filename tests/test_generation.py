@@ -399,10 +399,11 @@ class Rising:
     def prepare(self, sampler, max_new_tokens): return self
     def mask(self, logits, state, remaining, end_token=None): logits[:state] = -math.inf
     def advance(self, state, token): return token + 1
+    def is_complete(self, state): return True
     def can_continue(self, state, remaining): return state < 40
 
 
-def test_any_object_with_the_four_methods_can_constrain():
+def test_any_object_with_the_five_methods_can_constrain():
     assert isinstance(Rising(), TokenConstraint) and isinstance(Constraint('a', CharTokenizer.train(['a'])), TokenConstraint) and not isinstance('a', TokenConstraint)
     rows = generate(opinionated(), RAGGED, 20, constraint=Rising())
     assert all(row == sorted(set(row)) for row in rows) and len({*map(tuple, rows)}) == 4
