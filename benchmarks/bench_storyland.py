@@ -1,5 +1,5 @@
 """Storyland's stream: how fast stories are told, by one core, from a cold start."""
-import itertools, sys, time
+import sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

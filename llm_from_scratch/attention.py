@@ -514,19 +514,19 @@ class Cache:
             heads = attend(q, keys, values, mask=mask, window=window,
                            position_bias=position_bias, **scoring)
         else:
-            at, bias = self._once(_last, where, q.shape[2]), None
-            if mask is None: mask = self._once(visible, at, where, window)
+            bias, T = None, q.shape[2]
+            if mask is None: mask = self._once(_last_visible, where, T, window)
             if position_bias is not None:
-                bias = self._once(position_bias.between, at, where, q.dtype)
+                bias = self._once(_last_bias, where, T, position_bias, q.dtype)
             heads = attention(q, keys, values, mask, bias=bias, **scoring)
         if window is not None and not masked: self.forget(layer, window - 1)
         return heads
 
     def _once(self, make: Callable[..., Tensor], *given: Any) -> Tensor:
         "What the first layer makes of some positions, and the others use."
-        key = make, *(id(x) if isinstance(x, Tensor) else x for x in given)
-        if key not in self._shared: self._shared[key] = make(*given), given
-        return self._shared[key][0]
+        key = make, *given                              # a tensor is found as itself
+        if key not in self._shared: self._shared[key] = make(*given)
+        return self._shared[key]
 
     def _where(
         self, layer: Any, positions: Tensor | None, k: Tensor, n_keys: int,
@@ -597,7 +597,12 @@ def _joined(before: Tensor, new: Tensor, n_rows: int) -> Tensor:
     return torch.cat([before.expand(n_rows, -1), new.expand(n_rows, -1)], 1)
 
 
-def _last(positions: Tensor, n: int) -> Tensor: return positions[:, -n:]
+def _last_visible(keys: Tensor, n: int, window: int | None) -> Tensor:
+    return visible(keys[:, -n:], keys, window)
+
+
+def _last_bias(keys: Tensor, n: int, position_bias: Alibi, dtype: torch.dtype) -> Tensor:
+    return position_bias.between(keys[:, -n:], keys, dtype)
 
 
 def _latest(positions: Tensor, n: int) -> Tensor:

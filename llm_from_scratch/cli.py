@@ -175,7 +175,8 @@ def _say(*words: Any, end: str = "\n") -> None:
 
 def _note(text: str) -> None:
     "Something for a person to know, beside the results."
-    print(f"llmfs: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"llmfs: {text}\n")
+    sys.stderr.flush()
 
 def _speak_utf8() -> None:
     "UTF-8 in pipes and files; in another encoding, an escape for what it does not have."

@@ -247,5 +247,6 @@ def memory_over_time(f: Callable[[], Any]) -> list[int]:
     "Bytes in use on the CPU after each allocation while f runs, beyond those before."
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: f()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    profiler: Any = seen.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     return [*accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))]

@@ -290,11 +290,10 @@ def _check_sampler(s: Sampler) -> None:
     need(sorted(s.order) == sorted(PROCESSORS), "order", f"made of {', '.join(PROCESSORS)}")
 
 # %% ../nbs/13_generation.ipynb #cb3e35ef
-def _places(pads: Sequence[int], T: int, S: int, device: torch.device) -> Tensor:
-    "Positions of the last T of S columns, @eq-generation-padding; (T,) if none is padded."
+def _places(pads: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+    "Positions of the last T of S columns, @eq-generation-padding; (T,) if no row is padded."
     columns = torch.arange(S - T, S, device=device)
-    if not any(pads): return columns
-    return (columns - torch.tensor(pads, device=device)[:, None]).clamp(min=-1)
+    return columns if pads is None else (columns - pads[:, None]).clamp(min=-1)
 
 # %% ../nbs/13_generation.ipynb #9306a23a
 class SimpleCache(Cache):
@@ -313,15 +312,17 @@ class SimpleCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         "Append new keys and values; give back all that are kept."
         state, n = self.state(layer), k.shape[2]
-        keys, values = state.get("keys", k[:, :, :0]), state.get("values", v[:, :, :0])
-        start, end = state.get("span", (0, 0))                  # the part that is in use
+        if "span" not in state:
+            state.update(keys=k[:, :, :0], values=v[:, :, :0], span=(0, 0))
+        keys, values, (start, end) = state["keys"], state["values"], state["span"]
         if end + n > keys.shape[2]:
             keys, values = (_with_room(x[:, :, start:end], n) for x in (keys, values))
             start, end = 0, end - start
-        span = start, end + n
-        keys[:, :, end : end + n], values[:, :, end : end + n] = k, v
-        state["keys"], state["values"], state["span"] = keys, values, span
-        return keys[:, :, slice(*span)], values[:, :, slice(*span)]
+            state["keys"], state["values"] = keys, values
+        stop = end + n
+        keys[:, :, end:stop], values[:, :, end:stop] = k, v
+        state["span"] = start, stop                             # the part that is in use
+        return keys[:, :, start:stop], values[:, :, start:stop]
 
     def forget(self, layer: Any, n: int) -> None:
         "Drop all but the last n positions of each row; perhaps later, never sooner."
@@ -371,7 +372,7 @@ class _Reader:
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.cache: Any = None
         self.starts: list[int] = []                    # where the part of each row begins
-        self.pads: list[int] = []
+        self.pads: Tensor | None = None                # columns before each row; None: no pads
         self.columns = 0                               # positions that the cache holds
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
@@ -382,8 +383,9 @@ class _Reader:
         texts = [tuple(row[start:]) for row, start in zip(rows, starts)]
         once = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         longest = max(map(len, once))
-        self.pads, self.columns = [longest - len(text) for text in once], 0
-        logits = self._read([[0] * pad + list(text) for pad, text in zip(self.pads, once)])
+        pads, self.columns = [longest - len(text) for text in once], 0
+        self.pads = torch.tensor(pads, device=self.device) if any(pads) else None
+        logits = self._read([[0] * pad + list(text) for pad, text in zip(pads, once)])
         if len(once) == len(texts): return logits
         shared = [once[text] for text in texts]        # a text of several rows was read once
         self._fan_out(shared)
@@ -400,7 +402,7 @@ class _Reader:
 
     def _fan_out(self, rows: Sequence[int]) -> None:
         if self.cache is not None: self.cache.reorder(rows)
-        self.pads = [self.pads[row] for row in rows]
+        if self.pads is not None: self.pads = self.pads[torch.tensor(rows, device=self.device)]
 
     def reorder(self, rows: Sequence[int]) -> None:
         "Row i goes on from where row `rows[i]` is."
@@ -444,6 +446,7 @@ class TokenConstraint(Protocol):
 
     def is_complete(self, state: int) -> bool:
         "May the text end here?"
+        ...
 
     def can_continue(self, state: int, remaining: int) -> bool:
         "Can anything follow, with so many tokens left?"

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .attention import BACKENDS, Cache, MultiHeadAttention
 from llm_from_scratch.blocks import (
@@ -332,7 +331,8 @@ class GPT(nn.Module):
         x = self.token_embedding(ids)
         if self.config.embedding_scale != 1: x = x * self.config.embedding_scale
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions.clamp(min=0))
+            x = x + self.position_embedding(positions if positions.ndim == 1
+                                            else positions.clamp(min=0))    # -1: padding
         x = self.embedding_dropout(x)
         for block in self.blocks: x = block(x, positions, mask, cache)
         return self.norm(x)

@@ -432,7 +432,7 @@ def _bias(n_heads: int, n_queries: int, n_keys: int, device: torch.device,
     return (-slopes[:, None, None] * distance).to(dtype)
 
 @lru_cache(maxsize=2)                          # H · T · S numbers: keep few
-def _cached_bias(*key) -> Tensor:
+def _cached_bias(*key: Any) -> Tensor:
     with torch.inference_mode(False): return _bias(*key)
 
 # %% ../nbs/06_positions.ipynb #6038ec52

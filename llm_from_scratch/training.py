@@ -6,9 +6,9 @@ from __future__ import annotations
 import base64, importlib.util, json, logging, math, os, random, secrets
 import shutil, signal, statistics, struct, time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from io import BufferedIOBase
@@ -525,7 +525,8 @@ def write_tensors(
 
 def gathered(tensor: Tensor) -> Tensor:
     "A tensor of which each process may hold a part; then all call this together."
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    spread: Any = tensor
+    return spread.full_tensor() if is_sharded(tensor) else tensor
 
 def is_sharded(tensor: Tensor) -> bool:
     "Whether it is one of torch's `DTensor`s, spread over processes."
@@ -1476,9 +1477,10 @@ def load(
     llm_from_scratch.training.DamagedCheckpoint: the file is damaged, or \
 was not written by `save`: it has no readable header
     """
-    is_path, optimizers = isinstance(file, (str, os.PathLike)), _several(optimizer)
-    name = Path(file).name if is_path else "the file"
-    state = _read_saved(Path(file).read_bytes() if is_path else file.read(), name)
+    if isinstance(file, (str, os.PathLike)):
+        name, data = Path(file).name, Path(file).read_bytes()
+    else: name, data = "the file", file.read()
+    state, optimizers = _read_saved(data, name), _several(optimizer)
     _check_shapes(model.state_dict(), state["model"], name)
     if optimizers:
         settings = [*state["settings"].values()]
@@ -1554,7 +1556,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     data = {"tokens": len(loader.ids), "batch_size": plan.batch_size,
             "shuffle": plan.shuffle, "context_length": loader.context_length,
             "seed": int(plan._seed[0])}
-    config = getattr(trainer.model, "config", None)
+    config: Any = getattr(trainer.model, "config", None)
     shape = json.loads(config.to_json()) if hasattr(config, "to_json") else {}
     return {"config": asdict(trainer.config), "data": data, "model": shape}
 

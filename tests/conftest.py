@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
 def of_chapter(item):
     "Whether a test belongs to the notebook CHAPTER: the test file of its module, or a parameter that is it."
     name, module = CHAPTER.partition('_')[2] or CHAPTER, Path(item.fspath).stem.removeprefix('test_')
-    values = getattr(item, 'callspec', None) and item.callspec.params.values() or ()
+    values = item.callspec.params.values() if hasattr(item, 'callspec') else ()
     return module == name or module.startswith(f'{name}_') or any(CHAPTER in (getattr(v, 'stem', ''), getattr(v, 'chapter', ''), Path(str(v)).stem) for v in values)
 
 

@@ -5,7 +5,6 @@ first test that uses a shared fixture pays for it. Only the run as a whole is me
 """
 import os, re, time
 from collections import defaultdict
-from pathlib import Path
 
 import nb
 import pytest

@@ -404,6 +404,8 @@ def test_a_cache_is_called_once_a_layer_and_its_mask_made_once(monkeypatch):
         positions += 3                                                       # in place, as a decoding loop with fixed memory does
         positions[1, 0] = -1
     assert cache.state(1)['positions'].tolist() == [[0, 1, 2, 3, 4, 5], [-1, 0, 1, -1, 3, 4]]
+    for _ in range(6): model(torch.zeros(2, 3).long(), positions=positions, cache=cache)
+    assert len(cache._shared) <= 2                                           # nothing of earlier passes is kept
 
 
 def test_positions_that_all_rows_share_and_none():

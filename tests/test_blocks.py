@@ -12,7 +12,7 @@ from llm_from_scratch import blocks
 from llm_from_scratch.attention import MultiHeadAttention
 from llm_from_scratch.blocks import (ACTIVATIONS, FEED_FORWARDS, NORMS, ORDERS, Block, FeedForward, GatedFeedForward, GeGLU, LayerNorm,
                                      RMSNorm, SwiGLU, init_weights, layer_norm, matched_width, rms_norm)
-from llm_from_scratch.tensors import Embedding, Linear, seed_all
+from llm_from_scratch.tensors import Embedding, seed_all
 
 INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -345,11 +345,28 @@ def test_methods_of_private_layers_belong_to_the_public_class(tmp_path):
     assert names["Walker.twice"].doc == "The upper." and names["Walker.stop"].anchor == "api-Walker"
 
 
-def test_symbol_index_says_where_names_are_defined_and_used(rich):
+def test_symbol_index_says_where_names_are_defined(rich):
     page = nbfilter.symbol_index(rich.root / "nbs")
     entry = page[page.index("[`area`]"):page.index("[`Shape`]")]
-    assert "The area of a circle." in entry and "01_one.ipynb#api-area" in entry and "used in [chapter 2](02_two.ipynb)" in entry
+    assert "The area of a circle. [Built in [chapter 1](01_one.ipynb#api-area).]" in entry
     assert "secret" not in page
+
+
+@pytest.mark.parametrize("text, used", [
+    ("#| export\nfrom llm_from_scratch.one import area", {"area"}),
+    ("from llm_from_scratch import area as a, Shape\nShape().grow()", {"area", "Shape", "Shape.grow"}),
+    ("%timeit f()\ndef f():\n    from llm_from_scratch.one import Shape", {"Shape"}),
+    ("from llm_from_scratch.one import Shape\nimport torch, pens.big as pens\ntorch.grow()\npens.grow(1)", {"Shape"}),
+    ("from torch.one import area\nfrom llm_from_scratch_too import Shape\nfrom .one import area", set()),
+    ("import torch\ntorch.area(Shape, area)\n'area'", set()),
+])
+def test_a_name_is_used_where_it_is_imported_from_the_library(tmp_path, text, used):
+    book = Folder(tmp_path)
+    book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code(EXPORT + "    def forward(self) -> None: ...\n"), code("from llm_from_scratch.one import area"))
+    book.notebook("nbs/02_two.ipynb", markdown("# Two\n\n`area` and `Shape.grow` are spoken of."), code("%%bash\nls -l"), code(text))
+    names = nbfilter.symbols(tmp_path / "nbs")
+    nbfilter.count_uses(names, tmp_path / "nbs")
+    assert {name: symbol.used for name, symbol in names.items()} == {n: ["02_two"] * (n.removesuffix(".forward") in used) for n in ("area", "Shape", "Shape.grow", "Shape.forward")}
 
 
 # The frame of the site --------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from llm_from_scratch.bpe import BPETokenizer
-from llm_from_scratch.evaluation import (KINDS_OF_WORDS, Cloze, Evaluation, LMEvalAdapter, _Requests, bits_per_byte, bootstrap_interval, calibration, cloze, continue_greedily,
-                                         document_losses, encode_pair, end_id, evaluate_text, evaluating, kind_of, kl_terms, kl_to_world, leak_bound, log_likelihoods,
+from llm_from_scratch.evaluation import (KINDS_OF_WORDS, Cloze, Evaluation, LMEvalAdapter, bits_per_byte, bootstrap_interval, calibration, cloze, continue_greedily,
+                                         document_losses, encode_pair, evaluate_text, evaluating, kind_of, kl_terms, kl_to_world, leak_bound, log_likelihoods,
                                          longest_copy, next_words, ngram_overlap, perplexity, rank_answers, read_rows, token_bytes, token_losses, window_plan)
 from llm_from_scratch.gpt import GPT, GPTConfig
-from llm_from_scratch.storyland import SIZES, continuations, narrator, recall, stories
+from llm_from_scratch.storyland import SIZES, stories
 from llm_from_scratch.text import SPACED_PATTERN, CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
 INPUTS = []

@@ -3,7 +3,6 @@ import json
 
 import experiments
 import pytest
-from conftest import ROOT
 
 EXPERIMENTS = experiments.found()
 

@@ -233,7 +233,7 @@ def test_the_whole_context_can_be_used_and_not_a_token_more():
     with pytest.raises(ValueError, match='context of 11, the model has 10'): generate(model, [[1, 2, 3]], 9)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ['learned', 'alibi', 'window', 'grouped'])
 @settings(max_examples=10)
 @given(data=st.data())
 def test_a_cache_changes_nothing(name, data):

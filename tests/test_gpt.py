@@ -68,6 +68,15 @@ def test_impossible_configurations(bad, words):
     with pytest.raises(ValueError, match=words): GPTConfig(**{**good, **bad})
 
 
+def test_exceptions_of_layers_survive_json():
+    slow = RopeScaling('linear', 2.0)
+    config = GPTConfig(8, 8, 16, 2, 4, positions='rope', rope_scaling=RopeScaling('yarn', 4.0, 8), layers=({'rope_scaling': slow, 'window': 3}, {}))
+    again = GPTConfig.from_json(config.to_json())
+    assert again == config and again.layer(0).rope_scaling == slow and isinstance(again.layers[0]['rope_scaling'], RopeScaling)
+    with pytest.raises(ValueError, match="no field 'widow': did you mean 'window'"): GPTConfig.from_json(config.to_json().replace('"window": 3', '"widow": 3'))
+    with pytest.raises(ValueError, match="no field 'factr': did you mean 'factor'"): GPTConfig.from_json(config.to_json().replace('"factor": 2.0', '"factr": 2.0'))
+
+
 def test_frozen_and_open_widths():
     config = PRESETS['nano']
     with pytest.raises(AttributeError): config.d_model = 3

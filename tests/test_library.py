@@ -177,7 +177,7 @@ def test_what_the_package_offers_is_what_its_modules_have():
     said = ast.parse((ROOT/'llm_from_scratch'/'__init__.py').read_text(encoding='utf-8'))
     typed = {alias.name for n in ast.walk(said) if isinstance(n, ast.ImportFrom) and n.level for alias in n.names}
     assert typed == set(package.__all__)                               # what type checkers see
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"): package.nothing
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"): print(package.nothing)
 
 
 def test_the_tokenizer_at_the_front_needs_no_torch(installed):
@@ -204,7 +204,7 @@ def test_one_name_means_one_thing():
     homes = {}
     for module in MODULES:
         for name in {*defined(module)}:
-            if not name.startswith('_') and (module, name) != ('training', 'World'): homes      # an alias, for stored experiments.setdefault(name, []).append(module)
+            if not name.startswith('_') and (module, name) != ('training', 'World'): homes.setdefault(name, []).append(module)   # World: an alias, for stored experiments
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 

@@ -401,9 +401,9 @@ def test_every_public_name_is_documented_and_typed():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_adamw_and_muon_against_torch_on_a_gpu():
-    for ours, theirs, settings in ((AdamW, torch.optim.AdamW, {}), (AdamW, torch.optim.AdamW, {'fused': True}), (Muon, torch.optim.Muon, {})):
+    for ours, theirs, more in ((AdamW, torch.optim.AdamW, {}), (AdamW, torch.optim.AdamW, {'fused': True}), (Muon, torch.optim.Muon, {})):
         a, b = ([nn.Parameter(p.detach().cuda()) for p in parameters([(64, 48), (16, 16)])] for _ in range(2))
-        optimizers = ours(a, lr=0.01, **settings), theirs(b, lr=0.01, **settings)
+        optimizers = ours(a, lr=0.01, **more), theirs(b, lr=0.01, **more)
         for step in range(50):
             for p, q in zip(a, b): p.grad = torch.full_like(p, math.sin(step)) + p.detach(); q.grad = p.grad.clone()
             for optimizer in optimizers: optimizer.step()

@@ -1,11 +1,11 @@
 """Every house rule finds what it forbids, and leaves alone what it does not."""
-import json, shutil, subprocess, sys
+import json, re, shutil, subprocess, sys
 
 import check
 import pytest
 from conftest import ROOT
 
-INPUTS = ['tools/check.py', 'settings.ini']
+INPUTS = ['tools/check.py', 'settings.ini', 'pyproject.toml']
 STORED = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'stored_with': {'python': '3.11'}}
 IMAGE = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>', 'text/plain': '<Figure>'}}
 
@@ -26,7 +26,7 @@ class Maker:
     "Builds a small book in a folder and says what a rule finds in it."
     def __init__(self, root):
         self.root = root
-        self.write('settings.ini', (ROOT/'settings.ini').read_text(encoding='utf-8'))
+        for name in ('settings.ini', 'pyproject.toml'): self.write(name, (ROOT/name).read_text(encoding='utf-8'))
         self.write('llm_from_scratch/__init__.py', '__version__ = "0.1.0"\n')
         self.write('references.bib', '@article{sennrich2016,\n title={Subwords}}\n')
         self.contents('nbs/01_x.ipynb')
@@ -44,6 +44,12 @@ class Maker:
         for i, cell in enumerate(cells): cell.setdefault('id', f'{i:08x}')
         nb = {'cells': [{**c, 'source': c['source'].splitlines(True)} for c in cells], 'metadata': metadata, 'nbformat': 4, 'nbformat_minor': 5}
         return self.write(f'nbs/{name}.ipynb', json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
+
+    def library(self, *cells):
+        "The module of `cells` as the exporter writes it, with a list of what is public."
+        written = [(i, cell['source'].removeprefix('#| export\n')) for i, cell in enumerate(cells) if cell['source'].startswith('#| export\n')]
+        public = re.findall(r'^(?:def|class) ([a-zA-Z]\w*)', '\n'.join(source for _, source in written if '@patch' not in source), re.M)
+        return self.write('llm_from_scratch/x.py', ''.join([f'__all__ = {public}\n', *(f'\n# %% ../nbs/01_x.ipynb #{i:08x}\n{source}\n' for i, source in written)]))
 
     def finds(self, rule): return list(check.RULES[rule](check.Book(self.root)))
 
@@ -67,39 +73,43 @@ CHECK = code('assert half(4) == 2')
 FIGURE = '#| label: fig-x-a\n#| fig-cap: "Does it rise?"\n#| fig-alt: "A rising line."\nplot()'
 
 BROKEN = [
-    ('names', [code(DEFINED.replace('    "Half of `x`."\n', '')), CHECK], ['cell 0', '`half` has no docstring']),
-    ('names', [code(DEFINED.replace('x: int', 'x')), CHECK], ['cell 0', 'type of x']),
-    ('names', [code(DEFINED.replace(' -> int', '')), CHECK], ['type of return']),
-    ('names', [code(DEFINED.replace('x: int', 'x: int, *rest')), CHECK], ['type of rest']),
+    ('ruff', [code(DEFINED.replace('    "Half of `x`."\n', '')), CHECK], ['cell 0: line 2', 'Missing docstring', '(D103)', 'add one sentence']),
+    ('ruff', [code(DEFINED.replace('x: int', 'x')), CHECK], ['cell 0: line 2', '`x` (ANN001); annotate it']),
+    ('ruff', [code(DEFINED.replace(' -> int', '')), CHECK], ['return type', '`half`']),
+    ('ruff', [code(DEFINED.replace('x: int', 'x: int, *rest')), CHECK], ['`*rest` (ANN002)']),
     ('names', [code(DEFINED), code('print(half(4))')], ['no check uses `half`']),
     ('names', [code(DEFINED), code('half(4) == 2')], ['no check uses `half`']),
     ('names', [code(CLASS), code('assert Box(3).value == 3')], ['no check uses `Box.open`']),
-    ('names', [code(CLASS.replace('        "What is inside."\n', '')), code('assert Box(3).open() == 3')], ['`Box.open` has no docstring']),
-    ('names', [code(CLASS), code(HEIR.replace('open', 'shut')), code('assert Box(3).open() == Lid(3).shut()')], ['`Lid.shut` has no docstring']),
-    ('names', [code(CLASS.replace('value: int', 'value')), code('assert Box(3).open() == 3')], ['`Box.__init__`', 'type of value']),
-    ('names', [code(CLASS), code('#| export\n@patch\ndef shut(self: Box):\n    "Close it."'), code('assert Box(3).open() == 3; assert Box(3).shut() is None')], ['`Box.shut`', 'return']),
+    ('ruff', [code(CLASS.replace('        "What is inside."\n', '')), code('assert Box(3).open() == 3')], ['cell 0: line 5', 'public method (D102)']),
+    ('ruff', [code(CLASS), code(HEIR.replace('open', 'shut')), code('assert Box(3).open() == Lid(3).shut()')], ['cell 1: line 4', 'public method (D102)']),
+    ('ruff', [code(CLASS.replace('value: int', 'value')), code('assert Box(3).open() == 3')], ['cell 0: line 4', '`value` (ANN001)']),
+    ('ruff', [code(CLASS), code('#| export\n@patch\ndef shut(self: Box):\n    "Close it."'), code('assert Box(3).open() == 3; assert Box(3).shut() is None')], ['cell 1: line 3', 'return type', '`shut`']),
     ('names', [code(DEFINED.replace('    return', '    if x < 0: raise ValueError(x)\n    return')), code('print(half(4))')], ['no check uses `half`']),
     ('names', [code(DEFINED), code('def tried(x):\n    try: return half(x)\n    except TypeError: return 0')], ['no check uses `half`']),
     ('exported', [code('#| export\nassert 1 + 1 == 2')], ['would run on import']),
     ('exported', [code('#| export\nfor i in range(3): table[i] = i')], ['would run on import']),
-    ('exported', [code('#| export\nfrom math import *')], ['name what is imported']),
-    ('exported', [code('#| export\ndef f(): print("hello")')], ['prints']),
-    ('exported', [code('#| export\ndef f(x): assert x > 0')], ['raise ValueError']),
+    ('ruff', [code('#| export\nfrom math import *')], ['cell 0: line 2', '(F403); name what is imported']),
+    ('ruff', [code('#| export\ndef f(): print("hello")')], ['cell 0: line 2', '`print` found']),
+    ('ruff', [code('#| export\ndef f(x): assert x > 0')], ['cell 0: line 2', '(S101); raise ValueError']),
     ('exported', [code('#| export\ndef f(: pass')], ['does not parse']),
-    ('vacuous', [code('x == 2\nprint(x)')], ['line 1', 'asserts nothing']),
+    ('ruff', [code('x == 2\nprint(x)')], ['cell 0: line 1', 'Pointless comparison']),
     ('vacuous', [code('#| timing\nf(x) == 2;')], ['line 2', 'asserts nothing']),
-    ('vacuous', [code('for x in y: x > 0')], ['asserts nothing']),
-    ('vacuous', [code('def f():\n    a == b and c\n    return 1')], ['asserts nothing']),
+    ('ruff', [code('for x in y: x > 0')], ['Pointless comparison']),
+    ('ruff', [code('def f():\n    a == b and c\n    return 1')], ['cell 0: line 2', 'useless expression']),
     ('vacuous', [code('torch.allclose(a, b)\nx')], ['asserts nothing']),
-    ('vacuous', [code('not broken\nx')], ['asserts nothing']),
+    ('ruff', [code('not broken\nx')], ['useless expression']),
     ('vacuous', [code('assert True')], ['asserts a constant']),
-    ('vacuous', [code('assert (x == 1, "message")')], ['tuple']),
+    ('ruff', [code('assert (x == 1, "message")')], ['non-empty tuple']),
     ('vacuous', [code('assert x == x')], ['with itself']),
-    ('vacuous', [code('y = 1\nassert x == 1 and y == 2 or z')], ['line 2', '`x == 1 and y == 2` is joined to `or`']),
-    ('vacuous', [code('#| timing\n%matplotlib inline\nassert all(z or "é" in x and\n           (y == 2) for x in zs)', stream('1'))], ['line 3', 'is joined to `or`']),
-    ('vacuous', [code('assert (x == 1  # ) or (\n        and y or z)')], ['line 1', 'is joined to `or`']),
+    ('vacuous', [code('assert a.b[0] is a.b[0]')], ['with itself']),
+    ('ruff', [code('y = 1\nassert x == 1 and y == 2 or z')], ['line 2', 'Parenthesize `a and b`']),
+    ('ruff', [code('#| timing\n%matplotlib inline\nassert all(z or "é" in x and\n           (y == 2) for x in zs)', stream('1'))], ['line 3', 'Parenthesize `a and b`']),
+    ('ruff', [code('assert (x == 1  # ) or (\n        and y or z)')], ['line 1', 'Parenthesize `a and b`']),
     ('vacuous', [code('with pytest.raises((TypeError, Exception)): f()')], ['line 1', 'any error']),
     ('vacuous', [code('def test_it():\n    x = f(1)\n    print(x)')], ['`test_it` asserts nothing']),
+    ('ruff', [code('import math')], ['cell 0: line 1', '`math` imported but unused (F401); Remove unused import']),
+    ('ruff', [code('def f(): return undefined_name')], ['Undefined name `undefined_name`']),
+    ('ruff', [code('def f(: pass')], ['cell 0', 'invalid-syntax']),
     ('figures', [code('plot()', IMAGE)], ['without a label', 'fig-x-']),
     ('figures', [code(FIGURE.replace('#| fig-alt: "A rising line."\n', ''), IMAGE)], ['fig-x-a', 'no alt text']),
     ('figures', [code(FIGURE.replace('#| fig-cap: "Does it rise?"\n', ''), IMAGE)], ['fig-x-a', 'no caption']),
@@ -141,7 +151,7 @@ BROKEN = [
 ]
 
 FINE = [
-    ('names', [code(CLASS), code(HEIR), code('assert Box(3).open() > Lid(3).open()')]),          # the base class says what it does
+    ('names', [code(CLASS), code(HEIR), code('assert Box(3).open() > Lid(3).open()')]),
     ('names', [code(DEFINED), CHECK]),
     ('names', [code(DEFINED), code('def promise(f):\n    assert f(4) == 2'), code('promise(half)')]),
     ('names', [code(DEFINED), code('try: half("4")\nexcept TypeError as e: print(e)')]),
@@ -149,15 +159,18 @@ FINE = [
     ('names', [code('#| export\ndef _private(x): return x\nclass _Hidden:\n    def open(self): return 1')]),
     ('names', [code('def shown_only(x): return x')]),
     ('exported', [code('#| export\n"A module."\nimport math\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING: import torch\nSIZE: int = 3\n' + DEFINED[10:])]),
-    ('exported', [code('print("not exported"); assert 1 < 2')]),
-    ('exported', [code('#| export\nimport sys\ndef f(): print("x", file=sys.stderr)')]),
+    ('ruff', [code('print("not exported"); assert 1 < 2')]),
     ('vacuous', [code('x = 2\nx == 2')]),
     ('vacuous', [code('assert x == 2\nassert f(1) == f(1)\nassert x != x')]),
     ('vacuous', [code('def test_it():\n    holds(f)\n\ndef holds(f):\n    assert f(1) == 1')]),
     ('vacuous', [code('%timeit f()\nx == 2')]),
-    ('vacuous', [code('assert (x == 1 and y == 2) or z\nassert "é" in x or (  # why\n    (a) and b\n)\nassert x and (y or z) and f(a and b, c or d)\nassert "a and b or c" in x')]),
-    ('vacuous', [code('if a and b or c: f()\nassert f(1) == 1')]),
+    ('ruff', [code('x = y = z = 1\nassert (x == 1 and y == 2) or z\nassert "é" in x or (  # why\n    (x) and y\n)\nassert x and (y or z) and min(x and y, y or z)\nassert "a and b or c" in x')]),
     ('vacuous', [code('with pytest.raises(Exception, match="too many"): f()\nwith pytest.raises((KeyError, ValueError)): f()')]),
+    ('ruff', [code('x = 2\nx == 2'), code('%timeit x\nx == 2')]),
+    ('ruff', [code(DEFINED), CHECK]),
+    ('ruff', [code(CLASS), code('class Box(Box):\n    def shut(self): return 0'), code('from __future__ import annotations')]),
+    ('ruff', [code('#| export\ndef _private(x: int) -> int: return x\nclass _Hidden:\n    def open(self) -> int: return 1'), code('def shown_only(x): return x')]),
+    ('ruff', [code('#| export\nfrom jaxtyping import Float\nfrom torch import Tensor\ndef f(x: Float[Tensor, "B T d"], y: Float[Tensor, "D"]) -> None:\n    "Nothing."')]),
     ('figures', [code(FIGURE, IMAGE)]),
     ('figures', [code('#| hide\nplot()', IMAGE)]),
     ('figures', [code('#| code-summary: "Solution"\n#| fig-alt: "A line."\nplot()', IMAGE)]),
@@ -180,12 +193,26 @@ def ids(cases): return [f"{c[0]}-{i}" for i, c in enumerate(cases)]
 
 @pytest.mark.parametrize('rule, cells, words', BROKEN, ids=ids(BROKEN))
 def test_the_rule_finds(book, rule, cells, words):
+    if rule == 'ruff': book.library(*cells)
     found = book.notebook(*cells).finds(rule)
     assert found and all(any(w in sentence for sentence in found) for w in words), found
 
 
 @pytest.mark.parametrize('rule, cells', FINE, ids=ids(FINE))
-def test_the_rule_leaves_alone(book, rule, cells): assert book.notebook(*cells).finds(rule) == []
+def test_the_rule_leaves_alone(book, rule, cells):
+    if rule == 'ruff': book.library(*cells)
+    assert book.notebook(*cells).finds(rule) == []
+
+
+def test_a_fault_in_a_class_that_grew_is_found_in_the_cell_that_wrote_it(book):
+    grown = '#| export\nclass Box(Box):\n    def shut(self): return 0'
+    book.notebook(code(CLASS), code(grown)).library(code(CLASS + '\n    def shut(self): return 0'))
+    found = book.finds('ruff')
+    assert len(found) == 2 and all(f.startswith('01_x: cell 1: line 3: ') for f in found), found
+
+
+def test_ruff_that_cannot_run_is_no_pass(book):
+    one(book.write('pyproject.toml', '[tool.ruff.lint]\nselect = ["no-such-rule"]\n').finds('ruff'), 'ruff did not run', 'no-such-rule')
 
 
 def test_every_rule_is_tried_both_ways():
@@ -201,11 +228,11 @@ def test_a_sentence_that_code_will_write_is_no_code_to_the_reader(book):
 # Tests under the rules --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, words', [
-    ('def test_a():\n    f(1) == 1\n', 'asserts nothing'), ('def test_a():\n    f(1)\n', '`test_a` asserts nothing'), ('def test_a():\n    assert True\n', 'constant'), ('def test_a():\n    subprocess.run(["false"], check=False)\n', 'asserts nothing'),
+    ('def test_a():\n    f(1) == 1\n', 'Pointless comparison'), ('def test_a():\n    f(1) == 1\n', 'asserts nothing'), ('def test_a():\n    f(1)\n', '`test_a` asserts nothing'), ('def test_a():\n    assert True\n', 'constant'), ('def test_a():\n    subprocess.run(["false"], check=False)\n', 'asserts nothing'),
     ('import pytest\ndef test_a():\n    pytest.skip()\n    assert x\n', 'without a reason'), ('import pytest\n@pytest.mark.skip\ndef test_a(): assert x\n', 'without a reason'),
-    ('import pytest\n@pytest.mark.skipif(x, reason="")\ndef test_a(): assert x\n', 'without a reason'), ('def test_a():\n    assert f(1) == 1 and "é" in x or f(2)\n', 'joined to `or`')])
+    ('import pytest\n@pytest.mark.skipif(x, reason="")\ndef test_a(): assert x\n', 'without a reason'), ('def test_a():\n    assert f(1) == 1 and "é" in x or f(2)\n', 'Parenthesize `a and b`')])
 def test_tests_are_held_to_the_rule(book, text, words):
-    found = book.write('tests/test_x.py', text).finds('vacuous')
+    found = book.write('tests/test_x.py', text).finds('vacuous') + book.finds('ruff')
     assert any(f.startswith('tests/test_x.py: line') and words in f for f in found), found
 
 

@@ -1,6 +1,5 @@
 "Chapter 1 beyond its chapter: random formulas, extreme scores, exchange with torch.nn, errors, devices."
 import copy, inspect, logging, math, random, sys
-from itertools import product
 
 import numpy as np
 import pytest

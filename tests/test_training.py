@@ -1,5 +1,5 @@
 "The trainer against the bare loop, one process against two, checkpoints against the safetensors library."
-import io, json, logging, math, os, sys
+import io, json, logging, math, sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +27,14 @@ ROOT = Path(training.__file__).parent.parent
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 
 
-def make(folder=None, d_model=8, dropout=.2, validation=True, parts={}, **settings):
+def make(folder=None, d_model=8, dropout=.2, validation=True, parts=None, **settings):
     "A small trainer, the same each time."
     config = TrainConfig(**{'steps': 6, 'batch_size': 4, 'lr': .01, 'precision': 'float32', 'eval_batches': 2, **settings})
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=19, context_length=6, d_model=d_model, n_layers=1, n_heads=2, dropout=dropout))
     ids = np.random.default_rng(0).integers(0, 19, 300)
     held_out = loader_for(config, ids[:80], 6, shuffle=False) if validation else None
-    return Trainer(model, config, loader_for(config, ids, 6), held_out, folder, world=ProcessGroup(), **parts)
+    return Trainer(model, config, loader_for(config, ids, 6), held_out, folder, world=ProcessGroup(), **(parts or {}))
 
 
 def same_model(a, b):

@@ -146,7 +146,7 @@ def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = Fa
     note = assets.ensure()
     if note:
         print(note, file=sys.stderr)
-    use_quarto = quarto == "yes" or quarto == "auto" and shutil.which("quarto") is not None
+    use_quarto = quarto == "yes" or (quarto == "auto" and shutil.which("quarto") is not None)
     stamp, state = root / ".cache" / f"{site.name}.stamp", fingerprint(book, formats) + f" {use_quarto} {draft}"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (site / "index.html").exists():
         return False

@@ -10,13 +10,10 @@ A rule is a function below with `@rule`; the docstring is its reason, printed wh
 """
 import ast, json, os, re, subprocess, sys, tempfile
 from collections import Counter
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-
-from nbfilter import grows
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = 'llm_from_scratch'
@@ -34,6 +31,9 @@ def rule(check):
     "Register a house rule: a function from a `Book` to sentences `where: what is wrong; how to mend it`."
     RULES[check.__name__] = check
     return check
+
+
+WRITTEN = re.compile(r'# %% \S*/(?P<page>\w+)\.ipynb #(?P<id>\w+)')       # the line that nbdev writes above each exported cell
 
 
 # What is read -----------------------------------------------------------------------------------------------------
@@ -176,75 +176,54 @@ def plain(text):
     return re.sub(r'(`+)(?!`)(.+?)(?<!`)\1(?!`)', ' ', text)
 
 
+# Ruff -------------------------------------------------------------------------------------------------------------
+
+MEND = {'D': 'add one sentence that says what it does', 'ANN': 'annotate it', 'S101': 'raise ValueError or TypeError naming the value', 'T201': 'return the text, or use `logging`',
+        'F403': 'name what is imported'}
+
+
+@rule
+def ruff(book):
+    "Ruff finds none of the faults that pyproject.toml lists, such as a name that nothing defines or a comparison that nobody looks at: a machine sees in a second what a reader stumbles over."
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format=json', '--exit-zero'], cwd=book.root, capture_output=True, text=True, encoding='utf-8')
+    if done.returncode: yield f'pyproject.toml: ruff did not run: {done.stderr.strip()}; mend what it names, or let `make check` install it'
+    for fault in json.loads(done.stdout or '[]'):
+        code, fix = fault['code'], (fault['fix'] or {}).get('message')
+        mend = next((mend for start, mend in MEND.items() if code.startswith(start)), fix or f'`ruff rule {code}` says why')
+        yield f"{place(book, fault)}: {fault['message']} ({code}); {mend}"
+
+
+def place(book, fault):
+    "Where a fault of ruff's stands: in a file, in a cell, or in the cell that wrote this line of the library."
+    path, row = Path(fault['filename']).resolve().relative_to(book.root), fault['location']['row']
+    if path.suffix == '.ipynb': return f"{path.stem}: cell {fault['cell'] - 1}: line {row}"
+    lines = book.texts[path.as_posix()].splitlines()[:row]
+    above = [m for m in map(WRITTEN.match, lines) if m]
+    if above:
+        cells = [c for c in book.pages.get(above[-1]['page'], []) if c.exported and lines[-1] in c.source.splitlines()]
+        cells.sort(key=lambda c: c.raw.get('id') != above[-1]['id'])                  # a class that grew has lines of several cells
+        if cells: return f'{cells[0].where}: line {cells[0].source.splitlines().index(lines[-1]) + 1}'
+    return f'{path.as_posix()}: line {row}'
+
+
 # Names ------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Name:
-    "A public function, class or method, and where it is defined."
-    name: str
-    node: ast.AST
-    cell: Cell
-
-
-def public_names(book) -> Iterator[Name]:
-    "What `#| export` makes part of the library's interface; the methods of a private class are not."
+def public_names(book):
+    "What `#| export` makes part of the library's interface, as pairs of name and cell; the methods of a private class are not."
     for cell in book.code:
-        if not cell.directives & {'export', 'exports'} or cell.tree is None: continue
-        for node in cell.tree.body:
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
-            owner = patched_class(node)
-            if node.name.startswith('_') and not (owner and node.name.startswith('__')) or owner.startswith('_'): continue
-            yield Name(f'{owner}.{node.name}' if owner else node.name, node, cell)
-            if isinstance(node, ast.ClassDef):
-                for child in node.body:
-                    if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and (is_dunder(child.name) or not child.name.startswith('_')):
-                        yield Name(f'{node.name}.{child.name}', child, cell)
-
-
-def decorators(node): return {ast.unparse(d).partition('(')[0].rpartition('.')[2] for d in node.decorator_list}
-
-
-def patched_class(node):
-    "The class that fastcore's `@patch` adds this function to, or nothing."
-    if isinstance(node, ast.ClassDef) or not decorators(node) & {'patch', 'patch_to'} or not node.args.args: return ''
-    return ast.unparse(node.args.args[0].annotation or ast.Name('')).strip('"\'')
-
-
-def is_dunder(name): return name.startswith('__') and name.endswith('__')
-
-
-def untyped(node, is_method):
-    "The parameters without a type, and `return`."
-    args = node.args
-    named = args.posonlyargs + args.args + args.kwonlyargs + [a for a in (args.vararg, args.kwarg) if a]
-    if is_method and 'staticmethod' not in decorators(node): named = named[1:] if args.posonlyargs + args.args else named
-    missing = [a.arg for a in named if a.annotation is None]
-    return missing + (['return'] if node.returns is None and node.name != '__init__' else [])
+        if cell.directives & {'export', 'exports'} and cell.tree:
+            for node in (n for n in cell.tree.body if hasattr(n, 'name') and not n.name.startswith('_')):
+                yield node.name, cell
+                yield from ((f'{node.name}.{n.name}', cell) for n in node.body if isinstance(node, ast.ClassDef) and hasattr(n, 'name') and not n.name.startswith('_'))
 
 
 @rule
 def names(book):
-    "Public names have a docstring, types and a check: someone who imports the library never saw the chapter, and a name no check uses may be wrong unseen."
-    checked, public = checked_names(book), list(public_names(book))
-    documented = {it.name for it in public if ast.get_docstring(it.node)}
-    bases = {it.name: {ast.unparse(base) for base in it.node.bases} for it in reversed(public) if isinstance(it.node, ast.ClassDef)}
-    for it in public:
-        method, last = '.' in it.name, it.name.rpartition('.')[2]
-        if 'overload' in decorators(it.node): continue
-        if isinstance(it.node, ast.ClassDef) and grows(it.node): continue                       # its first statement has the docstring
-        if not ast.get_docstring(it.node) and not is_dunder(last) and not overrides(it.name, documented, bases): yield f'{it.cell.where}: `{it.name}` has no docstring; add one sentence that says what it does'
-        if not isinstance(it.node, ast.ClassDef):
-            missing = untyped(it.node, method)
-            if missing: yield f"{it.cell.where}: `{it.name}` does not say the type of {', '.join(missing)}; annotate it"
-        called_as = it.name.partition('.')[0] if last == 'forward' else last        # a module's `forward` is run by calling the module
-        if not is_dunder(last) and called_as not in checked:
-            yield f'{it.cell.where}: no check uses `{it.name}`; assert something about it in the chapter or in tests/'
-
-
-def overrides(name, documented, bases):
-    "Whether a method says what the method of a base class says it does; Python's `help` shows that one's docstring."
-    owner, _, method = name.partition('.')
-    return method != '' and any(f'{base}.{method}' in documented for base in bases.get(owner, ()))
+    "Public names have a check: a name no check uses may be wrong unseen."
+    checked = checked_names(book)
+    for name, cell in public_names(book):
+        called_as = name.removesuffix('.forward').rpartition('.')[2]               # a module's `forward` is run by calling the module
+        if called_as not in checked: yield f'{cell.where}: no check uses `{name}`; assert something about it in the chapter or in tests/'
 
 
 def checked_names(book):
@@ -264,7 +243,7 @@ def identifiers(tree):
 def checks(tree, checkers=frozenset()):
     "Whether some statement in here can fail a test: an assertion, an expected error, a call of a function that asserts."
     for node in walk(tree):
-        if isinstance(node, ast.Assert) or isinstance(node, ast.Raise) and 'AssertionError' in ast.unparse(node): return True
+        if isinstance(node, ast.Assert) or (isinstance(node, ast.Raise) and 'AssertionError' in ast.unparse(node)): return True
         if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_(call|output)$', called(node))): return True
         if isinstance(node, ast.keyword) and node.arg == 'check' and getattr(node.value, 'value', False) is True: return True    # subprocess.run(..., check=True)
     return shows_an_error(tree)
@@ -290,28 +269,15 @@ def checking_functions(trees):
         found |= more
 
 
-def has_call(node): return any(isinstance(n, (ast.Call, ast.Await)) for n in walk(node))
-
-
 COMPARING = {'equal', 'allclose', 'isclose', 'array_equal', 'isinstance', 'issubclass'}
 
 
-def is_comparison(node):
-    "An expression that is true or false and does nothing else."
-    if isinstance(node, ast.BoolOp): return any(map(is_comparison, node.values))
-    if isinstance(node, ast.UnaryOp): return isinstance(node.op, ast.Not)
-    return isinstance(node, ast.Compare) or isinstance(node, ast.Call) and called(node) in COMPARING
-
-
-def dropped_comparisons(tree, shown=None):
-    "Comparisons whose result nobody looks at; `shown` is the expression that the notebook displays."
-    return [n for n in walk(tree) if isinstance(n, ast.Expr) and n is not shown and is_comparison(n.value)]
-
-
-def displayed(cell):
-    "The last expression of a cell, unless a semicolon hides it."
-    last = cell.tree.body[-1] if cell.tree.body else None
-    return None if cell.body.rstrip().endswith(';') else last
+def dropped_comparisons(tree, text):
+    "Comparisons whose result nobody looks at and that ruff does not know: calls, and the last line of a cell where a semicolon hides it."
+    hidden = tree.body[-1:] if text.rstrip().endswith(';') else []
+    shown = [] if hidden else tree.body[-1:]
+    for n in (n for n in walk(tree) if isinstance(n, ast.Expr) and n not in shown):
+        if (isinstance(n.value, ast.Call) and called(n.value) in COMPARING) or (n in hidden and isinstance(n.value, (ast.Compare, ast.BoolOp))): yield n
 
 
 def empty_assertions(tree):
@@ -319,20 +285,8 @@ def empty_assertions(tree):
     for node in (n for n in walk(tree) if isinstance(n, ast.Assert)):
         test = node.test
         if isinstance(test, ast.Constant) and test.value: yield node, 'asserts a constant'
-        elif isinstance(test, ast.Tuple) and test.elts: yield node, 'asserts a tuple, which is always true (drop the parentheses)'
-        elif (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.Eq, ast.Is)) and not has_call(test)
-              and ast.dump(test.left) == ast.dump(test.comparators[0])): yield node, 'compares a value with itself'
-
-
-def mixed_conditions(tree, text):
-    "`a and b or c` inside an assertion, without parentheses around `a and b`: it holds wherever `c` does, whatever `a` and `b` are."
-    lines = text.split('\n')
-    def at(line, column): return sum(len(above) + 1 for above in lines[:line - 1]) + len(lines[line - 1].encode()[:column].decode())
-    for node in (n for a in ast.walk(tree) if isinstance(a, ast.Assert) for n in ast.walk(a)):
-        if not (isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)): continue
-        for part in (p for p in node.values if isinstance(p, ast.BoolOp)):
-            before, after = text[:at(part.lineno, part.col_offset)], text[at(part.end_lineno, part.end_col_offset):]
-            if not (re.search(r'\((?:\s|\\|#.*\n)*$', before) and re.match(r'(?:\s|\\|#.*\n)*\)', after)): yield part
+        elif (isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.Is)) and not any(isinstance(n, (ast.Call, ast.Await)) for n in walk(test))
+              and [ast.dump(test.left)] == [ast.dump(c) for c in test.comparators]): yield node, 'compares a value with itself'
 
 
 def errors_of_any_kind(tree):
@@ -356,13 +310,11 @@ def reasonless_skips(tree):
 @rule
 def vacuous(book):
     "No vacuous test: a check that cannot fail promises what nobody looked at."
-    places = [(c.where, c.tree, c.plain_code, displayed(c) if c.tree else None, len(c.head)) for c in book.code]
-    for where, tree, text, shown, above in places + [(name, tree, book.texts[name], None, 0) for name, tree in book.tests.items()]:
-        if tree is None: continue
+    places = [(c.where, c.tree, c.plain_code, len(c.head)) for c in book.code if c.tree]
+    for where, tree, text, above in places + [(name, tree, ';', 0) for name, tree in book.tests.items()]:
         def line(node): return f'{where}: line {node.lineno + above}'
-        for node in dropped_comparisons(tree, shown): yield f'{line(node)}: `{ast.unparse(node)[:60]}` compares and asserts nothing; write `assert` before it'
+        for node in dropped_comparisons(tree, text): yield f'{line(node)}: `{ast.unparse(node)[:60]}` compares and asserts nothing; write `assert` before it'
         for node, what in empty_assertions(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` {what}; assert what the code computes'
-        for node in mixed_conditions(tree, text): yield f'{line(node)}: `{ast.unparse(node)[:60]}` is joined to `or` without parentheses; write them, or assert each part separately'
         for node in errors_of_any_kind(tree): yield f'{line(node)}: `{ast.unparse(node)[:60]}` passes with any error, a misspelt name in the test included; name the kind, or say `match=`'
         for node in reasonless_skips(tree): yield f'{line(node)}: a skip without a reason; say `reason="needs ..."`'
         for node in walk(tree):
@@ -377,7 +329,7 @@ QUIET = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.
 
 @rule
 def exported(book):
-    "Importing the library does nothing and shows nothing: definitions only, explicit imports, messages through `logging`, errors instead of `assert` (which `python -O` drops)."
+    "Importing the library does nothing and shows nothing: definitions only."
     for cell in (c for c in book.code if c.exported):
         if cell.tree is None:
             yield f'{cell.where}: exported code does not parse; mend it, or keep magics out of exported cells'
@@ -385,12 +337,7 @@ def exported(book):
         for node in cell.tree.body:
             if not isinstance(node, QUIET) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
                 yield f'{cell.where}: `{ast.unparse(node).splitlines()[0][:60]}` would run on import; move it to a cell of its own, without `#| export`'
-        for node in walk(cell.tree):
-            if isinstance(node, ast.ImportFrom) and node.names[0].name == '*': yield f'{cell.where}: `{ast.unparse(node)}`; name what is imported'
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == 'print' and not any(k.arg == 'file' for k in node.keywords):
-                yield f'{cell.where}: exported code prints; return the text, or use `logging`'
-            if isinstance(node, ast.Assert) and node not in cell.tree.body:
-                yield f'{cell.where}: exported code asserts `{ast.unparse(node.test)[:50]}`; raise ValueError or TypeError naming the value'
+
 
 
 # Figures ----------------------------------------------------------------------------------------------------------

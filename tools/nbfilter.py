@@ -12,6 +12,7 @@ import ast
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -20,6 +21,8 @@ DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(\s+[^:]*)?$")       # `#| export`; cell
 DROPPED = {"default_exp", "hide"}                            # cells that no reader sees
 PUBLIC = {"export", "exports"}                               # cells whose names are the library's interface
 DEFINES = PUBLIC | {"exporti"}                               # cells whose names it has
+LIBRARY = "llm_from_scratch"
+MAGIC = re.compile(r"^(\s*)[%!].*$", re.M)                   # `%timeit f()`
 PAGE = re.compile(r"^\d\d_\w+$")                             # chapters; appendix notebooks define names too
 
 Cell = dict[str, Any]
@@ -197,25 +200,26 @@ def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, A
 
 # The symbol index -------------------------------------------------------------------------------------------------
 
-def mentions(cell: Cell) -> set[str]:
-    "The names that a cell uses: in code, or in backticks in prose."
-    text = directives(source(cell))[1]
-    if cell["cell_type"] == "markdown":
-        return {word for span in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"[A-Za-z_]\w*", span)}
-    try:
-        nodes = list(ast.walk(ast.parse(text)))
-    except SyntaxError:                                      # a cell with a `%magic`
-        return set(re.findall(r"[A-Za-z_]\w*", text))
-    return {getattr(n, "id", None) or getattr(n, "attr", None) or n.name for n in nodes if isinstance(n, (ast.Name, ast.Attribute, ast.alias))}
+def uses(cells: list[Cell]) -> tuple[set[str], set[str]]:
+    "What the code of a notebook imports from the library, and the attributes that it asks of anything but a module."
+    nodes: list[ast.AST] = []
+    for text in (MAGIC.sub(r"\1pass", source(c)) for c in cells if c["cell_type"] == "code"):
+        with suppress(SyntaxError):                          # a cell of another language
+            nodes += ast.walk(ast.parse(text))
+    imported = {a.name for n in nodes if isinstance(n, ast.ImportFrom) and f"{n.module}.".startswith(f"{LIBRARY}.") for a in n.names}
+    modules = {a.asname or a.name.partition(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return imported, {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", None) not in modules}
 
 
 def count_uses(names: dict[str, Symbol], folder: Path) -> None:
-    "Note for each symbol the notebooks that use it, other than its own."
+    """Note for each symbol the notebooks that import it, other than its own.
+
+    A method is used where its class is imported and it is named; `forward` is run by calling the module."""
     for path in notebooks(folder):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        used = set().union(*map(mentions, cells))
+        imported, attributes = uses(json.loads(path.read_text(encoding="utf-8"))["cells"])
         for symbol in names.values():
-            if path.stem != symbol.page and set(symbol.name.split(".")) <= used:
+            owner, _, method = symbol.name.partition(".")
+            if path.stem != symbol.page and owner in imported and method in attributes | {"", "forward"}:
                 symbol.used.append(path.stem)
 
 

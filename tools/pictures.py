@@ -96,7 +96,7 @@ def station(i, x, y, ready):
     color, dash = (BLUE, '') if ready else (FAINT, 'stroke-dasharray="4 4"')
     roman = ('I', 'II', 'III', 'IV', 'V', 'VI', 'VII')[i]
     return [f'<g transform="translate({x:g} {y:g})">', box(0, 0, WIDTH, HEIGHT, color, 'none', f'stroke-width="1.6" {dash}'),
-            text(12, 24, f'{roman}  {name}', 14, INK, 'start', 'bold'), f'<g transform="translate(14 40)">', *globals()[draw](), '</g>',
+            text(12, 24, f'{roman}  {name}', 14, INK, 'start', 'bold'), '<g transform="translate(14 40)">', *globals()[draw](), '</g>',
             text(WIDTH / 2, 128, gain, 13), '' if ready else text(WIDTH / 2, 144, 'planned', 11, FAINT), '</g>']
 
 

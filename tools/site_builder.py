@@ -91,7 +91,7 @@ def sidebar(work: Workshop, page: Page, downloads: list[Path]) -> str:
         if not title:
             items.append(f"<ol>\n{links}\n</ol>")
         else:
-            is_open = " open" if page.is_index or page in [entry.page for entry in entries] or not appendix and not page.part else ""
+            is_open = " open" if page.is_index or page in [entry.page for entry in entries] or not (appendix or page.part) else ""
             items.append(f"<details{is_open}>\n<summary>{html.escape(title)}</summary>\n<ol>\n{links}\n</ol>\n</details>")
     return "\n".join(items) + extras(work.book, page, downloads)
 
