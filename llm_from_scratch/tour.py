@@ -145,7 +145,7 @@ def batch(
 def train(
     model: TinyGPT,                         # trained in place
     ids: Tensor,                            # the text, (N,)
-    steps: int = 900,
+    steps: int = 700,
     *,
     starts: Tensor | None = None,           # where pieces may begin; None: anywhere
     rows: int = 10,                         # pieces of text in a batch
