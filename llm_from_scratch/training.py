@@ -392,7 +392,7 @@ class Precision:
         self.unscale(optimizers)
         try: norm = clip_grad_norm(model.named_parameters(), longest or math.inf)
         except ValueError as e: return {"gradient": None, "fault": str(e)}
-        return {"gradient": float(norm)}
+        return {"gradient": float(gathered(norm))}
 
     def update(
         self, optimizers: Sequence[torch.optim.Optimizer], skip: bool = False,
