@@ -1393,7 +1393,7 @@ class OptimizerMemory:
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
         for part in model.modules():       # FSDP: a forward pass leaves some together
-            if hasattr(part, "reshard"): part.reshard()
+            getattr(part, "reshard", lambda: None)()
         names = {p: name for name, p in model.named_parameters()}
         self.owned = [(o, {names[p]: p for group in o.param_groups
                            for p in group["params"]}) for o in optimizers]
