@@ -30,8 +30,8 @@ class DataParallel(ProcessGroup):
     """
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        "The model, with its gradients averaged over all processes."
-        return DistributedDataParallel(model)
+        "The model, with its gradients averaged over all processes; FSDP does so itself."
+        return model if hasattr(model, "reshard") else DistributedDataParallel(model)
 
     def reduce(self, *numbers: float) -> list[float]:
         "Each number summed over all processes, in one all-reduce."

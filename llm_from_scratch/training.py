@@ -382,7 +382,7 @@ class Precision:
         self.unscale(optimizers)
         try: norm = clip_grad_norm(model.named_parameters(), longest or math.inf)
         except ValueError as e: return {"gradient": None, "fault": str(e)}
-        return {"gradient": float(norm)}
+        return {"gradient": float(gathered(norm))}
 
     def update(
         self, optimizers: Sequence[torch.optim.Optimizer], skip: bool = False,
@@ -1374,6 +1374,8 @@ class OptimizerMemory:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
+        for part in model.modules():       # FSDP: a forward pass leaves some together
+            getattr(part, "reshard", lambda: None)()
         names = {p: name for name, p in model.named_parameters()}
         self.owned = [(o, {names[p]: p for group in o.param_groups
                            for p in group["params"]}) for o in optimizers]

@@ -20,7 +20,7 @@ GUIDE = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
 PERSON = {f'GIT_{who}_{what}': value for who in ('AUTHOR', 'COMMITTER') for what, value in (('NAME', 'A contributor'), ('EMAIL', 'contributor@example.org'))}
 SMALL = ['CONTRIBUTING.md', 'README.md', 'LICENSE', 'CITATION.cff', 'Makefile', '_quarto.yml', 'settings.ini', 'pyproject.toml', 'constraints.txt', 'references.bib',
          '.gitattributes', '.gitignore', '.github/**/*', 'llm_from_scratch/__init__.py', 'llm_from_scratch/py.typed', 'llm_from_scratch/figures.py',
-         'nbs/figures.ipynb', 'nbs/references.qmd', 'nbs/images/*', 'tests/test_figures.py', 'tools/chapter.md', 'tools/*.py']
+         'nbs/figures.ipynb', 'nbs/references.qmd', 'nbs/images/*', 'tests/test_figures.py', 'tools/chapter.md', 'tools/book.lua', 'tools/*.py']
 WHOLE = ['*', '.ci/*', '.github/**/*', 'benchmarks/**/*', 'llm_from_scratch/**/*', 'nbs/**/*', 'tests/*', 'tools/**/*']
 needs_make = pytest.mark.skipif(not (shutil.which('make') and shutil.which('bash') and shutil.which('git')), reason='needs make, bash and git')
 of_the_whole_tree = pytest.mark.parametrize('whole', [True], ids=['the whole tree'])

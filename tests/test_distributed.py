@@ -88,11 +88,21 @@ def sharded(world, folder, one):
         other = in_parts(world, seed=1)
         again = OPTIMIZERS[name](other, config)
         assert load(f'{one}/{name}', other, again) == 3
+        found[name]['hidden'] = other.hidden(IDS).tolist()             # a forward pass leaves some weights together
         save(f'{folder}/{name}-again', other, again, 3)
         write_tensors(f'{folder}/{name}-weights{world.rank}', other.state_dict())
-        found[name]['hidden'] = other.hidden(IDS).tolist()
+        other.hidden(IDS)
+        assert load(f'{one}/{name}', other, again) == 3
         other(mine, mine.roll(-1, 1)).backward()                     # and it goes on
         for o in again: o.step()
+    config = TrainConfig(steps=6, batch_size=4, micro_batch_size=1, lr=1e-3, precision='float32', save_every=3, eval_every=3, eval_batches=2, optimizer='muon')
+    def fresh():
+        ids = np.random.default_rng(0).integers(0, 19, 299)
+        return Trainer(in_parts(world), config, loader_for(config, ids, 6, world), loader_for(config, ids[:80], 6, world, shuffle=False), f'{folder}/run', world=world)
+    whole_run, again = fresh(), fresh()
+    found['losses'] = whole_run.fit().column('loss')[1]
+    again.resume(step=3)
+    found['again'] = again.fit().column('loss')[1]
     Path(f'{folder}/parts{world.rank}.json').write_text(json.dumps(found))
 
 
@@ -151,6 +161,17 @@ def test_parts_are_saved_as_the_whole_and_read_again(found, name):
     assert (folder/f'{name}-again').read_bytes() == (folder/'one'/f'{name}-again').read_bytes() == whole_file and len((folder/name).read_bytes()) == len(whole_file)
     weights = (folder/'one'/f'{name}-weights0').read_bytes()
     assert (folder/f'{name}-weights0').read_bytes() == (folder/f'{name}-weights1').read_bytes() == weights
+
+
+def test_a_trainer_takes_a_model_in_parts(found):
+    "The losses are those of one process, and a resumed run gives them again, bit for bit."
+    one, *two = (json.loads((found[0]/file).read_text()) for file in ('one/parts0.json', 'parts0.json', 'parts1.json'))
+    for each in two:
+        np.testing.assert_allclose(each['losses'], one['losses'], atol=1e-5)
+        assert each['again'] == each['losses']
+    ours, theirs = (load_checkpoint(found[0]/name).tensors for name in ('run', 'one/run'))
+    for part in 'model', 'optimizer':
+        for n, t in theirs[part].items(): torch.testing.assert_close(ours[part][n], t, rtol=0, atol=1e-5)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

@@ -302,10 +302,10 @@ def test_targets_that_do_not_fit(targets, error, words):
 
 @pytest.mark.parametrize('name', sorted(PRESETS))
 def test_the_card_says_the_count(name):
-    made = blueprint(PRESETS[name])
-    if PRESETS[name].tie_embeddings: assert made.head.multiplied() == made.token_embedding.weight.numel()
-    if PRESETS[name].n_layers > 12: pytest.skip('large ones take seconds, and are counted in test_costs.py')
-    assert f'{sum(p.numel() for p in made.parameters()):,}' in model_card(PRESETS[name], length=64)
+    config = replace(PRESETS[name], n_layers=min(2, PRESETS[name].n_layers))
+    made = blueprint(config)
+    if config.tie_embeddings: assert made.head.multiplied() == made.token_embedding.weight.numel()
+    assert f'{sum(p.numel() for p in made.parameters()):,}' in model_card(config, length=64)
 
 
 # ---- a model on disk ----

@@ -204,7 +204,7 @@ def test_one_name_means_one_thing():
     homes = {}
     for module in MODULES:
         for name in {*defined(module)}:
-            if not name.startswith('_') and (module, name) != ('training', 'World'): homes.setdefault(name, []).append(module)   # World: an alias, for stored experiments
+            if not name.startswith('_'): homes.setdefault(name, []).append(module)
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 

@@ -5,7 +5,7 @@ import check
 import pytest
 from conftest import ROOT
 
-INPUTS = ['tools/check.py', 'settings.ini', 'pyproject.toml']
+INPUTS = ['tools/check.py', 'tools/book.py', 'tools/cells.py', 'tools/finish.py', 'tools/nbfilter.py', 'tools/pandoc.py', 'tools/book.lua', 'settings.ini', 'pyproject.toml']
 STORED = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'stored_with': {'python': '3.11'}}
 IMAGE = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>', 'text/plain': '<Figure>'}}
 
@@ -38,7 +38,7 @@ class Maker:
         return self
 
     def contents(self, *pages):
-        return self.write('_quarto.yml', 'book:\n  chapters:\n    - part: "I  One"\n      chapters:\n' + ''.join(f'        - {p}\n' for p in pages))
+        return self.write('_quarto.yml', 'bibliography: references.bib\nbook:\n  chapters:\n    - part: "I  One"\n      chapters:\n' + ''.join(f'        - {p}\n' for p in pages))
 
     def notebook(self, *cells, name='01_x', metadata=STORED):
         for i, cell in enumerate(cells): cell.setdefault('id', f'{i:08x}')
@@ -119,10 +119,10 @@ BROKEN = [
     ('figures', [code('#| label: tbl-x-t\ntable()')], ['tbl-x-t', 'no caption']),
     ('figures', [md('![](road.svg)')], ['road.svg', 'neither caption nor alt']),
     ('figures', [md('| a |\n|---|\n| 1 |\n\n{#tbl-x-t}')], ['tbl-x-t', 'no caption']),
-    ('references', [md('see @fig-x-none')], ['@fig-x-none leads nowhere']),
-    ('references', [md('see @eq-x-none.')], ['@eq-x-none leads nowhere']),
+    ('references', [md('see @fig-x-none')], ['cell 0', '@fig-x-none, which no page defines']),
+    ('references', [md('see @eq-x-none.')], ['cell 0', '@eq-x-none, which no page defines']),
     ('references', [md('see [@nobody2020, p. 3]')], ['@nobody2020', 'references.bib']),
-    ('references', [md('# A {#sec-x}'), md('## B {#sec-x}')], ['cell 1', 'sec-x is taken']),
+    ('references', [md('# A {#sec-x}'), md('## B {#sec-x}')], ['cell 1', '@sec-x a second time']),
     ('references', [code(FIGURE, IMAGE)], ['no sentence refers', 'fig-x-a']),
     ('references', [code('#| export\ndef f():\n    "By @eq-x-none."')], ['docstring', '@eq-x-none']),
     ('references', [code('Markdown(...)', shown(text_markdown='see @tbl-x-none'))], ['@tbl-x-none']),

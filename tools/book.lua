@@ -19,7 +19,7 @@ local function read_json(path)
 end
 
 local context = read_json(os.getenv 'BOOK_CONTEXT')
-local labels, headings, cited, linked = {}, {}, {}, {}
+local labels, headings, cited, twice = {}, {}, {}, {}
 local chapter, counts, levels, seen = {}, {}, {}, {}
 
 local function kind(id) return id:match '^(%a+)%-' end
@@ -113,6 +113,7 @@ local normalize = {
 -- 2. Number everything in reading order ----------------------------------------------------------------------------
 
 local function register(id, type, number)
+  if labels[id] then twice[#twice + 1] = id end
   labels[id] = { kind = type, number = number, page = chapter.page }
   return number
 end
@@ -147,6 +148,7 @@ end
 
 local function number_heading(header)
   local number = heading_number(header)
+  if seen[header.identifier] then twice[#twice + 1] = header.identifier end
   header.identifier = unique(header.identifier)
   register(header.identifier, heading_kind(header), number)
   headings[#headings + 1] = { level = header.level, id = header.identifier, number = number, text = pandoc.utils.stringify(header.content) }
@@ -493,11 +495,10 @@ local function write_labels(doc)
     Link = function(link)
       local id = link.target:match '^#(.+)$'
       if id and NAMES[kind(id) or ''] then cited[#cited + 1] = id end
-      if link.target:match '^[^:#]+%.ipynb' or link.target:match '^[^:#]+%.qmd' then linked[#linked + 1] = link.target end
     end,
   }
   local file = assert(io.open(context.labels, 'w'))
-  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited, linked = linked })
+  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited, twice = twice })
   file:close()
 end
 

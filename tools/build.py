@@ -75,7 +75,7 @@ def parsed_book(book: Book, draft: bool) -> Workshop:
         book.bibliography += [path.relative_to(book.root).as_posix() for path in sorted(book.root.glob(".work/*.bib"))]
     work = Workshop(book, book.root / ".cache" / "book")
     work.parse()
-    problems = work.problems()
+    problems = [f"{page} {sentence}" for page, _, sentence in work.problems()]
     if problems and not draft:
         raise BookError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""))
     for problem in problems:

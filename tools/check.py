@@ -376,57 +376,43 @@ def chapter_name(page): return re.sub(r'^\d\d_', '', page)
 
 # References -------------------------------------------------------------------------------------------------------
 
-KINDS = 'fig|tbl|eq|sec|lst'
-REFERENCE = re.compile(rf'(?<![\w\\])@((?:{KINDS})-[\w-]*\w)')
-CITATION = re.compile(rf'(?<![\w\\.@/])@(?!(?:{KINDS})-)([A-Za-z][\w:-]*\w)')
-DEFINED = re.compile(r'\{[^}\n]*#([\w-]+)[^}\n]*\}')
-LINK = re.compile(r'(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)>?(?:\s+"[^"]*")?\)')
+REFERENCE = re.compile(r'(?<![\w\\])@((?:fig|tbl|eq|sec|lst)-[\w-]*\w)')
 
 
 @cache
-def labels(book):
-    "Every label of the book with the places that define it."
-    found = {}
-    for where, text, cell in book.prose():
-        if cell is None or cell.kind == 'markdown':
-            for m in DEFINED.finditer(text): found.setdefault(m[1], []).append(where)
-    for cell in book.code:
-        if cell.options.get('label'): found.setdefault(cell.options['label'], []).append(cell.where)
-        for m in re.finditer(r'\{[^}\n]*#((?:' + KINDS + r')-[\w-]+)', cell.prose): found.setdefault(m[1], []).append(cell.where)
-    return found
-
-
-def referring(book):
-    "Text that may refer: prose, captions, and docstrings of the library."
-    yield from ((where, text) for where, text, _ in book.prose())
-    for cell in book.code:
-        yield cell.where, ' '.join(cell.options.get(k, '') for k in ('fig-cap', 'tbl-cap'))
-
-
-def citation_keys(book):
-    bib = book.root/'references.bib'
-    return re.findall(r'^\s*@\w+\s*\{\s*([^,\s]+)\s*,', bib.read_text(encoding='utf-8'), re.M) if bib.exists() else []
+def workshop(book):
+    "The pages as the builder reads them; what has not changed since is remembered."
+    from book import load_book
+    from pandoc import Workshop
+    work = Workshop(load_book(book.root), book.root/'.cache'/'book')
+    work.parse()
+    return work
 
 
 @rule
 def references(book):
     "References resolve: a reader who follows one must arrive."
-    defined, keys = labels(book), citation_keys(book)
-    used = set()
-    for where, text in referring(book):
-        for label in REFERENCE.findall(text):
-            used.add(label)
-            if label not in defined: yield f'{where}: @{label} leads nowhere; define the label or name the place in words'
-        for key in CITATION.findall(text):
-            if key not in keys: yield f'{where}: @{key} is not in references.bib; add the entry (or escape the sign: \\@)'
+    from book import BookError
+    try: work = workshop(book)
+    except BookError as e:
+        yield f'_quarto.yml: the book cannot be read: {e}'
+        return
+    for page, name, sentence in work.problems(): yield f'{speaking(book, page, name)}: {sentence}'
     for cell in (c for c in book.code if c.exported and c.tree):
         for label in (m for doc in docstrings(cell.tree) for m in REFERENCE.findall(doc)):
-            if label not in defined: yield f'{cell.where}: a docstring names @{label}, which is defined nowhere'
-    for label, places in defined.items():
-        if len(places) > 1: yield f"{places[1]}: label {label} is taken (by {places[0]}); labels are global, begin with the chapter's name"
-        if label.startswith('fig-') and label not in used and re.match(r'\d\d_', places[0]): yield f'{places[0]}: no sentence refers to figure {label}; say what to see in @{label}, or drop it'
-    for key, n in Counter(keys).items():
+            if label not in work.refs: yield f'{cell.where}: a docstring names @{label}, which is defined nowhere'
+    used = {name for parsed in work.parsed for name in parsed.cited}
+    for label, place in work.refs.items():
+        panel = label.rpartition('-')[0] in work.refs                                # @fig-x-a-2 is the second picture of @fig-x-a
+        if label.startswith('fig-') and label not in used and not panel and re.match(r'nbs/\d\d_', place['page']):
+            yield f"{speaking(book, place['page'], label)}: no sentence refers to figure {label}; say what to see in @{label}, or drop it"
+    for key, n in Counter(work.bibliography_keys()).items():
         if n > 1: yield f'references.bib: {key} is defined {n} times; keep one'
+
+
+def speaking(book, page, name):
+    "The last cell of a page that names a label, or the page."
+    return [page, *(c.where for c in book.pages.get(Path(page).stem, []) if name in c.source or name in c.prose)][-1]
 
 
 def docstrings(tree):
@@ -439,6 +425,10 @@ def slug(heading):
     return re.sub(r'^[^a-z]+', '', re.sub(r'\s', '-', re.sub(r'[^\w\s.-]', '', text)))
 
 
+LINK = re.compile(r'(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)>?(?:\s+"[^"]*")?\)')
+DEFINED = re.compile(r'\{[^}\n]*#([\w-]+)[^}\n]*\}')
+
+
 def anchors(text): return set(DEFINED.findall(text)) | {slug(h) for h in re.findall(r'^#{1,6}\s+(.+)$', text, re.M)}
 
 
@@ -447,6 +437,7 @@ def links(book):
     "Local links and files exist: a page that moved takes its visitors along."
     places = [(where, text, book.root/'nbs' if cell else (book.root/where).parent) for where, text, cell in book.prose()]
     places += [(name, plain(text), (book.root/name).parent) for name, text in book.documents.items() if name.endswith('.md')]
+    labels = {c.options.get('label') for c in book.code}
     by_page = {f'nbs/{stem}.ipynb': '\n\n'.join(c.prose for c in cells) for stem, cells in book.pages.items()} | book.documents
     for where, text, folder in places:
         for target in LINK.findall(text) + [m['target'] for m in IMAGE.finditer(text)]:
@@ -456,7 +447,7 @@ def links(book):
             if file and not file.exists(): yield f'{where}: the link to {target} leads to no file; mend the path'
             elif anchor:
                 name = file.relative_to(book.root).as_posix() if file else f"nbs/{where.partition(':')[0]}.ipynb" if folder.name == 'nbs' and ': cell' in where else where
-                if name in by_page and anchor not in anchors(by_page[name]) and not re.match(r'(api|cell)-', anchor) and anchor not in labels(book):
+                if name in by_page and anchor not in anchors(by_page[name]) and not re.match(r'(api|cell)-', anchor) and anchor not in labels:
                     yield f'{where}: {name} has no place called #{anchor}; mend the link'
 
 
@@ -605,26 +596,13 @@ def export_copy(book, folder):
     return {p.name: p.read_text(encoding='utf-8') for p in (folder/LIBRARY).glob('*.py')}
 
 
-def listed(book):
-    "The pages that _quarto.yml names, in order."
-    import yaml
-    def walk(entries):
-        for entry in entries or []:
-            if isinstance(entry, str): yield entry
-            elif isinstance(entry, dict):
-                if str(entry.get('part', '')).endswith(('.qmd', '.ipynb', '.md')): yield entry['part']
-                if 'href' in entry or 'file' in entry: yield entry.get('href') or entry['file']
-                yield from walk(entry.get('chapters'))
-    config = yaml.safe_load((book.root/'_quarto.yml').read_text(encoding='utf-8'))['book']
-    return [*walk(config.get('chapters')), *walk(config.get('appendices'))]
-
-
 def contents_faults(book):
     "Every page stands in the contents once, and the chapters in their order."
     if not (book.root/'_quarto.yml').exists():
         yield '_quarto.yml: is missing; the contents of the book stand there'
         return
-    pages = listed(book)
+    from finish import listed_files
+    pages = listed_files(book.root)
     for path in book.paths:
         if f'nbs/{path.name}' not in pages: yield f'_quarto.yml: does not list nbs/{path.name}; add its line (`make chapter` does)'
     for page, n in Counter(pages).items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import posixpath
 import re
 import subprocess
 import time
@@ -33,7 +32,7 @@ class Parsed:
     labels: dict[str, dict[str, str]]
     headings: list[dict[str, Any]]
     cited: list[str]
-    linked: list[str]           # files of the book that its links name
+    twice: list[str]            # labels that it defines more than once
 
     @property
     def title(self) -> str:
@@ -90,7 +89,7 @@ class Workshop:
             result = run_pandoc(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
             ast.write_text(result, encoding="utf-8")
         found = json.loads(labels.read_text(encoding="utf-8"))
-        return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), list(found["linked"]))
+        return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), list(found["twice"]))
 
     def context(self, key: str, **facts: Any) -> Path:
         path = self.path(key, "context.json")
@@ -101,15 +100,8 @@ class Workshop:
 
     @property
     def refs(self) -> dict[str, dict[str, str]]:
-        "Every label of the book; a label may stand only once (headings without a kind are local to their page)."
-        found: dict[str, dict[str, str]] = {}
-        for parsed in self.parsed:
-            for name, label in parsed.labels.items():
-                if name.startswith(KINDS):
-                    if name in found:
-                        raise BookError(f"@{name} is defined twice, in {found[name]['page']} and in {label['page']}: rename one of them")
-                    found[name] = label
-        return found
+        "Every label of the book (headings without a kind are local to their page)."
+        return {name: label for parsed in reversed(self.parsed) for name, label in parsed.labels.items() if name.startswith(KINDS)}
 
     @property
     def citations(self) -> list[str]:
@@ -120,27 +112,25 @@ class Workshop:
         "The page that holds the `#refs` div."
         return next((p.page.stem for p in self.parsed if '"refs"' in json.dumps(p.ast["blocks"])), "")
 
-    def problems(self) -> list[str]:
-        "References and citations that lead nowhere, one sentence each."
-        refs, entries, files = self.refs, self._bibliography_keys(), {page.file.as_posix() for page in self.book.pages}
-        found = []
+    def problems(self) -> list[tuple[str, str, str]]:
+        "References that lead nowhere or to two places: the page, the name, and a sentence on what it is and how to mend it."
+        refs, entries, found = self.refs, self.bibliography_keys(), []
         for parsed in self.parsed:
-            where = parsed.page.file.as_posix()
+            stem = parsed.page.stem
             for name in sorted(set(parsed.cited)):
                 if name.startswith(KINDS) and name not in refs:
-                    found.append(f"{where} refers to @{name}, which no page defines: put the label on its target or take the reference out")
+                    found.append((stem, name, f"refers to @{name}, which no page defines: put the label on its target or take the reference out"))
                 elif not name.startswith(KINDS) and name not in entries and name not in parsed.labels:
-                    found.append(f"{where} cites @{name}, which is not in {', '.join(self.book.bibliography) or 'any bibliography'}: "
-                                 "add the entry, or put the @ in code")
-            for link in sorted(set(parsed.linked)):
-                file = posixpath.normpath(posixpath.join(parsed.page.file.parent.as_posix(), link.partition("#")[0]))
-                if file not in files:
-                    found.append(f"{where} links to {file}, which is not in the book: list it in _quarto.yml or take the link out")
+                    found.append((stem, name, f"cites @{name}, which is not in {', '.join(self.book.bibliography) or 'any bibliography'}: "
+                                  "add the entry, or put the @ in code"))
+            for name in parsed.labels:
+                if name.startswith(KINDS) and (name in parsed.twice or refs[name]["page"] != stem):
+                    found.append((stem, name, f"defines @{name} a second time, after {refs[name]['page']}: rename one of them"))
         return found
 
-    def _bibliography_keys(self) -> set[str]:
+    def bibliography_keys(self) -> list[str]:
         text = "\n".join((self.book.root / f).read_text(encoding="utf-8") for f in self.book.bibliography if (self.book.root / f).exists())
-        return set(re.findall(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", text, re.M))
+        return re.findall(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", text, re.M)
 
     # Writing ------------------------------------------------------------------------------------------------------
 
