@@ -1,4 +1,0 @@
-import sys
-def f(): print("x", file=sys.stderr)
-def g(f): print("x", file=f)
-def h(): print("x", file=sys.stdout)
