@@ -1,5 +1,0 @@
-import json
-cells=["# title","x == 2\nprint(x)","#| timing\nf(x) == 2;","for x in y: x > 0","def f():\n    a == b and c\n    return 1","torch.allclose(a, b)\nx","not broken\nx","assert True","assert (x == 1, 'm')","assert x == x","assert a.b == a.b","y = 1\nassert x == 1 and y == 2 or z","#| timing\n%matplotlib inline\nassert all(z or \"é\" in x and\n           (y == 2) for x in zs)","assert (x == 1  # ) or (\n        and y or z)","with pytest.raises((TypeError, Exception)): f()","with pytest.raises(Exception): f()","x = 2\nx == 2","with pytest.raises(Exception, match='too many'): f()\nwith pytest.raises((KeyError, ValueError)): f()","#| x\nimport zmath","def f(x: 'nn.Foo'): return undefd","x == 2;", "x = 1\nx is x"]
-nb={"cells":[{"cell_type":"markdown" if c.startswith("# ") else "code","metadata":{},"id":f"{i:08x}","source":c.splitlines(True),**({} if c.startswith("# ") else {"outputs":[],"execution_count":None})} for i,c in enumerate(cells)],"metadata":{},"nbformat":4,"nbformat_minor":5}
-json.dump(nb,open("x.ipynb","w"))
-for i,c in enumerate(cells): print(i,repr(c))
