@@ -141,7 +141,7 @@ def batch(
     pieces = ids[chosen + torch.arange(length + 1)]
     return pieces[:, :-1], pieces[:, 1:]
 
-
+# %% ../nbs/00_tour.ipynb #ad9ea88d
 def train(
     model: TinyGPT,                         # trained in place
     ids: Tensor,                            # the text, (N,)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.pretrained import TOUR_WEIGHTS, export_weights, load_weights
-from llm_from_scratch.tour import TinyGPT, batch, sample, train
+from llm_from_scratch.tour import SelfAttention, TinyGPT, batch, sample, train
 from functools import cache
 
 SHAPE = dict(vocab_size=11, context_length=16, d_model=24, n_layers=2, n_heads=3)
@@ -58,6 +58,16 @@ def test_it_learns_to_count_and_says_so():
     assert losses[0] > 2.2 and losses[-1] < 0.3
     assert sample(model, [3], 9, temperature=0) == [3, 4, 5, 6, 7, 8, 9, 10, 0, 1]
     assert model.head.weight is model.token_embedding.weight
+
+
+def test_attention_against_torch():
+    torch.manual_seed(0)
+    ours, x = SelfAttention(24, 3), torch.randn(2, 7, 24)
+    theirs = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+    theirs.in_proj_weight, theirs.in_proj_bias = ours.qkv.weight, ours.qkv.bias
+    theirs.out_proj.weight, theirs.out_proj.bias = ours.output.weight, ours.output.bias
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=future, need_weights=False)[0])
 
 
 def test_no_position_sees_a_later_one():
