@@ -328,21 +328,9 @@ def test_directives_only_at_the_top_of_a_cell():
     assert options('#| fig-cap: "a: b"\nx = 1') == ({"fig-cap": "a: b"}, "x = 1")
 
 
-def test_patched_methods_and_constants_are_symbols():
-    cell = "LIMIT = 3\nlower = 4\n@patch\ndef shrink(self: Shape): 'Smaller.\\n\\nMore.'\ndef _private(): pass\nclass _Base:\n    def helps(self): pass"
+def test_methods_and_constants_are_symbols():
+    cell = "LIMIT = 3\nlower = 4\nclass Shape(Shape):\n    def shrink(self): 'Smaller.\\n\\nMore.'\ndef _private(): pass\nclass _Base:\n    def helps(self): pass"
     assert list(nbfilter.definitions(cell)) == [("LIMIT", ""), ("Shape.shrink", "Smaller.")]
-
-
-def test_methods_of_private_layers_belong_to_the_public_class(tmp_path):
-    book = Folder(tmp_path)
-    book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"),
-                  code('#| export\nclass _Base:\n    def go(self): "From below."\n    def twice(self): "The lower."', id="low"),
-                  code('#| export\nclass _Middle(_Base):\n    def twice(self): "The upper."', id="mid"),
-                  code('#| export\nclass Walker(_Middle):\n    "Walks."\n    def stop(self): "Its own."', id="top"))
-    names = nbfilter.symbols(tmp_path / "nbs")
-    assert set(names) == {"Walker", "Walker.stop", "Walker.go", "Walker.twice"}
-    assert (names["Walker.go"].anchor, names["Walker.go"].doc) == ("cell-low1", "From below.")
-    assert names["Walker.twice"].doc == "The upper." and names["Walker.stop"].anchor == "api-Walker"
 
 
 def test_symbol_index_says_where_names_are_defined(rich):

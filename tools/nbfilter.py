@@ -2,9 +2,8 @@
 """Prepare a notebook for the book: drop set-up cells, strip nbdev's directives, link symbols to their definitions.
 
 Quarto runs this file as an `ipynb-filters` script (notebook JSON on stdin, filtered JSON on stdout, in the notebook's
-folder); the embedded builder imports it. `python tools/nbfilter.py --symbols` writes the symbol index, and
-`--check-symbols` fails when the committed one is out of step. Only the standard library is used, because Quarto may
-run it with any Python."""
+folder); the embedded builder imports it. `python tools/nbfilter.py --symbols` writes the symbol index. Only the
+standard library is used, because Quarto may run it with any Python."""
 
 from __future__ import annotations
 
@@ -67,9 +66,8 @@ def definitions(text: str) -> Iterator[tuple[str, str]]:
     "Each public name that a cell defines (functions, classes, constants), with its docstring; methods as `Class.method`."
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            owner = _patched(node)
             if not node.name.startswith("_") and not grows(node):
-                yield owner + node.name, _first_line(node)
+                yield node.name, _first_line(node)
             for child in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(child, ast.FunctionDef) and not (node.name.startswith("_") or child.name.startswith("_")):
                     yield f"{node.name}.{child.name}", _first_line(child)
@@ -81,15 +79,6 @@ def definitions(text: str) -> Iterator[tuple[str, str]]:
 def grows(node: ast.AST) -> bool:
     "Whether a class statement adds to the class of its own name: `class Trainer(Trainer):`."
     return any(isinstance(base, ast.Name) and base.id == node.name for base in getattr(node, "bases", []))
-
-
-def _patched(node: ast.AST) -> str:
-    "`Class.` for a function that `@patch` adds to a class, else nothing."
-    marks = [d.id for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Name)]
-    args = node.args.args if isinstance(node, ast.FunctionDef) else []
-    if "patch" in marks and args and isinstance(args[0].annotation, ast.Name):
-        return args[0].annotation.id + "."
-    return ""
 
 
 def _first_line(node: ast.AST) -> str:
@@ -120,30 +109,13 @@ def symbols(folder: Path) -> dict[str, Symbol]:
     "Every public name that the notebooks of `folder` export; the first definition wins."
     found: dict[str, Symbol] = {}
     for path in notebooks(folder):
-        layers: dict[str, tuple[str, ast.ClassDef]] = {}
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             marks, text = directives(source(cell)) if cell["cell_type"] == "code" else (set(), "")
             if not marks & DEFINES:
                 continue
             for name, doc in definitions(text):
                 found.setdefault(name, Symbol(name, path.stem, anchor(cell), doc, bool(marks & PUBLIC)))
-            for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef) and not grows(node):
-                    layers[node.name] = (anchor(cell), node)
-        for name in [n for n in layers if not n.startswith("_")]:
-            for place, method in inherited(name, layers):
-                full = f"{name}.{method.name}"
-                found.setdefault(full, Symbol(full, path.stem, place, _first_line(method)))
     return found
-
-
-def inherited(name: str, layers: dict[str, tuple[str, ast.ClassDef]]) -> Iterator[tuple[str, ast.FunctionDef]]:
-    "The public methods that a class has from private classes of its notebook, with the place of their cell, the nearest first."
-    for base in layers[name][1].bases:
-        if isinstance(base, ast.Name) and base.id.startswith("_") and base.id in layers:
-            place, node = layers[base.id]
-            yield from ((place, m) for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_"))
-            yield from inherited(base.id, layers)
 
 
 FENCE = re.compile(r"^\s*(`{3,}|~{3,}|\$\$)")
@@ -247,21 +219,15 @@ def _page_name(page: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    "Filter stdin to stdout, or write or check the symbol index."
+    "Filter stdin to stdout, or write the symbol index."
     if not argv:
         notebook = filter_notebook(json.load(sys.stdin), symbols(Path.cwd()))
         sys.stdout.buffer.write(json.dumps(notebook).encode())
         return 0
-    folder = Path(__file__).resolve().parent.parent / "nbs"
-    page, text = folder / "symbols.qmd", symbol_index(folder)
     if argv == ["--symbols"]:
-        page.write_text(text, encoding="utf-8")
+        folder = Path(__file__).resolve().parent.parent / "nbs"
+        (folder / "symbols.qmd").write_text(symbol_index(folder), encoding="utf-8")
         return 0
-    if argv == ["--check-symbols"]:
-        if page.exists() and page.read_text(encoding="utf-8") == text:
-            return 0
-        print("nbs/symbols.qmd is out of step with the notebooks: run `python tools/nbfilter.py --symbols`.", file=sys.stderr)
-        return 1
     print(__doc__, file=sys.stderr)
     return 2
 
