@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['SelfAttention', 'Block', 'TinyGPT', 'sample', 'batch', 'train']
+__all__ = ['SelfAttention', 'TinyBlock', 'TinyGPT', 'sample', 'batch', 'train']
 
 # %% ../nbs/00_tour.ipynb #0b10685e
 class SelfAttention(nn.Module):
@@ -39,10 +40,10 @@ class SelfAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 # %% ../nbs/00_tour.ipynb #71ba9621
-class Block(nn.Module):
+class TinyBlock(nn.Module):
     """One transformer block: attention, then an MLP; each adds to the residual stream.
 
-    >>> Block(d_model=8, n_heads=2)(torch.zeros(1, 3, 8)).shape
+    >>> TinyBlock(d_model=8, n_heads=2)(torch.zeros(1, 3, 8)).shape
     torch.Size([1, 3, 8])
     """
 
@@ -75,7 +76,7 @@ class TinyGPT(nn.Module):
         self.context_length = context_length
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(context_length, d_model)
-        self.blocks = nn.Sequential(*(Block(d_model, n_heads) for _ in range(n_layers)))
+        self.blocks = nn.Sequential(*(TinyBlock(d_model, n_heads) for _ in range(n_layers)))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight          # tied: one table for both
@@ -92,9 +93,9 @@ class TinyGPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 # %% ../nbs/00_tour.ipynb #cf9447be
-@torch.no_grad()
+@torch.no_grad()                            # no gradients are needed to write
 def sample(
-    model: nn.Module,                       # ids (1, T) -> logits (1, T, V)
+    model: Any,                             # ids (1, T) -> logits (1, T, V)
     ids: Sequence[int],                     # the prompt, at least one token
     n: int,                                 # how many tokens to add
     *,
@@ -118,7 +119,7 @@ def sample(
         ids.append(int(torch.multinomial(chance, 1, generator=generator)))
     return ids
 
-# %% ../nbs/00_tour.ipynb #970df87f
+# %% ../nbs/00_tour.ipynb #ad9ea88d
 def batch(
     ids: Tensor,                            # the text, (N,)
     rows: int,                              # how many pieces
@@ -138,10 +139,10 @@ def batch(
     if not len(starts):
         raise ValueError(f"{len(ids)} tokens are too few for pieces of {length} + 1")
     chosen = starts[torch.randint(len(starts), (rows, 1), generator=generator)]
-    pieces = ids[chosen + torch.arange(length + 1)]
+    pieces = ids[chosen + torch.arange(length + 1)]      # row i: chosen[i], chosen[i] + 1, …
     return pieces[:, :-1], pieces[:, 1:]
 
-# %% ../nbs/00_tour.ipynb #ad9ea88d
+# %% ../nbs/00_tour.ipynb #b1cfc4cf
 def train(
     model: TinyGPT,                         # trained in place
     ids: Tensor,                            # the text, (N,)
@@ -165,7 +166,7 @@ def train(
         inputs, targets = batch(ids, rows, model.context_length, starts=starts,
                                 generator=generator)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
+        optimizer.zero_grad()               # forget the gradients of the last step
         loss.backward()                     # backpropagation: a gradient for each parameter
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
