@@ -201,9 +201,9 @@ def attention(
     A query that is fully masked gives zeros. Raises ValueError or TypeError for shapes that
     do not fit, a non-boolean mask, or an unknown backend.
 
-    >>> q, v = torch.zeros(1, 1, 2, 4), torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
-    >>> attention(q, q, v, causal=True).flatten().tolist()
-    [1.0, 2.0]
+    >>> q, v = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 1.0], [3.0, 3.0]]]])
+    >>> attention(q, q, v, causal=True).tolist()
+    [[[[1.0, 1.0], [2.0, 2.0]]]]
     """
     _check(q, k, mask, causal, bias, sinks)
     if v.shape[:3] != k.shape[:3]:
@@ -233,12 +233,22 @@ def sliding_window_mask(
 def document_mask(
     segments: Int[Tensor, "B T"],       # the document of each token
 ) -> Bool[Tensor, "B T T"]:             # True where a query (row) attends to a key (column)
-    "A causal mask that ends at the borders of documents, @eq-attention-documents."
+    """A block-diagonal causal mask: no token attends to another document.
+
+    See @eq-attention-documents.
+
+    >>> document_mask(torch.tensor([[0, 0, 1]]))[0].int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
     same = segments[:, :, None] == segments[:, None, :]
     return same.tril()
 
 def document_positions(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    "How many tokens of its document stand before each token in the same row."
+    """How many tokens of its document stand before each token in the same row.
+
+    >>> document_positions(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
+    [[0, 1, 0, 1, 2]]
+    """
     return document_mask(segments).sum(-1) - 1
 
 # %% ../nbs/07_attention.ipynb #e585a34d

@@ -221,7 +221,12 @@ def _drop_output() -> None:
 def main(
     words: Sequence[str] | None = None,       # after the name of the command; None: as typed
 ) -> int:                                     # the exit status
-    "Run the command `llmfs`, see @sec-command."
+    """Run the command `llmfs`, see @sec-command.
+
+    >>> main(["--version"])
+    llmfs ...
+    0
+    """
     words = list(sys.argv[1:] if words is None else words)
     debug, words = "--debug" in words, [word for word in words if word != "--debug"]
     _warn_in_one_line()

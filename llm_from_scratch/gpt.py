@@ -35,7 +35,7 @@ from llm_from_scratch.tensors import (
 if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
-__all__ = ['PRESETS', 'GPTConfig', 'GPT', 'model_card']
+__all__ = ['PRESETS', 'GPTConfig', 'GPT']
 
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ PUBLIC = {
     'text': 'CharTokenizer SpacedWordTokenizer Tokenizer WordTokenizer clean deduplicate', 'bpe': 'BPETokenizer GPT2_PATTERN GPT4_PATTERN load_tokenizer',
     'storyland': 'Preference SIZES Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',
     'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c', 'constraints': 'Constraint',
-    'figures': 'COLORS FAINT INK graph_svg head_view heatmap use_style'}
+    'figures': 'COLORS FAINT INK graph_svg head_view heatmap pipeline use_style'}
 
 
 @pytest.mark.parametrize('module', PUBLIC)

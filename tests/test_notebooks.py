@@ -148,7 +148,7 @@ def library(path): return {p.stem for p in inputs.imported(inputs.ROOT/path) if 
 
 def test_inputs_follow_the_imports():
     "Directly, through other modules, inside functions, and in the words of a command."
-    assert {'attention', 'positions', 'tensors'} <= library('tests/test_attention.py') and 'gpt' not in library('tests/test_attention.py')
+    assert {'positions', 'tensors'} <= library('tests/test_positions.py') and 'gpt' not in library('tests/test_positions.py')
     assert {'cli', 'training', 'evaluation'} <= library('tests/test_cli.py')
     assert inputs.ROOT/'tools'/'forks.py' in inputs.imported(inputs.ROOT/'tests'/'test_notebooks.py')
     assert inputs.ROOT/'nbs'/'results'/'recipe_ladder.json' in inputs.imported(nb.find('11'))
