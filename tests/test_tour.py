@@ -3,7 +3,7 @@ import pytest
 import torch
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.pretrained import TOUR_WEIGHTS, export_weights, load_weights
-from llm_from_scratch.tour import SelfAttention, TinyGPT, batch, sample, train
+from llm_from_scratch.tour import SelfAttention, TinyBlock, TinyGPT, batch, sample, train
 from functools import cache
 
 SHAPE = dict(vocab_size=11, context_length=16, d_model=24, n_layers=2, n_heads=3)
@@ -68,6 +68,14 @@ def test_attention_against_torch():
     theirs.out_proj.weight, theirs.out_proj.bias = ours.output.weight, ours.output.bias
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
     torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=future, need_weights=False)[0])
+
+
+def test_a_block_only_adds_to_the_stream():
+    block, x = TinyBlock(24, 3), torch.randn(2, 7, 24)
+    silent = TinyBlock(24, 3)
+    for layer in (silent.attention.output, silent.mlp[2]):
+        for p in layer.parameters(): torch.nn.init.zeros_(p)
+    assert torch.equal(silent(x), x) and not torch.allclose(block(x), x)
 
 
 def test_no_position_sees_a_later_one():
