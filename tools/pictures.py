@@ -21,7 +21,7 @@ WIDTH, HEIGHT, GAP = 168, 150, 22
 
 # Of each part: its name, what the reader holds at its end, and the function that draws it in a 140 x 60 box.
 STATIONS = [('Text to numbers', 'a tokenizer, a corpus', 'tokens'), ('The transformer', 'a model, untrained', 'attention'),
-            ('Learning', 'a model that speaks', 'curve'), ('Speed', 'fast answers', 'cache'), ('Real models', 'trained weights', 'stack'),
+            ('Learning', 'a model that speaks', 'curve'), ('Real models', 'trained weights', 'stack'), ('Speed', 'fast answers', 'cache'),
             ('Assistants', 'a working assistant', 'dialog'), ('Scale', 'many machines', 'grid')]
 
 

@@ -8,7 +8,7 @@ import keyword, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = [(1, 'Text to numbers'), (6, 'The transformer'), (10, 'Learning'), (14, 'Speed'), (18, 'Real models'), (20, 'Assistants'), (27, 'Scale')]
+PARTS = [(1, 'Text to numbers'), (6, 'The transformer'), (10, 'Learning'), (14, 'Real models'), (16, 'Speed'), (20, 'Assistants'), (28, 'Scale')]
 CONTENTS = ROOT/'_quarto.yml'
 IMAGES = ROOT/'nbs'/'images'
 LISTS = [CONTENTS, ROOT/'nbs'/'symbols.qmd', ROOT/'llm_from_scratch'/'_modidx.py', IMAGES/'road.svg', IMAGES/'road-narrow.svg']      # what lists the chapters
