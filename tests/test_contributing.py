@@ -199,6 +199,7 @@ CONTENTS = '''# The book.
 book:
   chapters:
     - index.qmd
+    - nbs/00_tour.ipynb
     - part: "I  Text to numbers"   # a comment
       chapters:
         - nbs/01_tensors.ipynb
@@ -217,7 +218,7 @@ def chapters_of(text):
     return {entry['part']: [c[4:6] for c in entry['chapters']] for entry in yaml.safe_load(text)['book']['chapters'] if isinstance(entry, dict)}
 
 
-ONE, TWO, THREE, FOUR = 'I  Text to numbers', 'II  The transformer', 'III  Learning', 'IV  Speed'
+ONE, TWO, THREE, FOUR = 'I  Text to numbers', 'II  The transformer', 'III  Learning', 'IV  Real models'
 
 
 @pytest.mark.parametrize('n, wanted', [
