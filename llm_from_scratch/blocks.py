@@ -19,7 +19,7 @@ from .tensors import Dropout, Embedding, Linear
 _Layer = Callable[[Tensor], Tensor]
 
 # %% auto #0
-__all__ = ['NORMS', 'ORDERS', 'LayerNorm', 'RMSNorm', 'FeedForward', 'GatedFeedForward', 'Block', 'init_weights']
+__all__ = ['NORMS', 'FEED_FORWARDS', 'ORDERS', 'LayerNorm', 'RMSNorm', 'FeedForward', 'GatedFeedForward', 'Block', 'init_weights']
 
 # %% ../nbs/08_blocks.ipynb #819b158d
 def layer_norm(
@@ -280,7 +280,7 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "geglu_tanh": partial(GatedFeedForward, activation="gelu_tanh"),
 }
 
-
+# %% ../nbs/08_blocks.ipynb #263f07c7
 def is_gated(
     name: str,          # of a feed-forward layer in `FEED_FORWARDS`
 ) -> bool:
