@@ -367,6 +367,16 @@ def test_contents_neighbours_and_notebook_links(rich):
     assert (rich.root / "_site/nbs/02_two.ipynb").exists()
 
 
+def test_the_core_path_and_what_goes_deeper_are_told_apart(plain):
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nWords.\n\n## Two\n\nMore.\n\n## Going deeper {#sec-one-deeper}\n\n### Inside\n\nEven more."), code("a = 1"))
+    plain.build()
+    page = plain.page("nbs/01_one")
+    assert 'about 1 minute for the core path; <a href="#sec-one-deeper">Going deeper</a>: 1 minute more' in page
+    assert re.search(r'<ol class="here"><li><a href="#two">Two</a></li><li class="deeper"><a href="#sec-one-deeper">Going deeper</a></li></ol>', page)
+    assert page.count('<li class="deeper">') == 2 and page.count("deeper-note") == 1            # beside the text, and in the drawer of a phone
+    assert "reading-time" not in plain.page("index") and 'class="here"' not in plain.page("index")
+
+
 def test_plain_text_copies_sitemap_and_metadata(rich):
     site = rich.root / "_site"
     copy = (site / "nbs/01_one.md").read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import assets                                                # noqa: E402
+import reading                                               # noqa: E402
 from copies import write_copies                              # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,8 +131,8 @@ def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
 
 
 def add_below_title(text: str, line: str) -> str:
-    "Put a line of links behind the title of the page (behind Quarto's title block where there is one)."
-    if 'class="notebook-links"' in text:
+    "Put a line behind the title of the page (behind Quarto's title block where there is one), if it is not there."
+    if line.partition(" data-")[0] in text:
         return text
     end = r"</header>" if 'id="title-block-header"' in text else r"</h1>"
     place = re.search(rf"id=\"title-block-header\".*?{end}|<main\b.*?{end}", text, re.S)
@@ -143,6 +144,42 @@ def download_links(site: Path) -> str:
     files = sorted(site.glob("*.epub")) + sorted(site.glob("*.pdf"))
     links = " ".join(f'<a href="{file.name}" download>{file.suffix[1:].upper()}</a>' for file in files)
     return f'<p class="notebook-links" data-pagefind-ignore><span>The whole book in one file:</span> {links}</p>' if files else ""
+
+
+# How long, and where the core path ends -------------------------------------------------------------------------
+
+DEEPER = re.compile(r"(?:<section\b[^>]*\bid=\"(?P<section>[^\"]+)\"[^>]*>\s*)?<h2\b(?P<attributes>[^>]*)>(?:(?!</h2>).)*?Going deeper</h2>", re.S)
+
+
+def reading_line(core: reading.Length, deeper: reading.Length | None, place: str) -> str:
+    "How long a page takes to read, for its head."
+    if deeper is None:
+        words = f"about {reading.spoken(core.minutes)}"
+    else:
+        words = f'about {reading.spoken(core.minutes)} for the core path; <a href="#{place}">Going deeper</a>: {reading.spoken(deeper.minutes)} more'
+    return f'<p class="reading-time" data-pagefind-ignore>Reading time: {words}.</p>'
+
+
+def mark_deeper(text: str, minutes: int) -> tuple[str, str]:
+    "Mark where the core path ends, in the text and in lists of contents; the page, and the id of that section."
+    heading = DEEPER.search(text)
+    if not heading:
+        return text, ""
+    place = re.search(r"\bid=\"([^\"]+)\"", heading["attributes"])
+    place = heading["section"] or (place[1] if place else "")
+    note = (f'\n<p class="deeper-note" data-pagefind-ignore>The core path ends here. The rest can wait for a second reading: '
+            f"about {reading.spoken(minutes)}.</p>")
+    text = text[:heading.end()] + note + text[heading.end():]
+    return re.sub(rf'<li>(?=<a href="#{re.escape(place)}")', '<li class="deeper">', text), place
+
+
+def add_reading_time(text: str, notebook: Path) -> str:
+    "Put into a page what its notebook takes to read; a page that has it stays as it is."
+    if 'class="reading-time"' in text:
+        return text
+    core, deeper = reading.lengths(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    text, place = mark_deeper(text, deeper.minutes) if deeper else (text, "")
+    return add_below_title(text, reading_line(core, deeper, place))
 
 
 # The head of a page -----------------------------------------------------------------------------------------------
@@ -211,6 +248,7 @@ def finish(site: Path, root: Path, memory: Path) -> None:
         if (root / name).exists():
             shutil.copyfile(root / name, site / name)
             text = add_below_title(text, notebook_links(name, settings, up(site, page)))
+            text = add_reading_time(text, root / name)
         elif name == "index.ipynb":
             text = add_below_title(text, download_links(site))
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
