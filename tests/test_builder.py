@@ -396,6 +396,21 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
         assert ":::" not in place and "Only on the site" not in place
 
 
+def test_old_addresses_lead_to_the_new_ones(tmp_path):
+    urls = {page.url for page in load_book(ROOT).pages}
+    assert finish.MOVED and urls.issuperset(finish.MOVED.values()) and urls.isdisjoint(finish.MOVED)
+    (tmp_path / "nbs").mkdir()
+    finish.write_moved(tmp_path)
+    assert not list((tmp_path / "nbs").iterdir())                # no page is there to lead to
+    for new in finish.MOVED.values():
+        (tmp_path / new).write_text("here", encoding="utf-8")
+    finish.write_moved(tmp_path)
+    for old, new in finish.MOVED.items():
+        text, there = (tmp_path / old).read_text(encoding="utf-8"), f"../{new}"
+        assert f'http-equiv="refresh" content="0; url={there}"' in text and f'<a href="{there}">' in text and "{{" not in text
+    assert {page.relative_to(tmp_path).as_posix() for page in finish.pages(tmp_path)} == {*finish.MOVED.values()}
+
+
 # Failures and second runs -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, words", [

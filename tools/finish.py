@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What both builders do to a finished site: typeset mathematics, notebook links, metadata, Markdown copies, 404, sitemap.
+"""What both builders do to a finished site: typeset mathematics, notebook links, metadata, Markdown copies, old addresses, 404, sitemap.
 
 Quarto runs this file after `quarto render`; the embedded builder calls `finish`. Only the standard library is used, and
 what is optional (Node.js, KaTeX, fonts) is left out with a sentence when it is missing, never with an error."""
@@ -25,6 +25,9 @@ from copies import write_copies                              # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Pages that have another address now: what was published at the old one leads to the new one.
+MOVED = {"nbs/06_positions.html": "nbs/07_positions.html", "nbs/07_attention.html": "nbs/06_attention.html"}
+
 
 def read_settings(root: Path) -> dict[str, str]:
     "The values of settings.ini: the only place that knows the address of the repository."
@@ -41,9 +44,9 @@ def listed_files(root: Path) -> list[str]:
 
 
 def pages(site: Path) -> list[Path]:
-    "Every page of the site but the one for missing pages."
-    skipped = {"404.html"}
-    found = (p for p in sorted(site.rglob("*.html")) if p.name not in skipped)
+    "Every page of the site but the one for missing pages, and those that only lead to another."
+    skipped = {"404.html", *MOVED}
+    found = (p for p in sorted(site.rglob("*.html")) if p.relative_to(site).as_posix() not in skipped)
     return [p for p in found if "site_libs" not in p.parts and "pagefind" not in p.parts]
 
 
@@ -235,6 +238,15 @@ def write_404(site: Path, settings: dict[str, str]) -> None:
     (site / "404.html").write_text(text, encoding="utf-8")
 
 
+def write_moved(site: Path) -> None:
+    "At each old address a page that leads to the new one: without JavaScript too, and with it to the same section."
+    text = (Path(__file__).parent / "theme" / "moved.html").read_text(encoding="utf-8")
+    for old, new in MOVED.items():
+        if (site / new).exists():
+            there = html.escape(up(site, site / old) + new)
+            (site / old).write_text(text.replace("{{there}}", there), encoding="utf-8")
+
+
 def finish(site: Path, root: Path, memory: Path) -> None:
     "Do everything to the pages below `site`; doing it twice changes nothing more."
     settings = read_settings(root)
@@ -256,6 +268,7 @@ def finish(site: Path, root: Path, memory: Path) -> None:
     write_copies(site, root, listed_files(root), settings)
     write_sitemap(site, settings)
     write_404(site, settings)
+    write_moved(site)
 
 
 def main() -> int:
