@@ -277,6 +277,7 @@ class Rotary(Protocol):
         self,
         x: Float[Tensor, "B H T d"],                        # queries or keys
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"],  # of each token
+        /,
     ) -> Float[Tensor, "B H T d"]:
         "The same vectors, each rotated by its position."
         ...
@@ -293,6 +294,7 @@ class PositionBias(Protocol):
         self,
         n_queries: int,                             # T: the last positions of the keys
         n_keys: int,                                # S
+        /,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
@@ -303,6 +305,7 @@ class PositionBias(Protocol):
         self,
         query_positions: Int[Tensor, "B T"],        # of each row its own
         key_positions: Int[Tensor, "B S"],          # in any order
+        /,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "B H T S"]:
         "The bias between any positions."
