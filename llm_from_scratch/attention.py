@@ -16,7 +16,7 @@ from .tensors import Linear, softmax
 
 # %% auto #0
 __all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding_window_mask', 'document_mask',
-           'document_positions', 'MultiHeadAttention', 'Cache']
+           'document_positions', 'Rotary', 'PositionBias', 'MultiHeadAttention', 'Cache']
 
 # %% ../nbs/06_attention.ipynb #97af4931
 def causal_mask(
@@ -294,14 +294,9 @@ class PositionBias(Protocol):
 
     def __call__(
         self,
-<<<<<<< /tmp/tmpoyzvg9x0.txt
         n_queries: int,  # T: the last positions of the keys
         n_keys: int,     # S
-=======
-        n_queries: int,                             # T: the last positions of the keys
-        n_keys: int,                                # S
         /,
->>>>>>> /tmp/tmpvhbczpcf.txt
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
@@ -388,8 +383,6 @@ class MultiHeadAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
         self.rotary, self.position_bias = rotary, position_bias
 
-# %% ../nbs/06_attention.ipynb #484b60be
-class MultiHeadAttention(MultiHeadAttention):    # queries, keys, values
     def _project(
         self, x: Tensor, positions: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,6 +401,45 @@ class MultiHeadAttention(MultiHeadAttention):    # queries, keys, values
     def _scoring(self) -> dict[str, Any]:
         "What changes the scores, for `attention` and `attention_weights`."
         return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # -1: padding
+        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
+        cache: Cache | None = None,  # what earlier tokens left; gets the new ones
+    ) -> Float[Tensor, "B T D"]:
+        """What each position has read. Only rotary embeddings and ragged rows need positions.
+
+        ValueError for an empty sequence or shapes that differ."""
+        q, k, v = self._project(x, positions)
+        options = {"mask": mask, "window": self.window, "position_bias": self.position_bias,
+                   "dropout": self.dropout if self.training else 0.0, "backend": self.backend,
+                   **self._scoring()}
+        heads = (attend(q, k, v, positions, **options) if cache is None
+                 else cache.attend(self.layer, q, k, v, positions, **options))
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+    def weights(
+        self,
+        x: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,
+        mask: Bool[Tensor, "T T"] | Bool[Tensor, "B T T"] | None = None,
+    ) -> Float[Tensor, "B H T T"]:
+        "How much each position (down) takes of each other one (across), for every head."
+        q, k, _ = self._project(x, positions)
+        T = x.shape[1]
+        alike = positions is None or positions.ndim == 1
+        if mask is None and self.window is not None and alike:
+            mask = sliding_window_mask(T, self.window, device=x.device)
+        _, mask, plan = _plan(q, k, positions, mask, self.window, self.position_bias)
+        return attention_weights(q, k, mask, **plan, **self._scoring())
+
+    def extra_repr(self) -> str:
+        "What the list of submodules does not show."
+        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, d_head={self.d_head}"
+
+# %% ../nbs/06_attention.ipynb #484b60be
 
 
 def _check_shape(positions: Tensor | None, B: int, T: int) -> None:
@@ -515,28 +547,6 @@ class Cache:
         "Row i becomes what row `rows[i]` was, in every layer."
         self._states, self._shared = _pick(self._states, torch.tensor(rows), {}), {}
 
-# %% ../nbs/06_attention.ipynb #caf94f63
-def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
-    "These rows of every tensor, in dictionaries, lists and tuples of any depth."
-    if isinstance(kept, dict): return {name: _pick(x, rows, done) for name, x in kept.items()}
-    if isinstance(kept, (list, tuple)): return type(kept)(_pick(x, rows, done) for x in kept)
-    if not isinstance(kept, Tensor): return kept
-    if id(kept) not in done: done[id(kept)] = kept.index_select(0, rows.to(kept.device))
-    return done[id(kept)]  # layers that share a tensor go on sharing it
-
-# %% ../nbs/06_attention.ipynb #dd696ae6
-def visible(
-    queries: Int[Tensor, "B T"],  # positions of the queries; -1: padding
-    keys: Int[Tensor, "B S"],     # positions of the keys, in any order
-    window: int | None = None,    # positions a query may see, itself included
-) -> Bool[Tensor, "B T S"]:       # True where a query attends to a key
-    "Who sees whom, by position, @eq-attention-visible."
-    distance = queries[:, :, None] - keys[:, None]
-    seen = (distance >= 0) & (keys >= 0)[:, None]
-    return seen if window is None else seen & (distance < window)
-
-# %% ../nbs/06_attention.ipynb #bf2992db
-class Cache(Cache):    # attention over what is kept
     def attend(
         self,
         layer: Any,
@@ -575,8 +585,6 @@ class Cache(Cache):    # attention over what is kept
         if key not in self._shared: self._shared[key] = make(*given)
         return self._shared[key]
 
-# %% ../nbs/06_attention.ipynb #0ace214d
-class Cache(Cache):    # where the keys of ragged rows are
     def _where(
         self, layer: Any, positions: Tensor | None, k: Tensor, n_keys: int,
     ) -> Tensor | None:
@@ -608,6 +616,28 @@ class Cache(Cache):    # where the keys of ragged rows are
             state["positions"] = self._once(torch.gather, at, 1, kept)
         state["keys"], state["values"] = (_columns(state[x], kept) for x in ("keys", "values"))
 
+# %% ../nbs/06_attention.ipynb #caf94f63
+def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
+    "These rows of every tensor, in dictionaries, lists and tuples of any depth."
+    if isinstance(kept, dict): return {name: _pick(x, rows, done) for name, x in kept.items()}
+    if isinstance(kept, (list, tuple)): return type(kept)(_pick(x, rows, done) for x in kept)
+    if not isinstance(kept, Tensor): return kept
+    if id(kept) not in done: done[id(kept)] = kept.index_select(0, rows.to(kept.device))
+    return done[id(kept)]  # layers that share a tensor go on sharing it
+
+# %% ../nbs/06_attention.ipynb #dd696ae6
+def visible(
+    queries: Int[Tensor, "B T"],  # positions of the queries; -1: padding
+    keys: Int[Tensor, "B S"],     # positions of the keys, in any order
+    window: int | None = None,    # positions a query may see, itself included
+) -> Bool[Tensor, "B T S"]:       # True where a query attends to a key
+    "Who sees whom, by position, @eq-attention-visible."
+    distance = queries[:, :, None] - keys[:, None]
+    seen = (distance >= 0) & (keys >= 0)[:, None]
+    return seen if window is None else seen & (distance < window)
+
+# %% ../nbs/06_attention.ipynb #0ace214d
+
 
 def _columns(memory: Tensor, kept: slice | Tensor) -> Tensor:
     "Some positions of keys or values: the same of all rows, or of each row its own (B, n)."
@@ -637,42 +667,3 @@ def _last_bias(
 def _latest(positions: Tensor, n: int) -> Tensor:
     "The columns of the n latest positions of each row, in order."
     return positions.topk(n, 1).indices.sort(1).values
-
-# %% ../nbs/06_attention.ipynb #59a31e6a
-class MultiHeadAttention(MultiHeadAttention):
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # -1: padding
-        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
-        cache: Cache | None = None,  # what earlier tokens left; gets the new ones
-    ) -> Float[Tensor, "B T D"]:
-        """What each position has read. Only rotary embeddings and ragged rows need positions.
-
-        ValueError for an empty sequence or shapes that differ."""
-        q, k, v = self._project(x, positions)
-        options = {"mask": mask, "window": self.window, "position_bias": self.position_bias,
-                   "dropout": self.dropout if self.training else 0.0, "backend": self.backend,
-                   **self._scoring()}
-        heads = (attend(q, k, v, positions, **options) if cache is None
-                 else cache.attend(self.layer, q, k, v, positions, **options))
-        return self.output(heads.transpose(1, 2).flatten(2))
-
-    def weights(
-        self,
-        x: Float[Tensor, "B T D"],
-        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,
-        mask: Bool[Tensor, "T T"] | Bool[Tensor, "B T T"] | None = None,
-    ) -> Float[Tensor, "B H T T"]:
-        "How much each position (down) takes of each other one (across), for every head."
-        q, k, _ = self._project(x, positions)
-        T = x.shape[1]
-        alike = positions is None or positions.ndim == 1
-        if mask is None and self.window is not None and alike:
-            mask = sliding_window_mask(T, self.window, device=x.device)
-        _, mask, plan = _plan(q, k, positions, mask, self.window, self.position_bias)
-        return attention_weights(q, k, mask, **plan, **self._scoring())
-
-    def extra_repr(self) -> str:
-        "What the list of submodules does not show."
-        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, d_head={self.d_head}"
