@@ -20,19 +20,21 @@ __all__ = ['BACKENDS', 'causal_mask', 'attention_weights', 'attention', 'sliding
 
 # %% ../nbs/06_attention.ipynb #97af4931
 def causal_mask(
-    n_queries: int,                             # T
-    n_keys: int | None = None,                  # S; by default as many as queries
+    n_queries: int,             # T
+    n_keys: int | None = None,  # S; by default as many as queries
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "T S"]:                       # True where a query attends to a key
-    """Each query attends to its own position and those before; queries are the last positions.
+) -> Bool[Tensor, "T S"]:  # True where a query attends to a key
+    """Each query attends to its own position and all before it.
+
+    The queries are the last positions of the keys.
 
     >>> causal_mask(2, 3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
     n_keys = n_queries if n_keys is None else n_keys
     if not 1 <= n_queries <= n_keys:
-        raise ValueError("the queries are the last positions of the keys: expected 1 to "
-                         f"{n_keys} of them, got {n_queries}")
+        raise ValueError("the queries are the last positions of the keys: "
+                         f"expected 1 to {n_keys} of them, got {n_queries}")
     everything = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return everything.tril(n_keys - n_queries)
 
@@ -49,7 +51,7 @@ def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor 
     T, S = q.shape[2], k.shape[2]
     if mask is not None and mask.ndim == 2: mask = mask[None]
     if mask is not None and mask.ndim == 3: mask = mask[:, None]
-    if not causal or T == 1: return mask                # the last position may look anywhere
+    if not causal or T == 1: return mask  # the last position may look anywhere
     past = causal_mask(T, S, q.device)
     return past[None, None] if mask is None else mask & past
 
@@ -59,11 +61,11 @@ def attention_weights(
     k: Float[Tensor, "B K S d"],                # keys; K divides H
     mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | Bool[Tensor, "B #H T S"] | None = None,
     *,
-    causal: bool = False,                       # also forbid looking ahead
-    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,   # of the scores
-    scale: float | None = None,                 # of the scores; by default 1/√d
-    softcap: float | None = None,               # scores are bent to stay within ± this
-    sinks: Float[Tensor, "H"] | None = None,    # score of looking nowhere, for each head
+    causal: bool = False,  # also forbid looking ahead
+    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,  # of the scores
+    scale: float | None = None,  # of the scores; by default 1/√d
+    softcap: float | None = None,  # scores are bent to stay within ± this
+    sinks: Float[Tensor, "H"] | None = None,  # score of looking nowhere, for each head
 ) -> Float[Tensor, "B H T S"]:
     """The attention weights, @eq-attention: how much each query takes of each value.
 
@@ -141,10 +143,10 @@ def _sdpa(
                        sinks=sinks, dropout=dropout)
     (H, T), S, grouped = q.shape[1:3], k.shape[2], k.shape[1] != q.shape[1]
     plain = mask is None and bias is None and sinks is None
-    if plain and (T == S or T == 1 or not causal):            # no mask in memory
+    if plain and (T == S or T == 1 or not causal):  # no mask in memory
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True if causal and T > 1 else False,
-            scale=scale, enable_gqa=grouped)     # a bool, also where a compiler varies T
+            scale=scale, enable_gqa=grouped)  # a bool, also where a compiler varies T
     added = _as_bias(q, k, _allowed(q, k, mask, causal), bias, sinks)
     if sinks is not None: k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     if grouped and q.device.type != "cpu":
@@ -182,18 +184,18 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {"manual": _manual, "sdpa": _sdpa, 
 
 # %% ../nbs/06_attention.ipynb #af75ae8f
 def attention(
-    q: Float[Tensor, "B H T d"],                # queries
-    k: Float[Tensor, "B K S d"],                # keys; K divides H (grouped-query attention)
-    v: Float[Tensor, "B K S d"],                # values
+    q: Float[Tensor, "B H T d"],  # queries
+    k: Float[Tensor, "B K S d"],  # keys; K divides H (grouped-query attention)
+    v: Float[Tensor, "B K S d"],  # values
     mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | Bool[Tensor, "B #H T S"] | None = None,
     *,
-    causal: bool = False,                       # also forbid looking ahead
-    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,   # of the scores
-    scale: float | None = None,                 # of the scores; by default 1/√d
-    softcap: float | None = None,               # scores are bent to stay within ± this
-    sinks: Float[Tensor, "H"] | None = None,    # score of looking nowhere, for each head
-    dropout: float = 0.0,                       # share of the weights to drop
-    backend: str = "sdpa",                      # one of `BACKENDS`
+    causal: bool = False,  # also forbid looking ahead
+    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,  # of the scores
+    scale: float | None = None,  # of the scores; by default 1/√d
+    softcap: float | None = None,  # scores are bent to stay within ± this
+    sinks: Float[Tensor, "H"] | None = None,  # score of looking nowhere, for each head
+    dropout: float = 0.0,  # share of the weights to drop
+    backend: str = "sdpa",  # one of `BACKENDS`
 ) -> Float[Tensor, "B H T d"]:
     """Each query averages the values, weighted by how well the keys match, @eq-attention.
 
@@ -214,11 +216,11 @@ def attention(
 
 # %% ../nbs/06_attention.ipynb #3757e04b
 def sliding_window_mask(
-    n_queries: int,                             # T
-    window: int,                                # keys a query may look at, itself included
-    n_keys: int | None = None,                  # S; by default as many as queries
+    n_queries: int,             # T
+    window: int,                # keys a query may look at, itself included
+    n_keys: int | None = None,  # S; by default as many as queries
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "T S"]:                       # True where a query may look at a key
+) -> Bool[Tensor, "T S"]:  # True where a query may look at a key
     """Causal, and no further back than the last `window` positions.
 
     >>> sliding_window_mask(3, 2).int().tolist()
@@ -230,8 +232,8 @@ def sliding_window_mask(
 
 # %% ../nbs/06_attention.ipynb #056c8ac1
 def document_mask(
-    segments: Int[Tensor, "B T"],       # the document of each token
-) -> Bool[Tensor, "B T T"]:             # True where a query (row) attends to a key (column)
+    segments: Int[Tensor, "B T"],  # the document of each token
+) -> Bool[Tensor, "B T T"]:  # True where a query (row) attends to a key (column)
     """A block-diagonal causal mask: no token attends to another document.
 
     See @eq-attention-documents.
@@ -277,6 +279,7 @@ class Rotary(Protocol):
         self,
         x: Float[Tensor, "B H T d"],                        # queries or keys
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"],  # of each token
+        /,
     ) -> Float[Tensor, "B H T d"]:
         "The same vectors, each rotated by its position."
         ...
@@ -291,8 +294,9 @@ class PositionBias(Protocol):
 
     def __call__(
         self,
-        n_queries: int,                             # T: the last positions of the keys
-        n_keys: int,                                # S
+        n_queries: int,  # T: the last positions of the keys
+        n_keys: int,     # S
+        /,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
@@ -303,6 +307,7 @@ class PositionBias(Protocol):
         self,
         query_positions: Int[Tensor, "B T"],        # of each row its own
         key_positions: Int[Tensor, "B S"],          # in any order
+        /,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "B H T S"]:
         "The bias between any positions."
@@ -340,26 +345,26 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(
         self,
-        d_model: int,                           # width of what comes in and goes out
-        n_heads: int,                           # H; query heads
-        n_kv_heads: int | None = None,          # K; by default H, 1 is multi-query attention
+        d_model: int,  # width of what comes in and goes out
+        n_heads: int,  # H; query heads
+        n_kv_heads: int | None = None,  # K; by default H, 1 is multi-query attention
         *,
-        d_head: int | None = None,              # d; by default d_model / n_heads
-        bias: bool = False,                     # constants in query, key and value
-        output_bias: bool | None = None,        # constants in output; by default as `bias`
-        dropout: float = 0.0,                   # share of the weights dropped in training
-        rotary: Rotary | None = None,           # rotates queries and keys by their positions
-        position_bias: PositionBias | None = None,      # added to the scores
-        qk_norm: bool = False,                  # normalize queries and keys
-        qk_norm_full: bool = False,             # all heads as one vector, not each by itself
-        qk_norm_eps: float = 1e-6,              # added to the mean square
-        qk_norm_offset: float = 0.0,            # added to the weights of these norms
-        scale: float | None = None,             # of the scores; by default 1/√d
-        softcap: float | None = None,           # bend scores to stay within ± this
-        sinks: bool = False,                    # learn a score of looking nowhere
-        window: int | None = None,              # positions a query may see, itself included
-        layer: int = 0,                         # the name of this layer for a cache
-        backend: str = "sdpa",                  # one of `BACKENDS`
+        d_head: int | None = None,  # d; by default d_model / n_heads
+        bias: bool = False,  # constants in query, key and value
+        output_bias: bool | None = None,  # constants in output; by default as `bias`
+        dropout: float = 0.0,  # share of the weights dropped in training
+        rotary: Rotary | None = None,  # rotates queries and keys by their positions
+        position_bias: PositionBias | None = None,  # added to the scores
+        qk_norm: bool = False,  # normalize queries and keys
+        qk_norm_full: bool = False,  # all heads as one vector, not each by itself
+        qk_norm_eps: float = 1e-6,  # added to the mean square
+        qk_norm_offset: float = 0.0,  # added to the weights of these norms
+        scale: float | None = None,  # of the scores; by default 1/√d
+        softcap: float | None = None,  # bend scores to stay within ± this
+        sinks: bool = False,  # learn a score of looking nowhere
+        window: int | None = None,  # positions a query may see, itself included
+        layer: int = 0,  # the name of this layer for a cache
+        backend: str = "sdpa",  # one of `BACKENDS`
     ) -> None:
         super().__init__()
         K = n_heads if n_kv_heads is None else n_kv_heads
@@ -390,7 +395,7 @@ class MultiHeadAttention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2) for y in (q, k, v))
         if self.rotary is None: return q, k, v
         if positions is None: raise ValueError("rotary embeddings need positions, got None")
-        at = positions if positions.ndim == 1 else positions.clamp(min=0)       # -1: padding
+        at = positions if positions.ndim == 1 else positions.clamp(min=0)  # -1: padding
         return self.rotary(q, at), self.rotary(k, at), v
 
     def _scoring(self) -> dict[str, Any]:
@@ -402,7 +407,7 @@ class MultiHeadAttention(nn.Module):
         x: Float[Tensor, "B T D"],
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # -1: padding
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
-        cache: Cache | None = None,             # what earlier tokens left; gets the new ones
+        cache: Cache | None = None,  # what earlier tokens left; gets the new ones
     ) -> Float[Tensor, "B T D"]:
         """What each position has read. Only rotary embeddings and ragged rows need positions.
 
@@ -480,15 +485,15 @@ def _plan(
 
 
 def attend(
-    q: Float[Tensor, "B H T d"],                # queries
-    k: Float[Tensor, "B K S d"],                # keys; the last T are those of the queries
-    v: Float[Tensor, "B K S d"],                # values
-    positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,    # (B, T): ragged rows
+    q: Float[Tensor, "B H T d"],  # queries
+    k: Float[Tensor, "B K S d"],  # keys; the last T are those of the queries
+    v: Float[Tensor, "B K S d"],  # values
+    positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # (B, T): ragged rows
     *,
-    mask: Tensor | None = None,                 # replaces the default
-    window: int | None = None,                  # positions a query may see, itself included
-    position_bias: PositionBias | None = None,      # makes a bias of distances
-    **scoring: Any,                             # as for `attention`
+    mask: Tensor | None = None,  # replaces the default
+    window: int | None = None,  # positions a query may see, itself included
+    position_bias: PositionBias | None = None,  # makes a bias of distances
+    **scoring: Any,  # as for `attention`
 ) -> Float[Tensor, "B H T d"]:
     "`attention` to the past: all of it, or the last `window` positions, without padding."
     S, mask, plan = _plan(q, k, positions, mask, window, position_bias)
@@ -504,20 +509,20 @@ class Cache:
     own. Every tensor in a state has a row for each row of the batch.
 
     >>> layer, cache, x = MultiHeadAttention(8, 2), Cache(), torch.ones(1, 3, 8)
-    >>> for t in range(3): y = layer(x[:, t : t + 1], cache=cache)      # a token at a time
+    >>> for t in range(3): y = layer(x[:, t : t + 1], cache=cache)  # a token at a time
     >>> cache.state(0)["keys"].shape
     torch.Size([1, 2, 3, 4])
     """
 
     def __init__(self) -> None:
         self._states: dict[Any, dict[str, Any]] = {}
-        self._shared: dict[Any, Any] = {}               # what all layers need in one pass
-        self._passed: set[Any] = set()                  # the layers that it has been through
+        self._shared: dict[Any, Any] = {}  # what all layers need in one pass
+        self._passed: set[Any] = set()     # the layers that it has been through
 
     def state(
         self,
-        layer: Any,                             # its name: a number, or what is unique
-    ) -> dict[str, Any]:                        # empty at first
+        layer: Any,       # its name: a number, or what is unique
+    ) -> dict[str, Any]:  # empty at first
         "What this layer remembers, for it to read and to change."
         if layer not in self._states: self._states[layer] = {}
         return self._states[layer]
@@ -525,9 +530,9 @@ class Cache:
     def update(
         self,
         layer: Any,
-        k: Float[Tensor, "B K T d"],            # keys of the new tokens
-        v: Float[Tensor, "B K T d"],            # values of the new tokens
-    ) -> tuple[Tensor, Tensor]:                 # all kept, (B K S d), the new ones last
+        k: Float[Tensor, "B K T d"],  # keys of the new tokens
+        v: Float[Tensor, "B K T d"],  # values of the new tokens
+    ) -> tuple[Tensor, Tensor]:       # all kept, (B K S d), the new ones last
         "Add new keys and values; give back all that are kept."
         state = self.state(layer)
         if "keys" in state:
@@ -537,7 +542,7 @@ class Cache:
 
     def reorder(
         self,
-        rows: Sequence[int],                    # may repeat rows, and leave some out
+        rows: Sequence[int],  # may repeat rows, and leave some out
     ) -> None:
         "Row i becomes what row `rows[i]` was, in every layer."
         self._states, self._shared = _pick(self._states, torch.tensor(rows), {}), {}
@@ -551,9 +556,9 @@ class Cache:
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # of the new tokens
         *,
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
-        window: int | None = None,              # positions a query may see, itself included
+        window: int | None = None,  # positions a query may see, itself included
         position_bias: PositionBias | None = None,  # makes a bias of distances
-        **scoring: Any,                         # as for `attention`
+        **scoring: Any,  # as for `attention`
     ) -> Float[Tensor, "B H T d"]:
         """What the new queries read: `update`, then `attention` to what they may see.
 
@@ -576,7 +581,7 @@ class Cache:
 
     def _once(self, make: Callable[..., Tensor], *given: Any) -> Tensor:
         "What the first layer makes of some positions, and the others use."
-        key = make, *given                              # a tensor is found as itself
+        key = make, *given  # a tensor is found as itself
         if key not in self._shared: self._shared[key] = make(*given)
         return self._shared[key]
 
@@ -589,7 +594,7 @@ class Cache:
         before = state.get("positions")
         if before is None and (positions is None or positions.ndim == 1): return None
         if positions is None: raise ValueError("these rows are ragged: they need positions")
-        if layer in self._passed: self._shared, self._passed = {}, set()     # the next pass
+        if layer in self._passed: self._shared, self._passed = {}, set()  # the next pass
         self._passed.add(layer)
         if before is None: before = self._once(_counted, read - n_keys, read - T, k.device)
         state["positions"] = self._once(_joined, before, positions, B)
@@ -598,14 +603,14 @@ class Cache:
     def forget(
         self,
         layer: Any,
-        n: int,                                 # how many positions of each row stay
+        n: int,  # how many positions of each row stay
     ) -> None:
         "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
-        if "keys" not in state: return          # an heir that keeps them in its own way
+        if "keys" not in state: return  # an heir that keeps them in its own way
         at, S = state.get("positions"), state["keys"].shape[2]
         if at is None: kept: Any = slice(max(0, S - n), None)
-        elif S < 2 * n: return                  # wait: copying single columns would be slow
+        elif S < 2 * n: return  # wait: copying single columns would be slow
         else:
             kept = self._once(_latest, at, n)
             state["positions"] = self._once(torch.gather, at, 1, kept)
@@ -618,14 +623,14 @@ def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
     if isinstance(kept, (list, tuple)): return type(kept)(_pick(x, rows, done) for x in kept)
     if not isinstance(kept, Tensor): return kept
     if id(kept) not in done: done[id(kept)] = kept.index_select(0, rows.to(kept.device))
-    return done[id(kept)]                       # layers that share a tensor go on sharing it
+    return done[id(kept)]  # layers that share a tensor go on sharing it
 
 # %% ../nbs/06_attention.ipynb #dd696ae6
 def visible(
-    queries: Int[Tensor, "B T"],                # positions of the queries; -1: padding
-    keys: Int[Tensor, "B S"],                   # positions of the keys, in any order
-    window: int | None = None,                  # positions a query may see, itself included
-) -> Bool[Tensor, "B T S"]:                     # True where a query attends to a key
+    queries: Int[Tensor, "B T"],  # positions of the queries; -1: padding
+    keys: Int[Tensor, "B S"],     # positions of the keys, in any order
+    window: int | None = None,    # positions a query may see, itself included
+) -> Bool[Tensor, "B T S"]:       # True where a query attends to a key
     "Who sees whom, by position, @eq-attention-visible."
     distance = queries[:, :, None] - keys[:, None]
     seen = (distance >= 0) & (keys >= 0)[:, None]
