@@ -496,9 +496,10 @@ def test_each_tokenizer_is_found_by_its_file(tmp_path):
         again = load_tokenizer(tmp_path)
         assert load_tokenizer(tmp_path/'tokenizer.json') == again == made
         assert type(again) is type(made) and again.encode('Once a hat.') == made.encode('Once a hat.') and again.vocab_size == made.vocab_size
-    made.to_hf(tmp_path)
-    assert load_tokenizer(tmp_path).encode('Once a hat.') == made.encode('Once a hat.')
-    for text in ('', '[1]', '{}', '{"class": "WordTokenizer"}'):
+    for made in (SpacedWordTokenizer.train(texts, special_tokens=['<end>']), BPETokenizer.train(texts, 260)):
+        made.to_hf(tmp_path)
+        assert load_tokenizer(tmp_path) == made and load_tokenizer(tmp_path).encode('Once a hat.') == made.encode('Once a hat.')
+    for text in ('', '[1]', '{}', '{"class": "WordTokenizer"}', '{"model": 1}', '{"model": {"type": "WordLevel"}}', '{"model": {"type": "Unigram"}}'):
         (tmp_path/'tokenizer.json').write_text(text, encoding='utf-8')
         with pytest.raises(ValueError, match='tokenizer.json'): load_tokenizer(tmp_path)
     (tmp_path/'tokenizer.json').unlink()
