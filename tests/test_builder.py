@@ -296,6 +296,7 @@ def test_a_drawing_with_a_title_brings_its_alt_text(plain):
     plain.build()
     assert re.findall(r'<img[^>]*alt="([^"]*)"', plain.page("nbs/01_one")) == ["A dot &amp; its &quot;name&quot;", "Typed."]
     sent = nbfilter.filter_notebook({"cells": cells}, {})["cells"]                # what Quarto is given
+    assert "".join(sent[1]["source"]).count("fig-alt") == 1
     assert "".join(sent[0]["source"]).startswith('#| fig-alt: "A dot & its \\"name\\""\n#| echo: false\n')
 
 
