@@ -306,9 +306,11 @@ class _HeadNorm(nn.Module):
 # %% ../nbs/06_attention.ipynb #a7d3c0e1
 @runtime_checkable
 class Rotary(Protocol):
-    """What rotates queries and keys by their positions.
+    """Any object that rotates queries and keys when called like this.
 
-    Any object that is called like this; `Rope` in `positions` is one.
+    >>> from llm_from_scratch.positions import Rope    # one of them
+    >>> isinstance(Rope(4), Rotary)
+    True
     """
 
     def __call__(
@@ -323,9 +325,11 @@ class Rotary(Protocol):
 
 @runtime_checkable
 class PositionBias(Protocol):
-    """What biases each score by the positions of its query and its key.
+    """Any object with these two methods, which make a bias for each score.
 
-    Any object with these two methods; `Alibi` in `positions` is one.
+    >>> from llm_from_scratch.positions import Alibi   # one of them
+    >>> isinstance(Alibi(4), PositionBias)
+    True
     """
 
     def __call__(
