@@ -322,7 +322,6 @@ class Rotary(Protocol):
         "The same vectors, each rotated by its position."
         ...
 
-
 @runtime_checkable
 class PositionBias(Protocol):
     """Any object with these two methods, which make a bias for each score.
