@@ -1,4 +1,4 @@
-"Chapter 7 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation."
+"Chapter 6 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation."
 import functools, inspect, json, math, subprocess, sys
 from functools import partial
 from itertools import product
@@ -12,7 +12,7 @@ from shapes import unchecked
 from torch import nn
 from torch.nn import functional as F
 
-from llm_from_scratch.attention import (BACKENDS, Cache, MultiHeadAttention, attention, attention_weights, causal_mask,
+from llm_from_scratch.attention import (BACKENDS, Cache, MultiHeadAttention, PositionBias, Rotary, attention, attention_weights, causal_mask,
                                         document_mask, document_positions, sliding_window_mask)
 from llm_from_scratch.gpt import GPT, GPTConfig, MIXERS
 from llm_from_scratch.positions import Alibi, Rope
@@ -291,6 +291,51 @@ def test_softcap_and_sinks_against_transformers():
 
 
 # ---- caches ----
+
+class OwnRotary:
+    "What rotates: three lines of somebody else, not a module."
+    def __call__(self, x, positions):
+        a, b, angle = *x.chunk(2, -1), positions[..., None, :, None] * torch.tensor([1.0, 0.01], dtype=torch.float64)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+
+class OwnBias:
+    "What biases: the slopes of ALiBi for four heads, on any positions."
+    def __call__(self, n_queries, n_keys, device=None, dtype=None):
+        at = torch.arange(n_keys)
+        return self.between(at[None, n_keys - n_queries :], at[None], dtype)[0]
+
+    def between(self, query_positions, key_positions, dtype=None):
+        distance = (query_positions[:, :, None] - key_positions[:, None]).abs()[:, None]
+        return (-torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])[:, None, None] * distance).to(dtype)
+
+
+@pytest.mark.parametrize('name, own, theirs', [('rotary', OwnRotary(), Rope(4)), ('position_bias', OwnBias(), Alibi(4))])
+def test_any_object_that_rotates_or_biases_will_do(name, own, theirs):
+    x, = random(21, (2, 9, 16))
+    ragged = torch.tensor([[*range(9)], [-1, *range(7), -1]])
+    ours, expected = (MultiHeadAttention(16, 4, 2, window=4, **{name: part}).double() for part in (own, theirs))
+    ours.load_state_dict(expected.state_dict())
+    bare = MultiHeadAttention(16, 4, 2, window=4).double()
+    bare.load_state_dict(expected.state_dict())
+    for at in (torch.arange(9), ragged):
+        whole, cache = expected(x, at), Cache()
+        torch.testing.assert_close(ours(x, at), whole, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(ours.weights(x, at), expected.weights(x, at), atol=1e-10, rtol=1e-10)
+        pieces = [ours(x[:, part], at[..., part], cache=cache) for part in (slice(0, 4), slice(4, 9))]
+        real = at.expand(2, -1) >= 0
+        torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-10, rtol=1e-10)
+        assert not torch.allclose(bare(x, at)[real], whole[real], atol=1e-3)             # it does something
+    for part, rotates in ((own, name == 'rotary'), (theirs, name == 'rotary')):
+        assert isinstance(part, Rotary) and isinstance(part, PositionBias) != rotates
+
+
+def test_attention_knows_nothing_of_positions():
+    "The arrow between the two chapters points back."
+    probe = "import sys, llm_from_scratch.attention; print('llm_from_scratch.positions' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'False'
+
 
 class ListCache(Cache):
     "Only an `update`: keeps every piece in a list, and joins them when asked."

@@ -1,4 +1,4 @@
-"Chapter 6 beyond its chapter: other models' positions, gradients, compilers, 16 bits, shared tables, wrong use."
+"Chapter 7 beyond its chapter: other models' positions, gradients, compilers, 16 bits, shared tables, wrong use."
 import copy, math, pickle, subprocess, sys
 from itertools import product
 
