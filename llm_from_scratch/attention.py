@@ -39,35 +39,40 @@ def causal_mask(
     return everything.tril(n_keys - n_queries)
 
 # %% ../nbs/06_attention.ipynb #6e00f85f
-def _for_every_head(x: Tensor, n_heads: int) -> Tensor:
-    "(B K S d) → (B H S d): each key/value head serves H/K query heads in a row."
+def _repeat_heads(x: Tensor, n_heads: int) -> Tensor:
+    "(B K S d) → (B H S d): each key/value head H/K times in a row."
     B, K, S, d = x.shape
     if K == n_heads: return x
-    return x[:, :, None].expand(B, K, n_heads // K, S, d).reshape(B, n_heads, S, d)
+    repeated = x[:, :, None].expand(B, K, n_heads // K, S, d)
+    return repeated.reshape(B, n_heads, S, d)
 
 # %% ../nbs/06_attention.ipynb #8ae28ed7
-def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    "`mask` and `causal` as one mask with four axes, or None where every query sees every key."
+def _combined_mask(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool,
+) -> Tensor | None:
+    "`mask` and `causal` as one mask with four axes; None if nothing is masked."
     T, S = q.shape[2], k.shape[2]
     if mask is not None and mask.ndim == 2: mask = mask[None]
     if mask is not None and mask.ndim == 3: mask = mask[:, None]
-    if not causal or T == 1: return mask  # the last position may look anywhere
+    if not causal or T == 1: return mask  # the last position attends to all
     past = causal_mask(T, S, q.device)
     return past[None, None] if mask is None else mask & past
 
 # %% ../nbs/06_attention.ipynb #d1f35932
 def attention_weights(
-    q: Float[Tensor, "B H T d"],                # queries
-    k: Float[Tensor, "B K S d"],                # keys; K divides H
-    mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | Bool[Tensor, "B #H T S"] | None = None,
+    q: Float[Tensor, "B H T d"],   # queries
+    k: Float[Tensor, "B K S d"],   # keys; K divides H
+    mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"]
+        | Bool[Tensor, "B #H T S"] | None = None,  # True where a query attends
     *,
-    causal: bool = False,  # also forbid looking ahead
-    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,  # of the scores
-    scale: float | None = None,  # of the scores; by default 1/√d
-    softcap: float | None = None,  # scores are bent to stay within ± this
-    sinks: Float[Tensor, "H"] | None = None,  # score of looking nowhere, for each head
+    causal: bool = False,          # also mask the future
+    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"]
+        | None = None,             # added to the scores
+    scale: float | None = None,    # of the scores; by default 1/√d
+    softcap: float | None = None,  # logit soft-capping at ± this
+    sinks: Float[Tensor, "H"] | None = None,  # learned attention-sink logits
 ) -> Float[Tensor, "B H T S"]:
-    """The attention weights, @eq-attention: how much each query takes of each value.
+    """The attention weights, query (rows) × key (columns), @eq-attention.
 
     Zeros for a query that is fully masked.
 
@@ -77,163 +82,191 @@ def attention_weights(
     """
     _check(q, k, mask, causal, bias, sinks)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q @ _for_every_head(k, q.shape[1]).mT * factor
+    scores = q @ _repeat_heads(k, q.shape[1]).mT * factor
     if softcap is not None: scores = softcap * (scores / softcap).tanh()
     if bias is not None: scores = scores + bias.to(scores.dtype)
-    allowed = _allowed(q, k, mask, causal)
-    if allowed is not None: scores = scores.masked_fill(~allowed, -math.inf)
+    mask = _combined_mask(q, k, mask, causal)
+    if mask is not None: scores = scores.masked_fill(~mask, -math.inf)
     if sinks is None: return softmax(scores)
-    nowhere = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-    return softmax(torch.cat([scores, nowhere], -1))[..., :-1]
+    sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return softmax(torch.cat([scores, sink], -1))[..., :-1]
 
 # %% ../nbs/06_attention.ipynb #a1bbe660
 def _check(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, bias: Tensor | None,
-    sinks: Tensor | None,
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool,
+    bias: Tensor | None, sinks: Tensor | None,
 ) -> None:
-    "Shapes that do not fit, by name."
+    "Refuse shapes that do not fit, by name."
     (B, H, T, d), (_, K, S, width) = q.shape, k.shape
-    if not T or not S: raise ValueError(f"an empty sequence: {T} queries and {S} keys")
+    if not T or not S:
+        raise ValueError(f"an empty sequence: {T} queries and {S} keys")
     if K < 1 or H % K:
-        raise ValueError(f"key/value heads must divide the query heads, got {K} and {H}")
-    if d != width: raise ValueError(f"queries of width {d} cannot meet keys of width {width}")
+        raise ValueError("key/value heads must divide the query heads, "
+                         f"got {K} and {H}")
+    if d != width:
+        raise ValueError(f"queries of width {d} do not match "
+                         f"keys of width {width}")
     if causal and T > S:
-        raise ValueError(f"causal: {T} queries cannot be the last of {S} positions")
+        raise ValueError(f"causal: {T} queries cannot be the last "
+                         f"of {S} positions")
     if bias is not None and bias.shape not in ((H, T, S), (B, H, T, S)):
-        raise ValueError(f"the bias must have shape {(H, T, S)}, got {tuple(bias.shape)}")
+        raise ValueError(f"the bias must have shape {(H, T, S)}, "
+                         f"got {tuple(bias.shape)}")
     if sinks is not None and sinks.shape != (H,):
-        raise ValueError(f"expected one sink for each of {H} heads, got {tuple(sinks.shape)}")
+        raise ValueError(f"expected one sink logit for each of {H} heads, "
+                         f"got {tuple(sinks.shape)}")
     if mask is None: return
     if mask.dtype != torch.bool:
-        raise TypeError(f"a mask is True where a query may look, got {mask.dtype}")
+        raise TypeError("expected a boolean mask (True where a query attends), "
+                        f"got {mask.dtype}")
     if mask.shape not in ((T, S), (B, T, S), (B, H, T, S), (B, 1, T, S)):
-        raise ValueError(f"a mask for {T} queries and {S} keys has shape {(T, S)}, {(B, T, S)} "
-                         f"or {(B, H, T, S)}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"a mask for {T} queries and {S} keys has shape {(T, S)}, "
+            f"{(B, T, S)} or {(B, H, T, S)}, got {tuple(mask.shape)}")
 
 # %% ../nbs/06_attention.ipynb #bf6ee1fa
 def _manual(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, **scoring: Any,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float,
+    **scoring: Any,
 ) -> Tensor:
-    "Every step by itself: the weights are held in memory."
+    "Every step by itself: the attention weights are held in memory."
     weights = attention_weights(q, k, mask, **scoring)
-    return F.dropout(weights, dropout) @ _for_every_head(v, q.shape[1])
+    return F.dropout(weights, dropout) @ _repeat_heads(v, q.shape[1])
 
 # %% ../nbs/06_attention.ipynb #6c481384
 def _as_bias(
-    q: Tensor, k: Tensor, allowed: Tensor | None, bias: Tensor | None, sinks: Tensor | None,
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor | None:
-    "What the fused kernel takes as `attn_mask`; a sink is the score of one more key."
-    if bias is None and sinks is None: return allowed
+    "The `attn_mask` of the fused kernel; a sink is the score of one more key."
+    if bias is None and sinks is None: return mask
     (B, H, T, _), S = q.shape, k.shape[2]
     if bias is None: bias = q.new_zeros(1, T, S)
     total = bias.to(q.dtype) if bias.ndim == 4 else bias.to(q.dtype)[None]
-    if allowed is not None: total = total.masked_fill(~allowed, -math.inf)
+    if mask is not None: total = total.masked_fill(~mask, -math.inf)
     if sinks is None: return total
-    nowhere = sinks.to(q.dtype)[:, None, None].expand(B, H, T, 1)
-    return torch.cat([total.expand(B, H, T, S), nowhere], -1)
+    sink = sinks.to(q.dtype)[:, None, None].expand(B, H, T, 1)
+    return torch.cat([total.expand(B, H, T, S), sink], -1)
 
 # %% ../nbs/06_attention.ipynb #c3e4e67b
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None,
-    scale: float | None, softcap: float | None, sinks: Tensor | None, dropout: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool,
+    bias: Tensor | None, scale: float | None, softcap: float | None,
+    sinks: Tensor | None, dropout: float,
 ) -> Tensor:
-    "Torch's fused kernels. They have no place for a soft-cap, which `_manual` computes."
+    "PyTorch's fused kernels. They have no soft-cap, which `_manual` computes."
     if softcap is not None:
-        return _manual(q, k, v, mask, causal=causal, bias=bias, scale=scale, softcap=softcap,
-                       sinks=sinks, dropout=dropout)
-    (H, T), S, grouped = q.shape[1:3], k.shape[2], k.shape[1] != q.shape[1]
-    plain = mask is None and bias is None and sinks is None
+        return _manual(q, k, v, mask, causal=causal, bias=bias, scale=scale,
+                       softcap=softcap, sinks=sinks, dropout=dropout)
+    (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
+    grouped, plain = K != H, mask is None and bias is None and sinks is None
     if plain and (T == S or T == 1 or not causal):  # no mask in memory
+        past = True if causal and T > 1 else False  # a bool for a dynamic T too
         return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True if causal and T > 1 else False,
-            scale=scale, enable_gqa=grouped)  # a bool, also where a compiler varies T
-    added = _as_bias(q, k, _allowed(q, k, mask, causal), bias, sinks)
-    if sinks is not None: k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            q, k, v, dropout_p=dropout, is_causal=past, scale=scale,
+            enable_gqa=grouped)
+    added = _as_bias(q, k, _combined_mask(q, k, mask, causal), bias, sinks)
+    if sinks is not None:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     if grouped and q.device.type != "cpu":
-        k, v, grouped = _for_every_head(k, H), _for_every_head(v, H), False
+        k, v, grouped = _repeat_heads(k, H), _repeat_heads(v, H), False
     return F.scaled_dot_product_attention(
         q, k, v, added, dropout_p=dropout, scale=scale, enable_gqa=grouped)
 
 # %% ../nbs/06_attention.ipynb #2fd6a34b
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, bias: Tensor | None,
-    scale: float | None, softcap: float | None, sinks: Tensor | None, dropout: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool,
+    bias: Tensor | None, scale: float | None, softcap: float | None,
+    sinks: Tensor | None, dropout: float,
 ) -> Tensor:
-    "A kernel that the compiler writes around `score`; outside `torch.compile` it is slow."
+    "A kernel compiled around `score`; outside `torch.compile` it is slow."
     from torch.nn.attention.flex_attention import flex_attention
-    if dropout: raise ValueError("flex attention has no dropout: use 'sdpa' or 'manual'")
+    if dropout:
+        raise ValueError("flex attention has no dropout: "
+                         "use 'sdpa' or 'manual'")
     (B, H, T, _), S = q.shape, k.shape[2]
-    allowed = _allowed(q, k, mask, False)
-    allowed = allowed if allowed is None else allowed.expand(B, H, T, S)
+    mask = _combined_mask(q, k, mask, False)
+    attends = mask if mask is None else mask.expand(B, H, T, S)
 
     def score(s: Tensor, b: Tensor, h: Tensor, t: Tensor, u: Tensor) -> Tensor:
         if softcap is not None: s = softcap * (s / softcap).tanh()
-        if bias is not None: s = s + (bias[h, t, u] if bias.ndim == 3 else bias[b, h, t, u])
+        if bias is not None:
+            s = s + (bias[h, t, u] if bias.ndim == 3 else bias[b, h, t, u])
         if causal: s = torch.where(u <= t + (S - T), s, -math.inf)
-        return s if allowed is None else torch.where(allowed[b, h, t, u], s, -math.inf)
+        if attends is None: return s
+        return torch.where(attends[b, h, t, u], s, -math.inf)
 
-    grouped = k.shape[1] != H
-    result: Any = flex_attention(q, k, v, score_mod=score, scale=scale, enable_gqa=grouped,
-                                 return_lse=sinks is not None)
+    result: Any = flex_attention(
+        q, k, v, score_mod=score, scale=scale, enable_gqa=k.shape[1] != H,
+        return_lse=sinks is not None)
     if sinks is None: return result
     heads, total = result                               # total: log Z
-    return heads * torch.sigmoid(total - sinks[:, None])[..., None].to(heads.dtype)
+    kept = torch.sigmoid(total - sinks[:, None])[..., None]
+    return heads * kept.to(heads.dtype)
 
 # %% ../nbs/06_attention.ipynb #4e3cb17d
-BACKENDS: dict[str, Callable[..., Tensor]] = {"manual": _manual, "sdpa": _sdpa, "flex": _flex}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "manual": _manual, "sdpa": _sdpa, "flex": _flex}
 
 # %% ../nbs/06_attention.ipynb #af75ae8f
 def attention(
-    q: Float[Tensor, "B H T d"],  # queries
-    k: Float[Tensor, "B K S d"],  # keys; K divides H (grouped-query attention)
-    v: Float[Tensor, "B K S d"],  # values
-    mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | Bool[Tensor, "B #H T S"] | None = None,
+    q: Float[Tensor, "B H T d"],   # queries
+    k: Float[Tensor, "B K S d"],   # keys; K divides H (grouped-query attention)
+    v: Float[Tensor, "B K S d"],   # values
+    mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"]
+        | Bool[Tensor, "B #H T S"] | None = None,  # True where a query attends
     *,
-    causal: bool = False,  # also forbid looking ahead
-    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"] | None = None,  # of the scores
-    scale: float | None = None,  # of the scores; by default 1/√d
-    softcap: float | None = None,  # scores are bent to stay within ± this
-    sinks: Float[Tensor, "H"] | None = None,  # score of looking nowhere, for each head
-    dropout: float = 0.0,  # share of the weights to drop
-    backend: str = "sdpa",  # one of `BACKENDS`
+    causal: bool = False,          # also mask the future
+    bias: Float[Tensor, "H T S"] | Float[Tensor, "B H T S"]
+        | None = None,             # added to the scores
+    scale: float | None = None,    # of the scores; by default 1/√d
+    softcap: float | None = None,  # logit soft-capping at ± this
+    sinks: Float[Tensor, "H"] | None = None,  # learned attention-sink logits
+    dropout: float = 0.0,          # dropout probability of attention weights
+    backend: str = "sdpa",         # one of `BACKENDS`
 ) -> Float[Tensor, "B H T d"]:
-    """Each query averages the values, weighted by how well the keys match, @eq-attention.
+    """Scaled dot-product attention, @eq-attention: weighted averages of values.
 
-    A query that is fully masked gives zeros. Raises ValueError or TypeError for shapes that
-    do not fit, a non-boolean mask, or an unknown backend.
+    A query that is fully masked gives zeros. Raises ValueError or TypeError for
+    shapes that do not fit, a non-boolean mask, or an unknown backend.
 
-    >>> q, v = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 1.0], [3.0, 3.0]]]])
+    >>> q = torch.zeros(1, 1, 2, 2)
+    >>> v = torch.tensor([[[[1.0, 1.0], [3.0, 3.0]]]])
     >>> attention(q, q, v, causal=True).tolist()
     [[[[1.0, 1.0], [2.0, 2.0]]]]
     """
     _check(q, k, mask, causal, bias, sinks)
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not pair up")
+        raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} "
+                         "do not pair up")
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, mask, causal=causal, bias=bias, scale=scale,
-                             softcap=softcap, sinks=sinks, dropout=dropout)
+        raise ValueError(f"unknown backend {backend!r}; "
+                         f"there are {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, mask, causal=causal, bias=bias,
+                             scale=scale, softcap=softcap, sinks=sinks,
+                             dropout=dropout)
 
 # %% ../nbs/06_attention.ipynb #3757e04b
 def sliding_window_mask(
     n_queries: int,             # T
-    window: int,                # keys a query may look at, itself included
+    window: int,                # keys a query attends to, its own included
     n_keys: int | None = None,  # S; by default as many as queries
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "T S"]:  # True where a query may look at a key
+) -> Bool[Tensor, "T S"]:  # True where a query attends to a key
     """Causal, and no further back than the last `window` positions.
 
     >>> sliding_window_mask(3, 2).int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
-    if window < 1: raise ValueError(f"a window holds at least 1 position, got {window}")
+    if window < 1:
+        raise ValueError(f"a window holds at least 1 position, got {window}")
     past = causal_mask(n_queries, n_keys, device)
     return past.triu(past.shape[1] - n_queries - window + 1)
 
 # %% ../nbs/06_attention.ipynb #056c8ac1
 def document_mask(
     segments: Int[Tensor, "B T"],  # the document of each token
-) -> Bool[Tensor, "B T T"]:  # True where a query (row) attends to a key (column)
+) -> Bool[Tensor, "B T T"]:  # True where a query attends to a key
     """A block-diagonal causal mask: no token attends to another document.
 
     See @eq-attention-documents.
@@ -245,7 +278,7 @@ def document_mask(
     return same.tril()
 
 def document_positions(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """How many tokens of its document stand before each token in the same row.
+    """How many tokens of its document come before each token in the same row.
 
     >>> document_positions(torch.tensor([[0, 0, 1, 1, 1]])).tolist()
     [[0, 1, 0, 1, 2]]
@@ -254,25 +287,28 @@ def document_positions(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 
 # %% ../nbs/06_attention.ipynb #e585a34d
 class _HeadNorm(nn.Module):
-    "Scales vectors of `width` features, of which a row holds one or more, to length √width."
+    "Scales vectors of `width` features, one or more a row, to length √width."
 
-    def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0) -> None:
+    def __init__(
+        self, width: int, eps: float = 1e-6, offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
     def forward(self, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
-        weight = self.weight + self.offset if self.offset else self.weight
-        rows = x.unflatten(-1, (-1, len(weight)))
+        gain = self.weight + self.offset if self.offset else self.weight
+        rows = x.unflatten(-1, (-1, len(gain)))
         # In one dtype, torch has a fused kernel, which computes in float32.
-        return F.rms_norm(rows, weight.shape, weight.to(x.dtype), self.eps).flatten(-2)
+        gain = gain.to(x.dtype)
+        return F.rms_norm(rows, gain.shape, gain, self.eps).flatten(-2)
 
 # %% ../nbs/06_attention.ipynb #a7d3c0e1
 @runtime_checkable
 class Rotary(Protocol):
-    """What rotates queries and keys by their positions: any object that is called like this.
+    """What rotates queries and keys by their positions.
 
-    `Rope` in `positions` is one.
+    Any object that is called like this; `Rope` in `positions` is one.
     """
 
     def __call__(
@@ -287,9 +323,9 @@ class Rotary(Protocol):
 
 @runtime_checkable
 class PositionBias(Protocol):
-    """What adds to each score by the positions of its query and its key: two methods.
+    """What biases each score by the positions of its query and its key.
 
-    `Alibi` in `positions` is one.
+    Any object with these two methods; `Alibi` in `positions` is one.
     """
 
     def __call__(
@@ -300,7 +336,7 @@ class PositionBias(Protocol):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
-        "The bias where the keys stand in order, from position 0 on."
+        "The bias where the keys are in order, from position 0 on."
         ...
 
     def between(
@@ -315,27 +351,31 @@ class PositionBias(Protocol):
 
 # %% ../nbs/06_attention.ipynb #04a6da44
 def _check_heads(
-    d_model: int, n_heads: int, n_kv_heads: int, d_head: int | None, dropout: float,
-    softcap: float | None, window: int | None, backend: str,
+    d_model: int, n_heads: int, n_kv_heads: int, d_head: int | None,
+    dropout: float, softcap: float | None, window: int | None, backend: str,
 ) -> None:
-    "Settings that cannot work, by name."
-    if n_heads < 1: raise ValueError(f"n_heads must be at least 1, got {n_heads}")
+    "Refuse settings that cannot work, by name."
+    if n_heads < 1:
+        raise ValueError(f"n_heads must be at least 1, got {n_heads}")
     if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"n_kv_heads must divide n_heads, got {n_kv_heads} and {n_heads}")
+        raise ValueError("n_kv_heads must divide n_heads, "
+                         f"got {n_kv_heads} and {n_heads}")
     if d_head is None and (d_model < 1 or d_model % n_heads):
-        raise ValueError(f"n_heads must divide d_model (or name d_head), got {n_heads} heads "
-                         f"for a width of {d_model}")
-    if not 0 <= dropout < 1: raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        raise ValueError("n_heads must divide d_model (or name d_head), got "
+                         f"{n_heads} heads for a width of {d_model}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least 1 position, got {window}")
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {backend!r}; "
+                         f"there are {', '.join(BACKENDS)}")
 
 # %% ../nbs/06_attention.ipynb #757fdbe9
 class MultiHeadAttention(nn.Module):
-    """Multi-head self-attention: each position attends in `n_heads` ways, @eq-attention-heads.
+    """Multi-head self-attention with `n_heads` heads, @eq-attention-heads.
 
     Causal (and limited to `window` positions) unless a mask says otherwise.
 
@@ -345,37 +385,41 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(
         self,
-        d_model: int,  # width of what comes in and goes out
-        n_heads: int,  # H; query heads
-        n_kv_heads: int | None = None,  # K; by default H, 1 is multi-query attention
+        d_model: int,                     # D: width of the input and output
+        n_heads: int,                     # H: query heads
+        n_kv_heads: int | None = None,    # K; None: H; 1: multi-query attention
         *,
-        d_head: int | None = None,  # d; by default d_model / n_heads
-        bias: bool = False,  # constants in query, key and value
-        output_bias: bool | None = None,  # constants in output; by default as `bias`
-        dropout: float = 0.0,  # share of the weights dropped in training
-        rotary: Rotary | None = None,  # rotates queries and keys by their positions
+        d_head: int | None = None,        # d; by default d_model / n_heads
+        bias: bool = False,               # of query, key and value projections
+        output_bias: bool | None = None,  # of the output; by default as `bias`
+        dropout: float = 0.0,             # probability, on attention weights
+        rotary: Rotary | None = None,     # rotates queries and keys
         position_bias: PositionBias | None = None,  # added to the scores
-        qk_norm: bool = False,  # normalize queries and keys
-        qk_norm_full: bool = False,  # all heads as one vector, not each by itself
-        qk_norm_eps: float = 1e-6,  # added to the mean square
-        qk_norm_offset: float = 0.0,  # added to the weights of these norms
-        scale: float | None = None,  # of the scores; by default 1/√d
-        softcap: float | None = None,  # bend scores to stay within ± this
-        sinks: bool = False,  # learn a score of looking nowhere
-        window: int | None = None,  # positions a query may see, itself included
-        layer: int = 0,  # the name of this layer for a cache
-        backend: str = "sdpa",  # one of `BACKENDS`
+        qk_norm: bool = False,            # normalize queries and keys
+        qk_norm_full: bool = False,       # over all heads, not each by itself
+        qk_norm_eps: float = 1e-6,        # added to the mean square
+        qk_norm_offset: float = 0.0,      # added to the gains of these norms
+        scale: float | None = None,       # of the scores; by default 1/√d
+        softcap: float | None = None,     # logit soft-capping at ± this
+        sinks: bool = False,              # learn attention-sink logits
+        window: int | None = None,        # keys per query, its own included
+        layer: int = 0,                   # the name of this layer for a cache
+        backend: str = "sdpa",            # one of `BACKENDS`
     ) -> None:
         super().__init__()
         K = n_heads if n_kv_heads is None else n_kv_heads
-        _check_heads(d_model, n_heads, K, d_head, dropout, softcap, window, backend)
+        _check_heads(
+            d_model, n_heads, K, d_head, dropout, softcap, window, backend)
         d = d_model // n_heads if d_head is None else d_head
-        self.d_model, self.n_heads, self.n_kv_heads, self.d_head = d_model, n_heads, K, d
+        if output_bias is None: output_bias = bias
+        self.d_model, self.d_head = d_model, d
+        self.n_heads, self.n_kv_heads = n_heads, K
         self.dropout, self.softcap, self.window = dropout, softcap, window
         self.layer, self.backend, self.scale = layer, backend, scale
         self.query = Linear(d_model, n_heads * d, bias)
-        self.key, self.value = Linear(d_model, K * d, bias), Linear(d_model, K * d, bias)
-        self.output = Linear(n_heads * d, d_model, bias if output_bias is None else output_bias)
+        self.key = Linear(d_model, K * d, bias)
+        self.value = Linear(d_model, K * d, bias)
+        self.output = Linear(n_heads * d, d_model, output_bias)
         widths = (n_heads * d, K * d) if qk_norm_full else (d, d)
         self.query_norm, self.key_norm = (
             _HeadNorm(width, qk_norm_eps, qk_norm_offset) if qk_norm else None
@@ -387,37 +431,46 @@ class MultiHeadAttention(nn.Module):
         self, x: Tensor, positions: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x.shape
-        if not T: raise ValueError("an empty sequence: there is no position to look from")
+        if not T: raise ValueError("an empty sequence: expected some tokens")
         _check_shape(positions, B, T)
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2)
+                   for y in (q, k, v))
         if self.rotary is None: return q, k, v
-        if positions is None: raise ValueError("rotary embeddings need positions, got None")
-        at = positions if positions.ndim == 1 else positions.clamp(min=0)  # -1: padding
+        if positions is None:
+            raise ValueError("rotary embeddings need positions, got None")
+        at = positions
+        if at.ndim == 2: at = at.clamp(min=0)  # -1: padding
         return self.rotary(q, at), self.rotary(k, at), v
 
     def _scoring(self) -> dict[str, Any]:
         "What changes the scores, for `attention` and `attention_weights`."
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        return {"scale": self.scale, "softcap": self.softcap,
+                "sinks": self.sinks}
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # -1: padding
-        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
-        cache: Cache | None = None,  # what earlier tokens left; gets the new ones
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"]
+            | None = None,           # -1: padding
+        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"]
+            | None = None,           # replaces the default
+        cache: Cache | None = None,  # keys and values so far; gets the new ones
     ) -> Float[Tensor, "B T D"]:
-        """What each position has read. Only rotary embeddings and ragged rows need positions.
+        """Attend, and mix the heads with the output projection.
 
-        ValueError for an empty sequence or shapes that differ."""
+        Only rotary embeddings and ragged rows need positions. ValueError for an
+        empty sequence or shapes that differ."""
         q, k, v = self._project(x, positions)
-        options = {"mask": mask, "window": self.window, "position_bias": self.position_bias,
-                   "dropout": self.dropout if self.training else 0.0, "backend": self.backend,
-                   **self._scoring()}
-        heads = (attend(q, k, v, positions, **options) if cache is None
-                 else cache.attend(self.layer, q, k, v, positions, **options))
+        options = {
+            "mask": mask, "window": self.window, "backend": self.backend,
+            "position_bias": self.position_bias,
+            "dropout": self.dropout if self.training else 0.0,
+            **self._scoring()}
+        heads = (attend(q, k, v, positions, **options) if cache is None else
+                 cache.attend(self.layer, q, k, v, positions, **options))
         return self.output(heads.transpose(1, 2).flatten(2))
 
     def weights(
@@ -426,24 +479,26 @@ class MultiHeadAttention(nn.Module):
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,
         mask: Bool[Tensor, "T T"] | Bool[Tensor, "B T T"] | None = None,
     ) -> Float[Tensor, "B H T T"]:
-        "How much each position (down) takes of each other one (across), for every head."
+        "The attention weights of every head, query (rows) × key (columns)."
         q, k, _ = self._project(x, positions)
         T = x.shape[1]
         alike = positions is None or positions.ndim == 1
         if mask is None and self.window is not None and alike:
             mask = sliding_window_mask(T, self.window, device=x.device)
-        _, mask, plan = _plan(q, k, positions, mask, self.window, self.position_bias)
+        _, mask, plan = _plan(
+            q, k, positions, mask, self.window, self.position_bias)
         return attention_weights(q, k, mask, **plan, **self._scoring())
 
     def extra_repr(self) -> str:
         "What the list of submodules does not show."
-        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, d_head={self.d_head}"
+        return (f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, "
+                f"d_head={self.d_head}")
 
 # %% ../nbs/06_attention.ipynb #484b60be
 
 
 def _check_shape(positions: Tensor | None, B: int, T: int) -> None:
-    "Positions for each token, of all rows alike or of each row its own."
+    "Positions for each token, the same for all rows or of each row its own."
     if positions is None or positions.shape in ((T,), (1, T), (B, T)): return
     raise ValueError(f"expected positions of shape {(T,)} or {(B, T)}, "
                      f"got {tuple(positions.shape)}")
@@ -452,35 +507,38 @@ def _check_shape(positions: Tensor | None, B: int, T: int) -> None:
 def _reach(
     window: int, n_queries: int, n_keys: int, device: torch.device,
 ) -> tuple[int, Tensor | None]:
-    "How many of the last keys any query can see, and a mask where the past alone is too much."
-    seen = min(n_keys, n_queries + window - 1)
-    if seen <= window: return seen, None
-    return seen, sliding_window_mask(n_queries, window, seen, device)
+    "How many of the last keys are attended to; a mask, if one is needed."
+    reached = min(n_keys, n_queries + window - 1)
+    if reached <= window: return reached, None
+    return reached, sliding_window_mask(n_queries, window, reached, device)
 
 
-def _own_mask(positions: Tensor, window: int | None) -> Tensor:
+def _ragged_mask(positions: Tensor, window: int | None) -> Tensor:
     "The past of each row (B T T), without its padding."
-    mask = causal_mask(positions.shape[1], device=positions.device) & (positions >= 0)[:, None]
+    mask = causal_mask(positions.shape[1], device=positions.device)
+    mask = mask & (positions >= 0)[:, None]
     if window is None: return mask
     return mask & (positions[:, :, None] - positions[:, None] < window)
 
 # %% ../nbs/06_attention.ipynb #e77532b1
 def _plan(
-    q: Tensor, k: Tensor, positions: Tensor | None, mask: Tensor | None, window: int | None,
-    position_bias: PositionBias | None,
+    q: Tensor, k: Tensor, positions: Tensor | None, mask: Tensor | None,
+    window: int | None, position_bias: PositionBias | None,
 ) -> tuple[int, Tensor | None, dict[str, Any]]:
-    "The last keys that matter; a mask for them, if the past is not enough; causal and bias."
+    "How many of the last keys matter; a mask, if needed; causal and bias."
     T, S, bias = q.shape[2], k.shape[2], None
     if mask is None and positions is not None and positions.ndim == 2:
         positions = positions.expand(len(q), -1)
         if position_bias is not None:
             bias = position_bias.between(positions, positions, q.dtype)
-        return S, _own_mask(positions, window), {"causal": False, "bias": bias}
+        mask = _ragged_mask(positions, window)
+        return S, mask, {"causal": False, "bias": bias}
     causal = mask is None
     if causal and window is not None:
         S, mask = _reach(window, T, S, q.device)
         causal = mask is None
-    if position_bias is not None: bias = position_bias(T, S, device=q.device, dtype=q.dtype)
+    if position_bias is not None:
+        bias = position_bias(T, S, device=q.device, dtype=q.dtype)
     return S, mask, {"causal": causal, "bias": bias}
 
 
@@ -488,28 +546,30 @@ def attend(
     q: Float[Tensor, "B H T d"],  # queries
     k: Float[Tensor, "B K S d"],  # keys; the last T are those of the queries
     v: Float[Tensor, "B K S d"],  # values
-    positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # (B, T): ragged rows
+    positions: Int[Tensor, "T"] | Int[Tensor, "#B T"]
+        | None = None,            # (B, T): ragged rows
     *,
-    mask: Tensor | None = None,  # replaces the default
-    window: int | None = None,  # positions a query may see, itself included
-    position_bias: PositionBias | None = None,  # makes a bias of distances
-    **scoring: Any,  # as for `attention`
+    mask: Tensor | None = None,   # replaces the default
+    window: int | None = None,    # keys a query attends to, its own included
+    position_bias: PositionBias | None = None,  # added to the scores
+    **scoring: Any,               # as for `attention`
 ) -> Float[Tensor, "B H T d"]:
-    "`attention` to the past: all of it, or the last `window` positions, without padding."
+    "Causal `attention`, within the last `window` positions, without padding."
     S, mask, plan = _plan(q, k, positions, mask, window, position_bias)
     if S < k.shape[2]: k, v = k[:, :, -S:], v[:, :, -S:]
     return attention(q, k, v, mask, **plan, **scoring)
 
 # %% ../nbs/06_attention.ipynb #9dd06f43
 class Cache:
-    """What the layers of a model remember of each row: a KV cache, and any other state.
+    """What the layers of a model keep of each row: a KV cache, and other state.
 
-    This one joins old and new keys. For another kind of memory, override `update`, which
-    `attend` builds on; what is kept outside the states needs a `reorder` and `forget` of its
-    own. Every tensor in a state has a row for each row of the batch.
+    This one joins old and new keys. For another kind of memory, override
+    `update`, which `attend` builds on; what is kept outside the states needs
+    a `reorder` and `forget` of its own. Every tensor in a state has a row for
+    each row of the batch.
 
     >>> layer, cache, x = MultiHeadAttention(8, 2), Cache(), torch.ones(1, 3, 8)
-    >>> for t in range(3): y = layer(x[:, t : t + 1], cache=cache)  # a token at a time
+    >>> for t in range(3): y = layer(x[:, t : t + 1], cache=cache)  # one token
     >>> cache.state(0)["keys"].shape
     torch.Size([1, 2, 3, 4])
     """
@@ -536,7 +596,8 @@ class Cache:
         "Add new keys and values; give back all that are kept."
         state = self.state(layer)
         if "keys" in state:
-            k, v = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
+            k = torch.cat([state["keys"], k], 2)
+            v = torch.cat([state["values"], v], 2)
         state["keys"], state["values"] = k, v
         return k, v
 
@@ -545,28 +606,31 @@ class Cache:
         rows: Sequence[int],  # may repeat rows, and leave some out
     ) -> None:
         "Row i becomes what row `rows[i]` was, in every layer."
-        self._states, self._shared = _pick(self._states, torch.tensor(rows), {}), {}
+        self._states = _pick(self._states, torch.tensor(rows), {})
+        self._shared = {}
 
     def attend(
         self,
         layer: Any,
-        q: Float[Tensor, "B H T d"],            # queries of the new tokens
+        q: Float[Tensor, "B H T d"],  # queries of the new tokens
         k: Float[Tensor, "B K T d"],
         v: Float[Tensor, "B K T d"],
-        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # of the new tokens
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"]
+            | None = None,            # of the new tokens
         *,
-        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # replaces the default
-        window: int | None = None,  # positions a query may see, itself included
-        position_bias: PositionBias | None = None,  # makes a bias of distances
-        **scoring: Any,  # as for `attention`
+        mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"]
+            | None = None,            # replaces the default
+        window: int | None = None,    # keys per query, its own included
+        position_bias: PositionBias | None = None,  # added to the scores
+        **scoring: Any,               # as for `attention`
     ) -> Float[Tensor, "B H T d"]:
-        """What the new queries read: `update`, then `attention` to what they may see.
+        """`update`, then `attention` of the new queries to the keys kept.
 
-        Positions of shape (T,) go on where all rows are; (B, T) gives each row its own, with
-        -1 for padding. With a window, forgets what no later query can see, unless a mask
-        says what is seen."""
+        Positions of shape (T,) go on where all rows are; (B, T) gives each row
+        its own, with -1 for padding. With a window, forgets what no later query
+        attends to, unless there is a mask."""
         keys, values = self.update(layer, k, v)
-        where, masked = self._where(layer, positions, k, keys.shape[2]), mask is not None
+        where, masked = self._where(layer, positions, k, keys), mask is not None
         if where is None:
             heads = attend(q, keys, values, mask=mask, window=window,
                            position_bias=position_bias, **scoring)
@@ -586,18 +650,21 @@ class Cache:
         return self._shared[key]
 
     def _where(
-        self, layer: Any, positions: Tensor | None, k: Tensor, n_keys: int,
+        self, layer: Any, positions: Tensor | None, k: Tensor, keys: Tensor,
     ) -> Tensor | None:
         "The positions of all keys, (B, S); None while all rows are alike."
-        state, (B, _, T, _) = self.state(layer), k.shape
+        state, (B, _, T, _), S = self.state(layer), k.shape, keys.shape[2]
         state["read"] = read = state.get("read", 0) + T
-        before = state.get("positions")
-        if before is None and (positions is None or positions.ndim == 1): return None
-        if positions is None: raise ValueError("these rows are ragged: they need positions")
-        if layer in self._passed: self._shared, self._passed = {}, set()  # the next pass
+        at = state.get("positions")
+        alike = positions is None or positions.ndim == 1
+        if at is None and alike: return None
+        if positions is None:
+            raise ValueError("these rows are ragged: they need positions")
+        if layer in self._passed:  # the next pass
+            self._shared, self._passed = {}, set()
         self._passed.add(layer)
-        if before is None: before = self._once(_counted, read - n_keys, read - T, k.device)
-        state["positions"] = self._once(_joined, before, positions, B)
+        if at is None: at = self._once(_counted, read - S, read - T, k.device)
+        state["positions"] = self._once(_joined, at, positions, B)
         return state["positions"]
 
     def forget(
@@ -605,42 +672,46 @@ class Cache:
         layer: Any,
         n: int,  # how many positions of each row stay
     ) -> None:
-        "Drop all but the last n positions of each row; perhaps later, never sooner."
+        "Drop all but the last n positions of each row, now or in a later call."
         state = self.state(layer)
-        if "keys" not in state: return  # an heir that keeps them in its own way
+        if "keys" not in state: return  # a subclass keeps them in its own way
         at, S = state.get("positions"), state["keys"].shape[2]
         if at is None: kept: Any = slice(max(0, S - n), None)
         elif S < 2 * n: return  # wait: copying single columns would be slow
         else:
             kept = self._once(_latest, at, n)
             state["positions"] = self._once(torch.gather, at, 1, kept)
-        state["keys"], state["values"] = (_columns(state[x], kept) for x in ("keys", "values"))
+        for name in ("keys", "values"):
+            state[name] = _columns(state[name], kept)
 
 # %% ../nbs/06_attention.ipynb #caf94f63
 def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
-    "These rows of every tensor, in dictionaries, lists and tuples of any depth."
-    if isinstance(kept, dict): return {name: _pick(x, rows, done) for name, x in kept.items()}
-    if isinstance(kept, (list, tuple)): return type(kept)(_pick(x, rows, done) for x in kept)
+    "These rows of every tensor, in dicts, lists and tuples of any depth."
+    if isinstance(kept, dict):
+        return {name: _pick(x, rows, done) for name, x in kept.items()}
+    if isinstance(kept, (list, tuple)):
+        return type(kept)(_pick(x, rows, done) for x in kept)
     if not isinstance(kept, Tensor): return kept
-    if id(kept) not in done: done[id(kept)] = kept.index_select(0, rows.to(kept.device))
+    if id(kept) not in done:
+        done[id(kept)] = kept.index_select(0, rows.to(kept.device))
     return done[id(kept)]  # layers that share a tensor go on sharing it
 
 # %% ../nbs/06_attention.ipynb #dd696ae6
 def visible(
     queries: Int[Tensor, "B T"],  # positions of the queries; -1: padding
     keys: Int[Tensor, "B S"],     # positions of the keys, in any order
-    window: int | None = None,    # positions a query may see, itself included
+    window: int | None = None,    # keys a query attends to, its own included
 ) -> Bool[Tensor, "B T S"]:       # True where a query attends to a key
-    "Who sees whom, by position, @eq-attention-visible."
+    "Which keys a query attends to, by position, @eq-attention-visible."
     distance = queries[:, :, None] - keys[:, None]
-    seen = (distance >= 0) & (keys >= 0)[:, None]
-    return seen if window is None else seen & (distance < window)
+    attends = (distance >= 0) & (keys >= 0)[:, None]
+    return attends if window is None else attends & (distance < window)
 
 # %% ../nbs/06_attention.ipynb #0ace214d
 
 
 def _columns(memory: Tensor, kept: slice | Tensor) -> Tensor:
-    "Some positions of keys or values: the same of all rows, or of each row its own (B, n)."
+    "Some columns of keys or values: the same for all rows, or (B, n)."
     if isinstance(kept, slice): return memory[:, :, kept]
     return memory.take_along_dim(kept[:, None, :, None], 2)
 

@@ -93,7 +93,7 @@ def test_against_torch_sdpa(backend, H, K, dtype):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize('backend, sunk, biased', [*product(['manual', 'sdpa'], [False, True], [False, True])])
-def test_a_row_that_may_look_nowhere_gives_zeros(backend, sunk, biased, dtype):
+def test_a_fully_masked_row_gives_zeros(backend, sunk, biased, dtype):
     q, k, v, bias, sinks = random(2, (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8), (4, 5, 5), (4,), dtype=dtype)
     mask = torch.ones(2, 5, 5, dtype=torch.bool)
     mask[0, 2] = mask[1] = False

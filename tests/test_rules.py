@@ -500,7 +500,7 @@ def test_two_diagrams_are_enough_also_through_a_function_of_the_chapter(book):
     one(book.finds('diagrams'), '01_x: has 0 diagram(s)')                   # a function of that name that comes from elsewhere
 
 
-ENTRY = '[KV cache]{#term-kv-cache} [cache of keys]{.also}\n:   What is kept. Defined in @sec-x-a.\n'
+ENTRY = '[KV cache]{#term-kv-cache} [(also cache of keys)]{.also}\n:   What is kept. Defined in @sec-x-a.\n'
 HOME = '# X {#sec-x}\n\n## A {#sec-x-a}\n\nIt is the **KV cache**.\n\n## B {#sec-x-b}\n\nThe **cache of values**.'
 
 

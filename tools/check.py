@@ -385,11 +385,12 @@ IMAGE = re.compile(r'!\[(?P<caption>[^\]]*)\]\((?P<target>[^)\s]*)[^)]*\)(?P<att
 
 @rule
 def figures(book):
-    "Figures have a caption and alt text, tables a caption: who cannot see a picture, or meets it in a list of figures, must not lose the thread."
+    "Figures have a caption and alt text, tables a caption: who cannot see a picture, or meets it in a list of figures, must not lose the thread. (A drawing with a title of its own, such as the pipeline at a chapter's head, needs no more.)"
+    from nbfilter import drawing_title
     for cell in book.code:
         if 'hide' in cell.directives: continue
         label = cell.options.get('label', '')
-        if cell.has_image and not label.startswith('fig-'):
+        if cell.has_image and not label.startswith('fig-') and not drawing_title(cell.outputs):
             if not cell.solution: yield f'{cell.where}: draws a picture without a label; add `#| label: fig-{chapter_name(cell.page)}-...`, `#| fig-cap:` and `#| fig-alt:`'
             elif not cell.options.get('fig-alt'): yield f'{cell.where}: the picture of this solution has no alt text; add `#| fig-alt: "..."`'
         if label.startswith('fig-'): yield from figure_faults(cell, label)
@@ -841,7 +842,7 @@ def promising(book):
     for cell in book.code: yield cell.where, cell.page, cell.source
 
 
-ENTRY = re.compile(r'^\[(?P<term>[^\]]+)\]\{#(?P<id>[\w-]+)\}(?: \[(?P<also>[^\]]+)\]\{\.also\})?\n:   (?P<sentence>.+) Defined in @(?P<home>sec-[\w-]*\w)\.$', re.M)
+ENTRY = re.compile(r'^\[(?P<term>[^\]]+)\]\{#(?P<id>[\w-]+)\}(?: \[\(also (?P<also>[^\]]+)\)\]\{\.also\})?\n:   (?P<sentence>.+) Defined in @(?P<home>sec-[\w-]*\w)\.$', re.M)
 
 
 @rule
