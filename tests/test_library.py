@@ -224,7 +224,7 @@ def test_one_module_for_files():
 PUBLIC = {
     'text': 'CharTokenizer SpacedWordTokenizer Tokenizer WordTokenizer clean deduplicate', 'bpe': 'BPETokenizer GPT2_PATTERN GPT4_PATTERN load_tokenizer',
     'grammar': '', 'storyland': 'Preference SIZES STORIES_VERSION Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',
-    'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c', 'constraints': 'Constraint',
+    'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c save_hf', 'constraints': 'Constraint',
     'figures': 'COLORS FAINT INK graph_svg head_view heatmap pipeline use_style'}
 
 
