@@ -21,7 +21,7 @@ from .gpt import GPT, PRESETS, GPTConfig, complain, write_model
 from .text import SpacedWordTokenizer, Tokenizer
 
 # %% auto #0
-__all__ = ['load_weights', 'export_weights', 'config_from_hf', 'config_to_hf', 'save_hf', 'read_llama2c']
+__all__ = ['load_weights', 'export_weights', 'save_hf', 'read_llama2c']
 
 # %% ../nbs/pretrained.ipynb #ec542973
 @dataclass(frozen=True)
@@ -339,7 +339,17 @@ def save_hf(
 ) -> None:
     """Write a folder that `transformers` opens, and `GPT.from_pretrained` and `load_tokenizer`.
 
-    Raises ValueError or TypeError, before anything is written, for what has no place in it."""
+    Raises ValueError or TypeError, before anything is written, for what has no place in it.
+
+    >>> import tempfile
+    >>> words = SpacedWordTokenizer.train(["a cat"], special_tokens=["<|endoftext|>"])
+    >>> model = GPT(GPTConfig(words.vocab_size, 4, 8, 1, 2, norm="rmsnorm", norm_eps=1e-6,
+    ...                       positions="rope", feed_forward="swiglu", bias=False,
+    ...                       qk_norm=True))
+    >>> save_hf(model, words, folder := Path(tempfile.mkdtemp()))
+    >>> sorted(path.name for path in folder.iterdir())[:2]
+    ['config.json', 'model.safetensors']
+    """
     if not isinstance(tokenizer, (BPETokenizer, SpacedWordTokenizer)):
         raise TypeError("expected a BPETokenizer or a SpacedWordTokenizer, which other "
                         f"programs can read, got a {type(tokenizer).__name__}")
