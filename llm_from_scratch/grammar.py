@@ -575,7 +575,7 @@ def _restless(f: Facts, friend: str) -> bool:
     "Has a friend who was heard already something to do?"
     if f[f"{friend}_feels"] == "sad" or f["depth"] < 2: return False
     return (f["stolen"] == friend == f["U_at"] or _may_join(f, friend)
-            or _can_leave(f) and bool(_go_when(f)))
+            or (_can_leave(f) and _go_when(f) != ""))
 
 QUESTIONS |= dict(
     me=lambda f: _object(f, "A"),
@@ -943,7 +943,8 @@ def _discover(w: Glass) -> Told:
     yield from _ways(w, 3, ".|, where everything was quiet.", "turn", "move")
     if w.quest == "unknown":
         it = f"{_a(w)} {{T_full}}"
-        texts = f", and there lay {it}.| and saw {it} in the grass.|, and under a tree lay {it}."
+        texts = (f", and there lay {it}.| and saw {it} in the grass.|"
+                 f", and under a tree lay {it}.")
         yield from _ways(w, 2, texts, "take", "see", T_at=w.at, spotted=True)
     if w.may_meet: yield from _ways(w, 4, " and met a |, where {A_he} met a ", "meeting")
 
@@ -1058,7 +1059,7 @@ def _friend(w: Glass) -> Told:
     do, f, me, quest = partial(_ways, w), w.friend, w.me, w.quest
     gives = f"gave {me} |handed {me} "
     if quest == "friend" and w.grateful: yield from do(15, gives, "friend_gives")
-    elif w.short or w.belonging == "friend" and w.stolen:
+    elif w.short or (w.belonging == "friend" and w.stolen):
         yield from do(4, gives, "friend_gives")
     if quest == "unknown": yield from _surprise(w, do, f, me)
     if w.may_feel in ("both", "sad"): yield from _complaint(w, do, f)

@@ -8,7 +8,7 @@ from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import accumulate, islice, pairwise, permutations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -270,8 +270,8 @@ def narrator(
     if size not in SIZES:
         raise ValueError(f"no size is called {size!r}; there are {', '.join(SIZES)}")
     chosen = SIZES[size]
-    start = {**START, "rooms": chosen.rooms, "circle": chosen.friends, "depth": chosen.depth}
-    return Narrator(SCENES, start, QUESTIONS, chosen)
+    limits = {"rooms": chosen.rooms, "circle": chosen.friends, "depth": chosen.depth}
+    return Narrator(SCENES, {**START, **limits}, QUESTIONS, chosen)
 
 # %% ../nbs/04_storyland.ipynb #4464dace
 def log_probability(
