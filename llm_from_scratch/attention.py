@@ -336,8 +336,7 @@ class PositionBias(Protocol):
         n_queries: int,  # T: the last positions of the keys
         n_keys: int,     # S
         /,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: torch.device | None = None, dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
         "The bias where the keys are in order, from position 0 on."
         ...
