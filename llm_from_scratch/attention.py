@@ -322,6 +322,7 @@ class Rotary(Protocol):
         "The same vectors, each rotated by its position."
         ...
 
+# %% ../nbs/06_attention.ipynb #a7d3c0e3
 @runtime_checkable
 class PositionBias(Protocol):
     """Any object with these two methods, which make a bias for each score.
@@ -336,7 +337,8 @@ class PositionBias(Protocol):
         n_queries: int,  # T: the last positions of the keys
         n_keys: int,     # S
         /,
-        device: torch.device | None = None, dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
         "The bias where the keys are in order, from position 0 on."
         ...
