@@ -41,6 +41,7 @@ WAITING = {
     'distributed': 'width',
     'figures': 'width',
     'files': 'width',
+    'grammar': 'width',
     'pretrained': 'width',
 }
 
