@@ -20,7 +20,8 @@ import regex
 
 from .files import digest, read_json, write_text
 from llm_from_scratch.text import (
-    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer,
+    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens,
+    tokenizer_file,
 )
 
 if TYPE_CHECKING: import tiktoken
@@ -550,12 +551,12 @@ class BPETokenizer:
     def to_hf(self, path: _Path) -> None:
         "Write a `tokenizer.json`. Its readers turn special tokens in *any* text into ids."
         content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
-        write_text(_in_folder(path), content)
+        write_text(tokenizer_file(path), content)
 
     @classmethod
     def from_hf(cls, path: _Path) -> BPETokenizer:
         "Read a byte-level BPE `tokenizer.json`, or its folder. Raises ValueError at any other."
-        return cls(*_from_hf(_in_folder(path)))
+        return cls(*_from_hf(tokenizer_file(path)))
 
 # %% ../nbs/03_bpe.ipynb #d1277118
 def merge_bytes(
@@ -711,17 +712,12 @@ def _join_vocabulary(
     return vocab, {name: written[name] for name in special if name in written}
 
 # %% ../nbs/03_bpe.ipynb #f7bb8348
-def _in_folder(path: _Path) -> Path:
-    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-
 def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
     alphabet = byte_alphabet()
     split = {"type": "Split", "behavior": "Isolated", "invert": False,
              "pattern": {"Regex": compile_pattern(tokenizer.pattern).pattern}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False,
                   "trim_offsets": False, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
     model = {
         "type": "BPE", "dropout": None, "unk_token": None,
         "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -731,8 +727,7 @@ def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
     }
     return {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-        "added_tokens": [{"id": i, "content": name, **flags}
-                         for name, i in _by_id(tokenizer.special_tokens)],
+        "added_tokens": hf_added_tokens(tokenizer.special_tokens),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None, "decoder": byte_level, "model": model,
     }
@@ -808,4 +803,6 @@ def load_tokenizer(source: _Path) -> Tokenizer:
     except ValueError as e: raise ValueError(f"{path} is not a tokenizer: {e}") from e
     for kind in (CharTokenizer, WordTokenizer, SpacedWordTokenizer):
         if head.get("class") == kind.__name__: return kind.load(path)
-    return BPETokenizer.from_hf(path) if "model" in head else BPETokenizer.load(path)
+    if "model" not in head: return BPETokenizer.load(path)
+    by_words = isinstance(head["model"], dict) and head["model"].get("type") == "WordLevel"
+    return (SpacedWordTokenizer if by_words else BPETokenizer).from_hf(path)

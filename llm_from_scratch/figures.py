@@ -436,24 +436,31 @@ def cells(x: float, y: float, numbers: Any, show: int = 3, largest: float = 1.0)
 
 # %% ../nbs/figures.ipynb #a1f00006
 _STAGES = {"text": (0, 0, ""), "tokens": (1, 0, "T"), "ids": (2, 0, "T"),
-           "vectors": (3, 0, "T × D"), "blocks": (3, 1, "T × D"), "logits": (2, 1, "V"),
-           "next token": (1, 1, "1")}      # column, row, shape of what it gives
+           "vectors": (3, 0, "T × D"), "blocks": (3, 1, "T × D"),
+           "logits": (2, 1, "V"), "next token": (1, 1, "1")}
+_TRAINING = {"loss": (2, 2, ""), "update": (3, 2, "")}
+# each: column, row, shape of what it gives
 
 def pipeline(
     *lit: str,                                # the stages that are lit
     values: Mapping[str, str] | None = None,  # stage -> what it makes of an example
 ) -> SVG:
-    """Draw the way from a text to its next token, with the shape of what each stage gives.
+    """Draw the way from a text to its next token, and the shape each stage gives.
 
     The stages are text, tokens, ids, vectors, blocks, logits and "next token".
+    Without values it is a strip for the head of a chapter, which also knows
+    "loss" and "update", two stages of training.
     Raises ValueError for another name.
 
     >>> pipeline("tokens")[:4]
     '<svg'
     """
+    known = _STAGES if values else [*_STAGES, *_TRAINING]
     for name in [*lit, *(values or {})]:
-        if name not in _STAGES:
-            raise ValueError(f"no stage is called {name!r}; there are {', '.join(_STAGES)}")
+        if name not in known:
+            raise ValueError(f"no stage is called {name!r}; "
+                             f"there are {', '.join(known)}")
+    if not values: return _strip(lit)
     parts = []
     for name, (column, row, shape) in _STAGES.items():
         x, y = 2 + 104 * column, 14 + 92 * row
@@ -461,12 +468,52 @@ def pipeline(
         parts += [frame(x, y, 76, 46, color, fill),
                   label(x + 38, y + 19, name, 11.5, font_weight="bold"),
                   label(x + 38, y + 36, (values or {}).get(name, ""), 10),
-                  label(x + (12 if name == "vectors" else 38), y + 60, shape, 10, COLORS[0])]
+                  label(x + (12 if name == "vectors" else 38), y + 60, shape, 10,
+                        COLORS[0])]
     for x in (79, 183, 287): parts.append(arrow((x, 37), (x + 24, 37)))
     for x in (313, 209): parts.append(arrow((x, 129), (x - 24, 129)))
     parts += [arrow((352, 61), (352, 105)),
               arrow((105, 129), (40, 129), (40, 62)), label(72, 144, "append", 10, FAINT)]
     return picture(392, 172, *parts)
+
+# %% ../nbs/figures.ipynb #a1f0b002
+def _strip(lit: Sequence[str]) -> SVG:
+    "The pipeline in small, without an example; it brings its own alt text."
+    training = [name for name in lit if name in _TRAINING]
+    stages = {**_STAGES, **(_TRAINING if training else {})}
+    parts = [f"<title>{escape(_spoken(lit, bool(training)))}</title>"]
+    for name, (column, row, _) in stages.items():
+        x, y = 2 + 100 * column, 4 + 48 * row
+        color, fill = (COLORS[1], "#fbe3d3") if name in lit else (FAINT, "none")
+        parts += [frame(x, y, 66, 24, color, fill),
+                  label(x + 33, y + 16, name, 11, font_weight="bold")]
+    for x, y, shape in ((185, 9, "T"), (285, 9, "T"), (316, 44, "T × D"),
+                        (286, 57, "T × D"), (186, 57, "V"), (68, 59, "append")):
+        parts.append(label(x, y, shape, 10, FAINT if len(shape) > 5 else COLORS[0]))
+    for way in (((69, 16), (101, 16)), ((169, 16), (201, 16)), ((269, 16), (301, 16)),
+                ((335, 29), (335, 51)), ((301, 64), (270, 64)), ((201, 64), (170, 64)),
+                ((101, 64), (35, 64), (35, 29))): parts.append(arrow(*way))
+    if training: parts += _backward()
+    height = 142 if training else 98
+    if lit: parts += [frame(2, height - 14, 10, 10, COLORS[1], "#fbe3d3", 2),
+                      label(17, height - 5, "this chapter", 10, text_anchor="start")]
+    return picture(370, height, *parts)
+
+def _backward() -> list[str]:
+    "Below the pipeline: from the logits to the loss, and its gradient to the weights."
+    green = COLORS[2]
+    return [arrow((235, 77), (235, 99)), arrow((269, 112), (301, 112), color=green),
+            arrow((335, 99), (335, 77), color=green), arrow((176, 112), (201, 112)),
+            label(172, 116, "true next token", 10, text_anchor="end"),
+            label(285, 136, "gradient", 10, green),
+            label(330, 91, "weights", 10, green, text_anchor="end")]
+
+def _spoken(lit: Sequence[str], training: bool) -> str:
+    "The strip in words."
+    way = "The way from a text to its next token: " + ", ".join(_STAGES) + ", "
+    rest = ("and back; in training, from the logits to the loss, whose gradient "
+            "updates the weights of the blocks." if training else "and back to the text.")
+    return f"{way}{rest} Lit: {' and '.join(lit) or 'nothing'}."
 
 # %% ../nbs/figures.ipynb #a1f0000a
 def exploded(

@@ -3,10 +3,12 @@
 # %% ../nbs/09_gpt.ipynb #c6e39ff0
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +26,9 @@ from llm_from_scratch.blocks import (
 from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .costs import count_parameters, estimate_memory, flops_per_token
 from .figures import SVG, count_weights, model_svg, parts_of
-from .files import Config, check_fields, checksum, replacing, revived
+from llm_from_scratch.files import (
+    Config, check_fields, checksum, parse_json, replacing, revived,
+)
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
 )
@@ -375,7 +379,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         "Write `config.json` and `model.safetensors` into a folder, see @sec-gpt-saved."
-        _write_model(self, Path(folder))
+        write_model(Path(folder), self.config.to_json(), self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -594,16 +598,30 @@ def _model_checksum(config: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def _write_model(model: GPT, folder: Path) -> None:
+def _as_bytes(tensors: Mapping[str, Tensor], marks: Mapping[str, str]) -> bytes:
+    "A safetensors file, the same bytes each time: the library shuffles the marks."
+    data = safetensors.torch.save(dict(tensors), dict(marks))
+    size = int.from_bytes(data[:8], "little")
+    head = parse_json(data[8:8 + size].decode())
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)        # numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size:]
+
+# %% ../nbs/09_gpt.ipynb #84230109
+def write_model(
+    folder: Path,
+    config: str,                            # the text of config.json
+    tensors: Mapping[str, Tensor],          # name -> tensor
+) -> None:
     "Both files are written whole before either takes its name."
     folder.mkdir(parents=True, exist_ok=True)
-    config, state = model.config.to_json(), model.state_dict()
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    mark = {"crc32": _model_checksum(config, tensors)}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    marks = {"crc32": _model_checksum(config, tensors), "format": "pt"}
     text, weights = (folder / name for name in _FILES)
     with replacing(text) as first, replacing(weights) as second:
         first.write(config.encode())
-        second.write(safetensors.torch.save(tensors, mark))
+        second.write(_as_bytes(tensors, marks))
 
 # %% ../nbs/09_gpt.ipynb #2f281076
 def complain(what: str, names: Sequence[str]) -> None:
@@ -639,6 +657,14 @@ def _check_tensors(path: Path, given: Mapping[str, Tensor], model: GPT) -> None:
 
 # %% ../nbs/09_gpt.ipynb #6254f23c
 _G = TypeVar("_G", bound=GPT)
+_Renamed = Callable[[GPT, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def _understood(found: dict[str, Any]) -> tuple[GPTConfig, _Renamed]:
+    "The configuration in a `config.json`, and what gives its maker's tensors our names."
+    if "model_type" not in found: return GPTConfig.from_dict(found), lambda _, tensors: tensors
+    from llm_from_scratch.pretrained import config_from_hf, renamed_from_hf
+    return config_from_hf(found), partial(renamed_from_hf, found["model_type"])
 
 
 def _read_model(
@@ -652,11 +678,13 @@ def _read_model(
     text, weights = (folder / name for name in _FILES)
     try:
         written = text.read_text(encoding="utf-8")
-        config = GPTConfig.from_json(written)
+        config, renamed = _understood(parse_json(written))
     except (ValueError, TypeError) as e:
         raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
     with torch.device("meta"): model = kind(config)              # no number is drawn
+    try: tensors = renamed(model, tensors)
+    except ValueError as e: raise ValueError(f"{weights}: {e}") from e
     _check_tensors(weights, tensors, model)
     numbers = torch.get_default_dtype()
     model.load_state_dict({k: t.to(numbers) for k, t in tensors.items()}, assign=True)

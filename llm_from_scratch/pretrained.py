@@ -3,10 +3,11 @@
 # %% ../nbs/pretrained.ipynb #5261c67e
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gpt import GPT, PRESETS, GPTConfig, complain
+from .bpe import BPETokenizer
+from .files import write_text
+from .gpt import GPT, PRESETS, GPTConfig, complain, write_model
+from .text import SpacedWordTokenizer, Tokenizer
 
 # %% auto #0
-__all__ = ['load_weights', 'export_weights', 'read_llama2c']
+__all__ = ['load_weights', 'export_weights', 'save_hf', 'read_llama2c']
 
 # %% ../nbs/pretrained.ipynb #ec542973
 @dataclass(frozen=True)
@@ -80,6 +84,13 @@ LLAMA_WEIGHTS: tuple[Weight, ...] = (
         "mlp.down_proj": "feed_forward.down"}),
     *layer_lines("model.norm", "norm"),
     *layer_lines("lm_head", "head"),
+)
+
+QWEN3_WEIGHTS: tuple[Weight, ...] = (
+    *LLAMA_WEIGHTS,
+    *block_lines("model.layers", {
+        "self_attn.q_norm": "attention.query_norm",
+        "self_attn.k_norm": "attention.key_norm"}),
 )
 
 # %% ../nbs/pretrained.ipynb #b722e805
@@ -153,6 +164,28 @@ def _converted(
     return parts
 
 # %% ../nbs/pretrained.ipynb #cfe92b18
+def _renamed(
+    model: GPT, tensors: Mapping[str, Tensor], lines: Sequence[Weight],
+) -> dict[str, Tensor]:
+    "Every tensor under our names; ValueError unless each fits and all parameters are filled."
+    c, tied = model.config, model.config.tie_embeddings
+    plan = _per_layer(lines, c.n_layers, list(tensors))
+    names = {name: line for line in plan.values() for name in _sources(line, tensors)}
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    spare = {"", "head.weight"} if tied else {""}
+    needed = {name for name, line in names.items() if name and line.targets not in spare}
+    complain("the checkpoint lacks", sorted(needed - tensors.keys()))
+    complain("the map has no line for", sorted(tensors.keys() - names.keys()))
+    head = {"head.weight": shapes["token_embedding.weight"]} if tied else {}
+    parts = _converted(tensors, plan, shapes | head, c)
+    complain("nothing fills", sorted(shapes.keys() - parts.keys()))
+    table = parts["token_embedding.weight"]
+    if tied and not torch.equal(parts.pop("head.weight", table), table):
+        raise ValueError("the checkpoint's head is not its embedding: "
+                         "this model needs tie_embeddings=False")
+    return parts
+
+
 @torch.no_grad()
 def load_weights(
     model: GPT,
@@ -171,22 +204,7 @@ def load_weights(
     >>> bool((other.token_embedding.weight == ours.token_embedding.weight).all())
     True
     """
-    c, tied = model.config, model.config.tie_embeddings
-    plan = _per_layer(lines, c.n_layers, list(tensors))
-    names = {name: line for line in plan.values() for name in _sources(line, tensors)}
-    shapes = {name: p.shape for name, p in model.state_dict().items()}
-    spare = {"", "head.weight"} if tied else {""}
-    needed = {name for name, line in names.items() if name and line.targets not in spare}
-    complain("the checkpoint lacks", sorted(needed - tensors.keys()))
-    complain("the map has no line for", sorted(tensors.keys() - names.keys()))
-    head = {"head.weight": shapes["token_embedding.weight"]} if tied else {}
-    parts = _converted(tensors, plan, shapes | head, c)
-    complain("nothing fills", sorted(shapes.keys() - parts.keys()))
-    table = parts["token_embedding.weight"]
-    if tied and not torch.equal(parts.pop("head.weight", table), table):
-        raise ValueError("the checkpoint's head is not its embedding: "
-                         "this model needs tie_embeddings=False")
-    model.load_state_dict(parts)
+    model.load_state_dict(_renamed(model, tensors, lines))
 
 # %% ../nbs/pretrained.ipynb #e9fa2a21
 def _joined(line: Weight, state: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
@@ -230,6 +248,128 @@ def export_weights(
         written.update(targets)
     complain("the map has no line for", sorted(state.keys() - written))
     return found
+
+# %% ../nbs/pretrained.ipynb #61ca402e
+@dataclass(frozen=True)
+class Family:
+    "An architecture of `transformers`: its weight map, and what all its models share."
+    architecture: str                       # the class there
+    lines: tuple[Weight, ...]               # its weight map
+    theirs: Mapping[str, Any]               # what its config.json says of every model
+    ours: Mapping[str, Any]                 # fields of GPTConfig that say the same
+
+
+FAMILIES: dict[str, Family] = {             # by `model_type`
+    "qwen3": Family(
+        "Qwen3ForCausalLM", QWEN3_WEIGHTS,
+        {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
+         "rope_scaling": None},
+        {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rope", "bias": False,
+         "qk_norm": True}),
+}
+
+HF_FIELDS: dict[str, str] = {               # a key of config.json -> our fields
+    "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+    "hidden_size": "d_model", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
+    "head_dim": "d_head", "intermediate_size": "d_ff", "rope_theta": "rope_base",
+    "rms_norm_eps": "norm_eps qk_norm_eps", "tie_word_embeddings": "tie_embeddings"}
+
+# %% ../nbs/pretrained.ipynb #3808b2da
+def config_from_hf(
+    given: Mapping[str, Any],               # a `config.json` of `transformers`
+) -> GPTConfig:
+    """Our configuration for a model of another program.
+
+    Raises ValueError for a family that is not in `FAMILIES`, and for what this library lacks.
+
+    >>> config_from_hf({"model_type": "mamba"})
+    Traceback (most recent call last):
+    ValueError: unknown model_type 'mamba': expected one of qwen3
+    """
+    kind = given["model_type"]
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"unknown model_type {kind!r}: expected one of {', '.join(FAMILIES)}")
+    family, rope = FAMILIES[kind], given.get("rope_parameters") or {}
+    found, fixed = {**given, **rope}, {**family.theirs, "rope_type": "default"}
+    differing = [key for key, value in fixed.items() if found.get(key, value) != value]
+    complain(f"this library reads no {kind} with", [f"{k}={found[k]!r}" for k in differing])
+    complain("it lacks", [key for key in HF_FIELDS if key not in found])
+    return GPTConfig(**family.ours, **{
+        name: found[key] for key, names in HF_FIELDS.items() for name in names.split()})
+
+# %% ../nbs/pretrained.ipynb #60501558
+def renamed_from_hf(
+    model_type: str, model: GPT, tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    "A checkpoint of a family under our names; ValueError unless it fits the model."
+    return _renamed(model, tensors, FAMILIES[model_type].lines)
+
+# %% ../nbs/pretrained.ipynb #c075c555
+def config_to_hf(
+    config: GPTConfig,
+    model_type: str = "qwen3",              # a name in `FAMILIES`
+) -> dict[str, Any]:                        # for a `config.json`
+    """The configuration in the words of `transformers`. ValueError for what it has no word for.
+
+    >>> config = GPTConfig(7, 4, 8, 1, 2, norm="rmsnorm", norm_eps=1e-6, positions="rope",
+    ...                    feed_forward="swiglu", bias=False, qk_norm=True)
+    >>> config_to_hf(config)["num_attention_heads"]
+    2
+    """
+    family = FAMILIES[model_type]
+    c = replace(config, n_kv_heads=config.kv_heads, d_head=config.head_width,
+                d_ff=config.ff_width, dropout=0.0, backend=GPTConfig.backend)
+    found = {"model_type": model_type, "architectures": [family.architecture], **family.theirs,
+             **{key: getattr(c, names.split()[0]) for key, names in HF_FIELDS.items()}}
+    back = config_from_hf(found)
+    complain(f"{family.architecture} has no place for", [
+        f"{f.name}={getattr(c, f.name)!r}" for f in fields(c)
+        if getattr(c, f.name) != getattr(back, f.name)])
+    return found
+
+# %% ../nbs/pretrained.ipynb #abdcc6a6
+def save_hf(
+    model: GPT,
+    tokenizer: Tokenizer,                   # one with `to_hf`
+    folder: str | Path,
+    *,
+    end: str = "<|endoftext|>",             # the special token before and after a text
+    model_type: str = "qwen3",              # a name in `FAMILIES`
+) -> None:
+    """Write a folder that `transformers` opens, and `GPT.from_pretrained` and `load_tokenizer`.
+
+    Raises ValueError or TypeError, before anything is written, for what has no place in it.
+
+    >>> import tempfile
+    >>> words = SpacedWordTokenizer.train(["a cat"], special_tokens=["<|endoftext|>"])
+    >>> model = GPT(GPTConfig(words.vocab_size, 4, 8, 1, 2, norm="rmsnorm", norm_eps=1e-6,
+    ...                       positions="rope", feed_forward="swiglu", bias=False,
+    ...                       qk_norm=True))
+    >>> save_hf(model, words, folder := Path(tempfile.mkdtemp()))
+    >>> sorted(path.name for path in folder.iterdir())[:2]
+    ['config.json', 'model.safetensors']
+    """
+    if not isinstance(tokenizer, (BPETokenizer, SpacedWordTokenizer)):
+        raise TypeError("expected a BPETokenizer or a SpacedWordTokenizer, which other "
+                        f"programs can read, got a {type(tokenizer).__name__}")
+    if (at := tokenizer.special_tokens.get(end)) is None:
+        raise ValueError(f"the tokenizer has no special token {end!r}: it has "
+                         f"{', '.join(tokenizer.special_tokens) or 'none'}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer's vocabulary of {tokenizer.vocab_size} is larger than "
+                         f"the model's, {model.config.vocab_size}")
+    kinds, folder = ("bos", "eos", "pad"), Path(folder)
+    config = {**config_to_hf(model.config, model_type), **{f"{k}_token_id": at for k in kinds}}
+    tensors = export_weights(model, FAMILIES[model_type].lines)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast",
+             "clean_up_tokenization_spaces": False,
+             "model_max_length": model.config.context_length,
+             **{f"{k}_token": end for k in kinds}}
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.to_hf(folder)
+    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
+    write_model(folder, json.dumps(config, indent=1) + "\n", tensors)
 
 # %% ../nbs/pretrained.ipynb #70a00002
 TOUR_WEIGHTS: tuple[Weight, ...] = (

@@ -7,6 +7,7 @@ import hashlib, json, os, unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -511,6 +512,61 @@ class SpacedWordTokenizer(WordTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         "The words of `ids`, one after the other."
         return "".join(self._lookup(ids))
+
+    def to_hf(self, path: str | os.PathLike[str]) -> None:
+        """Write a `tokenizer.json`, which `tokenizers` and `transformers` read.
+
+        They turn special tokens in *any* text into ids; `encode` never does."""
+        content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
+        write_text(tokenizer_file(path), content + "\n")
+
+    @classmethod
+    def from_hf(cls, path: str | os.PathLike[str]) -> SpacedWordTokenizer:
+        "Read what `to_hf` wrote. ValueError names the file and the part that is another."
+        path = tokenizer_file(path)
+        try: return _from_hf(read_json(path))
+        except (LookupError, TypeError, AttributeError) as e: why = f"it lacks a part ({e!r})"
+        except ValueError as e: why = str(e)
+        raise ValueError(f"{path} is no word-level tokenizer.json: {why}")
+
+# %% ../nbs/02_text.ipynb #f2c16d43
+def hf_added_tokens(special_tokens: Mapping[str, int]) -> list[dict[str, Any]]:
+    "Special tokens as a `tokenizer.json` lists them, in the order of their ids."
+    flags = {"single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+    return [{"id": i, "content": name, **flags}
+            for name, i in sorted(special_tokens.items(), key=lambda item: item[1])]
+
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
+    "A file by its path, or the `tokenizer.json` in a folder."
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+
+# %% ../nbs/02_text.ipynb #06d6c7c8
+def _to_hf(words: SpacedWordTokenizer) -> dict[str, Any]:
+    table = {piece: i for i, piece in enumerate(words.pieces)}
+    split = {"type": "Split", "pattern": {"Regex": words.pattern}, "behavior": "Isolated",
+             "invert": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": hf_added_tokens(words.special_tokens), "normalizer": None,
+        "pre_tokenizer": split, "post_processor": None, "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "unk_token": UNKNOWN, "vocab": table,
+                  "sha256": digest(words.state())}}
+
+def _from_hf(file: Mapping[str, Any]) -> SpacedWordTokenizer:
+    "The tokenizer in a file, if writing it again would give the same parts."
+    model, special = file["model"], [token["content"] for token in file["added_tokens"]]
+    table = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    words = SpacedWordTokenizer(table[:len(table) - len(special)], special,
+                                file["pre_tokenizer"]["pattern"]["Regex"])
+    written = _to_hf(words)
+    model = {"sha256": written["model"]["sha256"], **model}     # other makers write none
+    if model["sha256"] != written["model"]["sha256"]:
+        raise ValueError("the checksum does not match, the file is damaged")
+    for part, expected in written.items():
+        if (model if part == "model" else file.get(part)) != expected:
+            raise ValueError(f"its {part} is not what SpacedWordTokenizer does")
+    return words
 
 # %% ../nbs/02_text.ipynb #ac3f35fa
 def fit_power_law(

@@ -1,4 +1,4 @@
-"Chapter 7 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation."
+"Chapter 6 beyond its chapter: every option on every backend, peers from `transformers`, caches, compilation."
 import functools, inspect, json, math, subprocess, sys
 from functools import partial
 from itertools import product
@@ -12,7 +12,7 @@ from shapes import unchecked
 from torch import nn
 from torch.nn import functional as F
 
-from llm_from_scratch.attention import (BACKENDS, Cache, MultiHeadAttention, attention, attention_weights, causal_mask,
+from llm_from_scratch.attention import (BACKENDS, Cache, MultiHeadAttention, PositionBias, Rotary, attention, attention_weights, causal_mask,
                                         document_mask, document_positions, sliding_window_mask)
 from llm_from_scratch.gpt import GPT, GPTConfig, MIXERS
 from llm_from_scratch.positions import Alibi, Rope
@@ -93,7 +93,7 @@ def test_against_torch_sdpa(backend, H, K, dtype):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize('backend, sunk, biased', [*product(['manual', 'sdpa'], [False, True], [False, True])])
-def test_a_row_that_may_look_nowhere_gives_zeros(backend, sunk, biased, dtype):
+def test_a_fully_masked_row_gives_zeros(backend, sunk, biased, dtype):
     q, k, v, bias, sinks = random(2, (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8), (4, 5, 5), (4,), dtype=dtype)
     mask = torch.ones(2, 5, 5, dtype=torch.bool)
     mask[0, 2] = mask[1] = False
@@ -152,9 +152,10 @@ for T in (7, 9, 1):
 """}
 
 EACH = """
-compiler, parts = json.loads(sys.argv[1])
+compilers, parts = json.loads(sys.argv[1])
 found = {}
 for name, code in parts.items():
+    compiler = compilers[name]
     torch.manual_seed(0); torch._dynamo.reset()
     try: exec(code, dict(globals())); found[name] = 'as promised'
     except Exception: found[name] = traceback.format_exc()[-3000:]
@@ -162,17 +163,17 @@ print(json.dumps(found))
 """
 
 
-def alone(compiler):
-    "What became of each part, in a process without the shape checker."
+def alone(compiler, **others):
+    "What became of each part, compiled by `compiler` or by its own, in a process without the shape checker."
     pytest.importorskip('torch.nn.attention.flex_attention')
-    done = subprocess.run([sys.executable, '-c', START + EACH, json.dumps([compiler, PARTS])], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+    done = subprocess.run([sys.executable, '-c', START + EACH, json.dumps([dict.fromkeys(PARTS, compiler) | others, PARTS])], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 def test_flex_against_manual_and_compiled_without_a_break():
-    "With the whole compiler but for the C++ at its end."
-    assert alone('aot_eager') == dict.fromkeys(PARTS, 'as promised')
+    "With the whole compiler but for the C++ at its end; that one graph serves every length, its first half decides."
+    assert alone('aot_eager', **{'one layer for every length': 'eager'}) == dict.fromkeys(PARTS, 'as promised')
 
 
 @pytest.mark.slow
@@ -291,6 +292,44 @@ def test_softcap_and_sinks_against_transformers():
 
 
 # ---- caches ----
+
+class OwnRotary:
+    "What rotates: three lines of somebody else, not a module."
+    def __call__(self, x, positions):
+        a, b, angle = *x.chunk(2, -1), positions[..., None, :, None] * torch.tensor([1.0, 0.01], dtype=torch.float64)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+
+class OwnBias:
+    "What biases: the slopes of ALiBi for four heads, on any positions."
+    def __call__(self, n_queries, n_keys, device=None, dtype=None):
+        at = torch.arange(n_keys)
+        return self.between(at[None, n_keys - n_queries :], at[None], dtype)[0]
+
+    def between(self, query_positions, key_positions, dtype=None):
+        distance = (query_positions[:, :, None] - key_positions[:, None]).abs()[:, None]
+        return (-torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])[:, None, None] * distance).to(dtype)
+
+
+@pytest.mark.parametrize('name, own, theirs', [('rotary', OwnRotary(), Rope(4)), ('position_bias', OwnBias(), Alibi(4))])
+def test_any_object_that_rotates_or_biases_will_do(name, own, theirs):
+    x, = random(21, (2, 9, 16))
+    ragged = torch.tensor([[*range(9)], [-1, *range(7), -1]])
+    ours, expected = (MultiHeadAttention(16, 4, 2, window=4, **{name: part}).double() for part in (own, theirs))
+    ours.load_state_dict(expected.state_dict())
+    bare = MultiHeadAttention(16, 4, 2, window=4).double()
+    bare.load_state_dict(expected.state_dict())
+    for at in (torch.arange(9), ragged):
+        whole, cache = expected(x, at), Cache()
+        torch.testing.assert_close(ours(x, at), whole, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(ours.weights(x, at), expected.weights(x, at), atol=1e-10, rtol=1e-10)
+        pieces = [ours(x[:, part], at[..., part], cache=cache) for part in (slice(0, 4), slice(4, 9))]
+        real = at.expand(2, -1) >= 0
+        torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-10, rtol=1e-10)
+        assert not torch.allclose(bare(x, at)[real], whole[real], atol=1e-3)             # it does something
+    for part, rotates in ((own, name == 'rotary'), (theirs, name == 'rotary')):
+        assert isinstance(part, Rotary) and isinstance(part, PositionBias) != rotates
+
 
 class ListCache(Cache):
     "Only an `update`: keeps every piece in a list, and joins them when asked."

@@ -289,6 +289,17 @@ def test_figures_have_number_caption_alt_and_file(rich):
 
 # Symbols ----------------------------------------------------------------------------------------------------------
 
+def test_a_drawing_with_a_title_brings_its_alt_text(plain):
+    titled = SVG.replace("<circle", '<title>A dot &amp; its "name"</title><circle')
+    cells = [code("#| echo: false\ndraw()", shown(svg=titled)), code('#| fig-alt: "Typed."\ndraw()', shown(svg=titled.replace("9", "8")))]
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), *cells)
+    plain.build()
+    assert re.findall(r'<img[^>]*alt="([^"]*)"', plain.page("nbs/01_one")) == ["A dot &amp; its &quot;name&quot;", "Typed."]
+    sent = nbfilter.filter_notebook({"cells": cells}, {})["cells"]                # what Quarto is given
+    assert "".join(sent[1]["source"]).count("fig-alt") == 1
+    assert "".join(sent[0]["source"]).startswith('#| fig-alt: "A dot & its \\"name\\""\n#| echo: false\n')
+
+
 def test_symbols_link_to_their_defining_cell(rich):
     assert 'id="api-area"' in rich.page("nbs/01_one")
     assert re.search(r'<a href="01_one.html#api-area" class="symbol">', rich.page("nbs/02_two"))
@@ -367,6 +378,16 @@ def test_contents_neighbours_and_notebook_links(rich):
     assert (rich.root / "_site/nbs/02_two.ipynb").exists()
 
 
+def test_the_core_path_and_what_goes_deeper_are_told_apart(plain):
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nWords.\n\n## Two\n\nMore.\n\n## Going deeper {#sec-one-deeper}\n\n### Inside\n\nEven more."), code("a = 1"))
+    plain.build()
+    page = plain.page("nbs/01_one")
+    assert 'about 1 minute for the core path; <a href="#sec-one-deeper">Going deeper</a>: 1 minute more' in page
+    assert re.search(r'<ol class="here"><li><a href="#two">Two</a></li><li class="deeper"><a href="#sec-one-deeper">Going deeper</a></li></ol>', page)
+    assert page.count('<li class="deeper">') == 2 and page.count("deeper-note") == 1            # beside the text, and in the drawer of a phone
+    assert "reading-time" not in plain.page("index") and 'class="here"' not in plain.page("index")
+
+
 def test_plain_text_copies_sitemap_and_metadata(rich):
     site = rich.root / "_site"
     copy = (site / "nbs/01_one.md").read_text(encoding="utf-8")
@@ -384,6 +405,21 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
         for fact in ("Figure 2.1:", "Table 1.1:", "Table 2.1:", "Equation 1.1", "Appendix A", "A Mathematical Theory of Communication", "Only on paper"):
             assert fact in place, fact
         assert ":::" not in place and "Only on the site" not in place
+
+
+def test_old_addresses_lead_to_the_new_ones(tmp_path):
+    urls = {page.url for page in load_book(ROOT).pages}
+    assert finish.MOVED and urls.issuperset(finish.MOVED.values()) and urls.isdisjoint(finish.MOVED)
+    (tmp_path / "nbs").mkdir()
+    finish.write_moved(tmp_path)
+    assert not list((tmp_path / "nbs").iterdir())                # no page is there to lead to
+    for new in finish.MOVED.values():
+        (tmp_path / new).write_text("here", encoding="utf-8")
+    finish.write_moved(tmp_path)
+    for old, new in finish.MOVED.items():
+        text, there = (tmp_path / old).read_text(encoding="utf-8"), f"../{new}"
+        assert f'http-equiv="refresh" content="0; url={there}"' in text and f'<a href="{there}">' in text and "{{" not in text
+    assert {page.relative_to(tmp_path).as_posix() for page in finish.pages(tmp_path)} == {*finish.MOVED.values()}
 
 
 # Failures and second runs -----------------------------------------------------------------------------------------

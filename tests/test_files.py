@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm_from_scratch.bpe import BPETokenizer
 from llm_from_scratch.data import TokenFile
 from llm_from_scratch.files import Config, check_checksum, check_fields, checksum, digest, file_checksum, parse_json, read_json, replacing, revived, write_text
-from llm_from_scratch.text import CharTokenizer, WordTokenizer
+from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and permissions of POSIX')
 
@@ -31,7 +31,8 @@ def token_file(path):
 
 
 WRITERS = {'text': lambda path: write_text(path, 'x'), 'chars': lambda path: CharTokenizer.train(['abc']).save(path), 'words': lambda path: WordTokenizer.train(['a b']).save(path),
-           'bpe': lambda path: BPETokenizer.train('low lower', 258).save(path), 'hf': lambda path: BPETokenizer.train('low lower', 258).to_hf(path), 'tokens': token_file}
+           'bpe': lambda path: BPETokenizer.train('low lower', 258).save(path), 'hf': lambda path: BPETokenizer.train('low lower', 258).to_hf(path),
+           'hf words': lambda path: SpacedWordTokenizer.train(['a b']).to_hf(path), 'tokens': token_file}
 each_writer = pytest.mark.parametrize('write', WRITERS.values(), ids=WRITERS)
 
 

@@ -221,10 +221,18 @@ def test_one_module_for_files():
     assert found == {'cli: difflib.get_close_matches'}             # of a misspelled command, which is no field
 
 
+def test_a_chapter_imports_from_earlier_ones_only():
+    chapters = [p.stem.partition('_')[2] for p in sorted((ROOT/'nbs').glob('[0-9][0-9]_*.ipynb'))]
+    imports = [(chapter, node.module.rpartition('.')[2]) for chapter in chapters for node in ast.walk(tree(chapter))
+               if isinstance(node, ast.ImportFrom) and node.module and (node.level or node.module.startswith('llm_from_scratch.'))]
+    assert ('gpt', 'positions') in imports and ('attention', 'tensors') in imports
+    assert [(one, other) for one, other in imports if other in chapters and chapters.index(other) >= chapters.index(one)] == []
+
+
 PUBLIC = {
     'text': 'CharTokenizer SpacedWordTokenizer Tokenizer WordTokenizer clean deduplicate', 'bpe': 'BPETokenizer GPT2_PATTERN GPT4_PATTERN load_tokenizer',
     'grammar': '', 'storyland': 'Preference SIZES STORIES_VERSION Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',
-    'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c', 'constraints': 'Constraint',
+    'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c save_hf', 'constraints': 'Constraint',
     'figures': 'COLORS FAINT INK graph_svg head_view heatmap pipeline use_style'}
 
 
@@ -234,3 +242,13 @@ def test_the_public_names_are_few_and_have_examples(module):
     assert sorted(public) == PUBLIC[module].split()
     without = [node.name for node in tree(module).body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public and '>>> ' not in (ast.get_docstring(node) or '')]
     assert without == []
+
+
+def test_inner_functions_are_checked_where_they_have_shapes():
+    "Annotations are strings where a module asks for that; others would be compiled anew at every call."
+    from conftest import has_shapes
+    def shaped(x): return x
+    def plain(x, n=None): return n
+    shaped.__annotations__ = {'x': 'Float[Tensor, "B T"]', 'return': 'Tensor'}
+    plain.__annotations__ = {'x': 'Tensor', 'n': 'dict[str, Any]', 'return': 'int | None'}
+    assert has_shapes(shaped) and not has_shapes(plain)

@@ -1,4 +1,5 @@
 "The appendix on pretrained weights: equal to transformers in value and gradient, maps that do not fit, real weights."
+import json
 import struct
 from dataclasses import replace
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 from shapes import unchecked
 
+from llm_from_scratch.bpe import BPETokenizer, load_tokenizer
 from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig
 from llm_from_scratch.positions import RopeScaling, interleaved_to_half
-from llm_from_scratch.pretrained import GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, Weight, load_weights, read_llama2c
+from llm_from_scratch.pretrained import (GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, QWEN3_WEIGHTS, Weight, config_from_hf, config_to_hf, export_weights, load_weights, read_llama2c,
+                                         save_hf)
+from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer
 
 INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -150,3 +154,161 @@ def test_llama2c_files(tmp_path):
     with pytest.raises(ValueError, match='its header asks for'): read_llama2c(path)
     path.write_bytes(b'short')
     with pytest.raises(ValueError, match='no header'): read_llama2c(path)
+
+
+# Folders of transformers ------------------------------------------------------------------------------------------
+
+END = '<|endoftext|>'
+QWEN3 = dict(positions='rope', norm='rmsnorm', norm_eps=1e-6, feed_forward='swiglu', bias=False, qk_norm=True, n_kv_heads=2)
+SAID = 'Once there was a cat.\nThen the cat had a "hat".'
+
+
+def words_and_model(**options):
+    words = SpacedWordTokenizer.train([SAID], special_tokens=[END])
+    return words, randomized(model(**{**QWEN3, 'vocab_size': words.vocab_size, 'context_length': 20, **options}))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    words, made = words_and_model()
+    save_hf(made, words, tmp_path)
+    return tmp_path
+
+
+def opened(hf, folder):
+    hf.logging.disable_progress_bar()
+    theirs, notes = hf.Qwen3ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(notes.values()), notes
+    return theirs.eval()
+
+
+@pytest.mark.parametrize('options', [{}, dict(tie_embeddings=False), dict(rope_base=500.0, d_head=6), dict(n_kv_heads=4, d_ff=8, norm_eps=1e-3, qk_norm_eps=1e-3), dict(n_kv_heads=1, dropout=0.1)])
+def test_against_hf_qwen3_both_ways(hf, tmp_path, options):
+    words, made = words_and_model(**options)
+    save_hf(made, words, tmp_path/'ours')
+    assert sorted(p.name for p in (tmp_path/'ours').iterdir()) == ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    theirs, ids = opened(hf, tmp_path/'ours'), torch.tensor([words.encode(SAID)])
+    theirs.save_pretrained(tmp_path/'theirs')
+    with unchecked(), torch.no_grad():
+        for folder in (tmp_path/'ours', tmp_path/'theirs'):
+            again = GPT.from_pretrained(folder)
+            assert torch.equal(again(ids), made(ids)) and not again.training
+            assert all(torch.equal(p, made.state_dict()[name]) for name, p in again.state_dict().items())
+        torch.testing.assert_close(made(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    first = (tmp_path/'ours'/'model.safetensors').read_bytes()
+    save_hf(again, words, tmp_path/'ours')
+    assert (tmp_path/'ours'/'model.safetensors').read_bytes() == first                           # a folder opened and saved is the same folder
+
+
+def test_transformers_writes_on_until_the_end_token(hf, saved):
+    theirs, ours = opened(hf, saved), GPT.from_pretrained(saved)
+    end = load_tokenizer(saved).special_tokens[END]
+    with torch.no_grad():
+        ours.token_embedding.weight[end] = theirs.get_input_embeddings().weight[end] = 0.0       # never the best
+        long = theirs.generate(torch.tensor([[end]]), max_length=12, do_sample=False)
+        assert long.shape == (1, 12)
+        best = long[0, 1]
+        assert theirs.generation_config.eos_token_id == theirs.generation_config.pad_token_id == end
+        theirs.generation_config.eos_token_id = int(best)
+        assert theirs.generate(torch.tensor([[end]]), max_length=12, do_sample=False).tolist() == [[end, int(best)]]
+        ids = torch.tensor([[end]])
+        with unchecked():
+            while ids.shape[1] < 12: ids = torch.cat([ids, ours(ids)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids, long)
+
+
+@pytest.mark.parametrize('text', [SAID, '', 'Once', ' a hat', 'Once  there', 'Once ', '\n', 'once', 'hat', 'Once\tthere', 'Oncé', 'Once\u0301', '\x00', 'a\u200bcat', '<|endoftext', '"" \'', 'Once\u00a0there',
+                                  'Once\r\nthere', '\U0001f600', '中文', ' .', '. .', '\n"'])
+def test_auto_tokenizer_makes_the_same_ids_or_refuses_too(hf, saved, text):
+    ours, theirs = load_tokenizer(saved), hf.AutoTokenizer.from_pretrained(saved)
+    try: ids = ours.encode(text)
+    except ValueError:
+        with pytest.raises(Exception, match='Missing .UNK. token'): theirs(text)
+    else:
+        assert theirs(text).input_ids == ids and theirs.decode(ids) == text
+        assert theirs(END + text).input_ids == [ours.special_tokens[END], *ids] and theirs.decode(theirs(END + text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_special_token_in_a_text_is_one_there_and_refused_here(hf, saved):
+    ours, theirs = load_tokenizer(saved), hf.AutoTokenizer.from_pretrained(saved)
+    assert theirs.eos_token == theirs.bos_token == theirs.pad_token == END and len(theirs) == ours.vocab_size
+    assert theirs(END).input_ids == [ours.special_tokens[END]]
+    for encode in (ours.encode, lambda text: theirs(text, split_special_tokens=True)):
+        with pytest.raises(Exception, match='(?i)word'): encode(END)
+
+
+def test_a_byte_pair_tokenizer_is_saved_as_well(hf, tmp_path):
+    words = BPETokenizer.train(SAID, 260, [END])
+    save_hf(words_and_model(vocab_size=260)[1], words, tmp_path)
+    assert hf.AutoTokenizer.from_pretrained(tmp_path)('hat 中').input_ids == load_tokenizer(tmp_path).encode('hat 中') == words.encode('hat 中')
+
+
+@pytest.mark.parametrize('options, names', [(dict(feed_forward='relu2'), "feed_forward='relu2'"), (dict(window=3), 'window=3'), (dict(positions='learned'), "positions='learned'"), (dict(qk_norm=False), 'qk_norm=False'),
+                                            (dict(bias=True), 'bias=True'), (dict(qk_norm_eps=1e-5), 'qk_norm_eps=1e-05'), (dict(rope_scaling=RopeScaling('linear', 2.0)), 'rope_scaling'), (dict(layers=({'window': 2}, {})), 'layers')])
+def test_what_qwen3_has_no_word_for_is_refused(tmp_path, options, names):
+    words, made = words_and_model(**options)
+    with pytest.raises(ValueError, match=f'Qwen3ForCausalLM has no place for: .*{names}'): save_hf(made, words, tmp_path/'new')
+    assert not (tmp_path/'new').exists()
+
+
+def test_tokenizers_that_others_cannot_read_are_refused(tmp_path):
+    words, made = words_and_model()
+    with pytest.raises(TypeError, match='got a CharTokenizer'): save_hf(made, CharTokenizer.train([SAID]), tmp_path/'new')
+    with pytest.raises(ValueError, match="no special token '<end>': it has <.endoftext.>"): save_hf(made, words, tmp_path/'new', end='<end>')
+    with pytest.raises(ValueError, match='vocabulary'): save_hf(words_and_model(vocab_size=9)[1], words, tmp_path/'new')
+    assert not (tmp_path/'new').exists()
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model_type='qwen9'), "unknown model_type 'qwen9': expected one of qwen3"), (dict(model_type=[]), 'unknown model_type'), (dict(attention_bias=True), 'attention_bias=True'),
+    (dict(hidden_act='gelu'), "hidden_act='gelu'"), (dict(rope_scaling={'rope_type': 'yarn', 'factor': 4.0}), 'rope_scaling'), (dict(use_sliding_window=True), 'use_sliding_window=True'),
+    (dict(rope_parameters={'rope_type': 'yarn', 'rope_theta': 9.0}), "rope_type='yarn'"), (dict(hidden_size=0), 'd_model must'), (dict(num_key_value_heads=3), 'n_kv_heads')])
+def test_configurations_that_this_library_cannot_follow(saved, change, words):
+    path = saved/'config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding='utf-8')), **change}), encoding='utf-8')
+    with pytest.raises(ValueError, match=f'config.json is not the configuration of a model: .*{words}'): GPT.from_pretrained(saved)
+
+
+def test_keys_that_must_be_there():
+    given = config_to_hf(GPTConfig(**{**dict(vocab_size=23, context_length=12, d_model=16, n_layers=2, n_heads=4), **QWEN3}))
+    assert config_from_hf({**given, 'transformers_version': '9'}) == config_from_hf(given)
+    del given['rope_theta'], given['head_dim']
+    with pytest.raises(ValueError, match='it lacks: head_dim, rope_theta'): config_from_hf(given)
+    assert config_from_hf({**given, 'head_dim': 4, 'rope_parameters': {'rope_theta': 7}}).rope_base == 7.0
+
+
+def test_a_damaged_folder_is_noticed(saved):
+    whole = {path.name: path.read_bytes() for path in saved.iterdir()}
+    def with_change(name, old, new):
+        for path, data in whole.items(): (saved/path).write_bytes(data)
+        assert old in whole[name]
+        (saved/name).write_bytes(whole[name].replace(old, new, 1))
+    with_change('config.json', b'"rope_theta": 10000.0', b'"rope_theta": 20000.0')
+    with pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(saved)
+    with_change('model.safetensors', b'layers.1.mlp.up_proj', b'layers.1.mlp.xp_proj')
+    with unchecked(), pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(saved)
+    with_change('model.safetensors', whole['model.safetensors'][-40:], b'\0' * 40)
+    with unchecked(), pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(saved)
+    with_change('tokenizer.json', b'" there"', b'" their"')
+    with pytest.raises(ValueError, match='the checksum does not match'): load_tokenizer(saved)
+    with_change('tokenizer.json', b'Isolated', b'Removed')
+    with pytest.raises(ValueError, match='its pre_tokenizer is not what'): load_tokenizer(saved)
+    with_change('tokenizer.json', b'"model": {', b'"modem": {')
+    with pytest.raises(ValueError, match='tokenizer.json'): load_tokenizer(saved)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(saved):
+    import safetensors.torch
+    tensors = safetensors.torch.load_file(saved/'model.safetensors')
+    del tensors['model.layers.1.self_attn.q_norm.weight']
+    safetensors.torch.save_file(tensors, saved/'model.safetensors')
+    with pytest.raises(ValueError, match='model.safetensors: the checkpoint lacks: model.layers.1.self_attn.q_norm.weight'): GPT.from_pretrained(saved)
+
+
+def test_half_precision_and_other_classes(hf, saved):
+    class Mine(GPT): pass
+    theirs = opened(hf, saved)
+    theirs.half().save_pretrained(saved)
+    made = Mine.from_pretrained(saved)
+    assert type(made) is Mine and made.norm.weight.dtype == torch.float32
+    assert all(torch.equal(t.half(), theirs.state_dict()[name]) for name, t in export_weights(made, QWEN3_WEIGHTS).items())

@@ -6,7 +6,7 @@ import nbfilter
 import pytest
 from conftest import ROOT
 
-INPUTS = ['tools/check.py', 'tools/book.py', 'tools/cells.py', 'tools/finish.py', 'tools/nbfilter.py', 'tools/pandoc.py', 'tools/book.lua', 'settings.ini', 'pyproject.toml']
+INPUTS = ['tools/check.py', 'tools/reading.py', 'tools/book.py', 'tools/cells.py', 'tools/finish.py', 'tools/nbfilter.py', 'tools/pandoc.py', 'tools/book.lua', 'settings.ini', 'pyproject.toml']
 STORED = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'stored_with': {'python': '3.11'}}
 IMAGE = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>', 'text/plain': '<Figure>'}}
 
@@ -56,7 +56,9 @@ class Maker:
 
 
 @pytest.fixture
-def book(tmp_path): return Maker(tmp_path)
+def book(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, 'WAITING', {})
+    return Maker(tmp_path)
 
 
 def one(found, *words):
@@ -148,7 +150,11 @@ BROKEN = [
     ('options', [code('#| figcap: "x"\nplot()')], ['no option']),
     ('options', [code('#| fig-subcap:\n#| - left\nplot()')], ['on one line', 'no directive']),
     ('options', [code('x = 1\n#| export\ny = 2')], ['below code']),
-    ('width', [code(f'x = "{"a" * 95}"')], ['cell 0', '1 line(s)', 'break them']),
+    ('width', [code(f'x = "{"a" * 79}"')], ['cell 0', '1 line(s) of more than 80', 'break them']),
+    ('absent', [md('As chapter 2 shows.')], ['cell 0: "chapter 2", but the last chapter is 1']),
+    ('absent', [md('Chapters 1 and 16 do.')], ['"Chapters 1 and 16"']),
+    ('absent', [code('#| fig-cap: "As in chapters 1–4"\nx = 1  # a comment')], ['cell 0: "chapters 1–4"']),
+    ('absent', [code('Markdown(...)', shown(text_markdown='see Part II'))], ['"Part II" is not in _quarto.yml']),
     ('words', [md('It is simply a sum.')], ['"simply"']),
     ('words', [md('We just add them.')], ['"just"']),
     ('words', [md('In this section we will add.')], ['In this section we will']),
@@ -178,6 +184,7 @@ FINE = [
     ('ruff', [code('#| export\nfrom jaxtyping import Float\nfrom torch import Tensor\ndef f(x: Float[Tensor, "B T d"], y: Float[Tensor, "D"]) -> None:\n    "Nothing."')]),
     ('figures', [code(FIGURE, IMAGE)]),
     ('figures', [code('#| hide\nplot()', IMAGE)]),
+    ('figures', [code('plot()', {**IMAGE, 'data': {'image/svg+xml': ['<svg><title>A line', ' that rises</title></svg>']}})]),
     ('figures', [code('#| code-summary: "Solution"\n#| fig-alt: "A line."\nplot()', IMAGE)]),
     ('figures', [md('![](road.svg){fig-alt="The road."} and ![The road](road.svg)')]),
     ('figures', [md('| a |\n|---|\n| 1 |\n\n: What it holds {#tbl-x-t}')]),
@@ -190,7 +197,8 @@ FINE = [
     ('remote', [code('plot()', shown(text_html='<svg xmlns="http://www.w3.org/2000/svg"><a href="https://example.org">x</a></svg>'))]),
     ('clean', [code('f()', stream('text')), code('#| timing\nf()', stream('1 s'))]),
     ('options', [code(FIGURE), code('#| default_exp x'), code('#| export\nx = 1'), code('# a comment | with a bar\nx = 1')]),
-    ('width', [code(f'#| fig-cap: "{"a" * 95}"\nx = "{"a" * 90}"'), code(f'#| echo: false\nx = "{"a" * 95}"')]),
+    ('width', [code(f'#| fig-cap: "{"a" * 95}"\nx = "{"a" * 74}"'), code(f'#| echo: false\nx = "{"a" * 95}"')]),
+    ('absent', [md('Chapter 1, a later chapter, 16 chapters, Part I, part of it, `chapter 9`, Part Iván.')]),
     ('words', [md('Exact and adjustable: `simply` is quoted, the sum is just below.\n\n```python\njust = 1\n```')]),
 ]
 
@@ -223,7 +231,7 @@ def test_ruff_that_cannot_run_is_no_pass(book):
 
 
 def test_every_rule_is_tried_both_ways():
-    apart = {'machine', 'step', 'anatomy', 'classes'}                       # these have tests of their own below
+    apart = {'machine', 'step', 'anatomy', 'classes', 'core', 'diagrams', 'glossary', 'form', 'waiting'}                       # these have tests of their own below
     assert {c[0] for c in BROKEN} | apart == set(check.RULES) == {c[0] for c in FINE} | apart
 
 
@@ -420,6 +428,120 @@ def test_solutions_may_check_through_a_function(book):
     cells[3] = code('def holds(f):\n    assert f(1) == 1')
     cells[8] = solution('holds(f)')
     assert book.notebook(*cells).finds('anatomy') == []
+
+
+# The second edition -----------------------------------------------------------------------------------------------
+
+CALLOUT = '::: {.callout-note title="You will build"}\n`f`. *You need:* nothing. *Reading time:* 1 minute. *Running time:* seconds on two cores.\n:::'
+TROUBLE = '**Symptom:** it fails. **Cause:** a reason. **Cure:** this.\n\n**Symptom:** it fails. **Cause:** another. **Cure:** that.'
+
+
+def exercise(i, kind): return md(f'**{i}.** *{kind} · easy · 5 min.* Do it.\n\n::: {{.callout-tip collapse="true" title="Hint"}}\nLook.\n:::')
+
+
+def second():
+    "The cells of a chapter of the second edition with every part."
+    exercises = [c for i, kind in enumerate(('Predict', 'Paper', 'Explain', 'Implement'), 1) for c in (exercise(i, kind), solution('# Idea: it is so.\nassert f(1) == 1'))]
+    return [md('# X {#sec-x}\n\nAfter this chapter you can do it.'), code('#| default_exp x'), code('#| echo: false\npipeline("ids")'), md(CALLOUT), code('def f(x): return x'),
+            md('## What can go wrong\n\n' + TROUBLE), md('## Exercises'), *exercises, md('## Recap'), md('## Going deeper {#sec-x-deeper}'), code('a = 1')]
+
+
+def test_a_chapter_of_the_second_edition(book):
+    book.notebook(*second())
+    assert [book.finds(rule) for rule in ('form', 'anatomy', 'core')] == [[], [], []]
+
+
+@pytest.mark.parametrize('at, with_, words', [
+    (0, md('# X {#sec-x}\n\nIt is about x.'), 'no promise'), (0, md('# X {#sec-x}\n\nAfter this chapter you can. And more.'), 'no promise'), (2, md('Words.'), 'where it is in the pipeline'),
+    (16, md('## Going deeper: other things'), 'no section `## Going deeper`'), (3, md(CALLOUT.replace('*You need:*', 'With')), 'what the reader needs'),
+    (3, md(CALLOUT.replace('Running', 'Walking')), 'how long the chapter runs'), (3, md(CALLOUT.replace('Reading', 'Drawing')), '`*Reading time:* 1 minutes.`'),
+    (3, md(CALLOUT.replace('1 minute', '40 minutes')), 'says 40 minutes of reading, the core path takes 1'),
+    (5, md('## What can go wrong\n\nMuch.'), 'fewer than two troubles'), (5, md('## What can go wrong\n\n' + TROUBLE.replace('**Cause:** another. ', '')), 'Symptom, Cause, Cure, Symptom, Cure: a trouble'),
+    (7, md('**1.** Do it.'), 'exercise 1 does not begin like'), (7, exercise(1, 'Guess'), 'the kinds are Explain'), (9, exercise(2, 'Predict'), 'no exercise of the kind Paper'),
+    (7, md('**1.** *Predict · easy · 5 min.* Do it.'), 'exercise 1 has no hint'), (8, solution(), 'the solution of exercise 1 does not say its idea')])
+def test_a_chapter_of_the_second_edition_that_lacks(book, at, with_, words):
+    cells = second()
+    cells[at] = with_
+    found = book.notebook(*cells).finds('form')
+    assert found and any(words in f for f in found), found
+
+
+def test_the_tour_needs_no_strip_and_goes_no_deeper(book):
+    cells = second()
+    del cells[16], cells[2]
+    assert book.notebook(*cells, name='00_x').contents('nbs/00_x.ipynb').finds('form') == []
+
+
+def test_a_core_path_that_is_too_long(book):
+    lines = code('a = 1\n' * 31)
+    book.notebook(*[dict(lines) for _ in range(10)], md('## Going deeper'), dict(lines))
+    one(book.finds('core'), '01_x', 'has 310 lines of visible code, the limit is 300')
+    assert book.notebook(*[dict(lines) for _ in range(9)], code('#| code-fold: true\n' + 'b = 1\n' * 30), md('## Going deeper'), *[dict(lines) for _ in range(9)]).finds('core') == []
+
+
+FIGURES = [md('# Figures'), code('#| export\ndef picture(*parts: str) -> SVG: return SVG("")\ndef cells(x: int) -> str: return ""\ndef use_style() -> None: pass')]
+IMPORT = code('from llm_from_scratch.figures import cells, picture, use_style')
+WEIGHTS = code('weights = softmax(scores)\nname = "a constant"')
+
+
+@pytest.mark.parametrize('text, n', [
+    ('picture(cells(weights))', 1), ('w = weights[0]; picture(w)', 1), ('picture("text")', 0), ('picture(name)', 0), ('ax.plot(weights)', 0), ('use_style(); ax.plot(weights)', 0),
+    ('cells = len(weights)', 0)])
+def test_what_counts_as_a_diagram(book, text, n):
+    "Drawn with helpers that return a drawing, and from what the chapter has computed."
+    book.notebook(*FIGURES, name='figures').notebook(IMPORT, WEIGHTS, code(f'#| label: fig-x-a\n{text}'))
+    one(book.finds('diagrams'), f'01_x: has {n} diagram(s)')
+
+
+def test_two_diagrams_are_enough_also_through_a_function_of_the_chapter(book):
+    drawn = code('def show(w): return picture(cells(w))')
+    book.notebook(*FIGURES, name='figures').notebook(IMPORT, WEIGHTS, drawn, code('#| label: fig-x-a\nshow(weights)'), code('#| label: fig-x-b\npicture(weights)'))
+    assert book.finds('diagrams') == []
+    book.notebook(WEIGHTS, code('from sketches import picture'), code('#| label: fig-x-a\npicture(weights)'), code('#| label: fig-x-b\npicture(weights)'))
+    one(book.finds('diagrams'), '01_x: has 0 diagram(s)')                   # a function of that name that comes from elsewhere
+
+
+ENTRY = '[KV cache]{#term-kv-cache} [(also cache of keys)]{.also}\n:   What is kept. Defined in @sec-x-a.\n'
+HOME = '# X {#sec-x}\n\n## A {#sec-x-a}\n\nIt is the **KV cache**.\n\n## B {#sec-x-b}\n\nThe **cache of values**.'
+
+
+@pytest.mark.parametrize('entries, text, words', [
+    (ENTRY, HOME, None), (ENTRY, HOME.replace('**KV cache**', '**caches of keys** (KV)'), '01_x: @sec-x-a never says **KV cache**'), (ENTRY, HOME.replace('**KV cache**', '**cache of keys (old)**'), None),
+    (ENTRY, HOME.replace('**KV cache**', 'KV cache'), '01_x: @sec-x-a never says **KV cache**'), (ENTRY.replace('x-a.', 'x-b.'), HOME, '@sec-x-b never says'), (ENTRY.replace('x-a.', 'x.'), HOME, None),
+    (ENTRY.replace('x-a.', 'x-c.'), HOME, 'the home of `KV cache`, @sec-x-c, is no section'), (ENTRY.replace('Defined in', 'See'), HOME, '`KV cache` is no entry'),
+    (ENTRY.replace('#term-kv-cache', '#term-cache'), HOME, 'write #term-kv-cache'), (ENTRY.replace('kept.', 'kept. And more.'), HOME, 'not defined in one sentence'),
+    (ENTRY.replace('What', 'what'), HOME, 'not defined in one sentence'), (ENTRY + '\n' + ENTRY, HOME, 'each term once'),
+    (ENTRY + '\n' + ENTRY.replace('KV cache', 'B').replace('kv-cache', 'b').replace('cache of keys', 'KV cache'), HOME, '`B` stands behind `KV cache`')])
+def test_a_term_of_the_glossary_has_a_home_that_says_it(book, entries, text, words):
+    found = book.notebook(md(text)).write('nbs/glossary.qmd', f'# Glossary {{#sec-glossary}}\n\n{entries}').finds('glossary')
+    if words is None: assert found == []
+    else: one(found, words)
+
+
+# The list of pages that wait ----------------------------------------------------------------------------------------
+
+def test_a_page_that_waits_is_excused_until_it_has_no_fault_left(book, monkeypatch):
+    monkeypatch.setattr(check, 'WAITING', {'x': 'width, absent, form, core, diagrams'})
+    book.notebook(code(f'x = "{"a" * 79}"'), md('See chapter 9.'))
+    assert book.finds('width') == book.finds('absent') == book.finds('form') == book.finds('diagrams') == []
+    one(book.finds('core'), '01_x: has no fault left; strike `core` from its line in WAITING')
+    one(book.notebook(code(f'x = "{"a" * 95}"')).finds('width'), 'more than 96')
+    one(book.notebook(code('x = 1')).finds('width'), 'strike `width`')
+
+
+def test_a_term_that_waits_is_excused_until_its_home_says_it(book, monkeypatch):
+    monkeypatch.setattr(check, 'WAITING', {'x': 'term-kv-cache'})
+    book.notebook(md(HOME.replace('**KV cache**', 'KV cache'))).write('nbs/glossary.qmd', ENTRY)
+    assert book.finds('glossary') == []
+    one(book.notebook(md(HOME)).finds('glossary'), 'says `KV cache` in bold; strike `term-kv-cache`')
+    one(book.write('nbs/glossary.qmd', '# Glossary\n').finds('glossary'), '`term-kv-cache` has another home, or none; strike it')
+
+
+@pytest.mark.parametrize('waiting, words', [({'y': 'core'}, '`y` is no page of the book'), ({'x': 'core, words'}, '`words` excuses nothing'), ({'x': 'core, term-a, width'}, None)])
+def test_the_list_names_pages_and_rules(book, monkeypatch, waiting, words):
+    monkeypatch.setattr(check, 'WAITING', waiting)
+    found = book.notebook(md('# X')).finds('waiting')
+    assert found == [] if words is None else len(found) == 1 and words in found[0], found
 
 
 # The command ------------------------------------------------------------------------------------------------------

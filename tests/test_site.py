@@ -19,6 +19,7 @@ pytest.importorskip("pypandoc", reason="the book's own packages are not installe
 import build as builder                                      # noqa: E402
 import serve                                                 # noqa: E402
 from book import load_book                                   # noqa: E402
+from finish import MOVED                                     # noqa: E402
 from shared import pdf_words                                 # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -459,6 +460,15 @@ def test_an_address_that_leads_nowhere(address, visit, url):
     page, _ = visit(address + "nbs/nowhere.html")
     page.get_by_role("link", name="to the front page").click()
     assert page.url == address + url
+
+
+@needs_browser
+@pytest.mark.parametrize("scripts", [False, True], ids=["without JavaScript", "with JavaScript"])
+def test_an_old_address_leads_to_the_new_one(any_address, visit, scripts):
+    for old, new in MOVED.items():
+        page, complaints = visit(f"{any_address}{old}#sec-here", java_script_enabled=scripts)
+        page.wait_for_url(f"{any_address}{new}{'#sec-here' * scripts}")
+        assert page.locator("h1").first.is_visible() and complaints == []
 
 
 # EPUB and PDF -----------------------------------------------------------------------------------------------------

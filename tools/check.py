@@ -21,6 +21,30 @@ LIBRARY = 'llm_from_scratch'
 TEMPLATE = 'tools/chapter.md'             # what tools/scaffold.py starts a chapter from
 RULES = {}
 
+# Pages that still wait for the second edition: by the name of a chapter or appendix, the rules that excuse it, and the terms of the
+# glossary (`term:...`) that their home does not say in bold yet. The list only shrinks: what has no fault left must be struck.
+WAITING = {
+    'tour': 'width',
+    'tensors': 'core, width, diagrams, form, term-backpropagation, term-bias, term-bigram-model, term-computation-graph, term-feature, term-jacobian, term-linear-layer, term-local-derivative, term-neural-network, term-vector',
+    'text': 'core, width, diagrams, form',
+    'bpe': 'core, width, diagrams, form, term-byte-pair-encoding, term-reference',
+    'storyland': 'core, width, diagrams, form',
+    'data': 'core, width, diagrams, form, term-batch, term-teacher-forcing',
+    'blocks': 'core, width, diagrams, form, term-activation-function, term-double-backward, term-gain, term-mlp, term-transformer-block, term-weight-initialization',
+    'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',
+    'optim': 'core, width, diagrams, form, term-ablation, term-gradient-clipping, term-gradient-descent, term-learning-rate-schedule, term-moment, term-optimizer',
+    'training': 'core, width, diagrams, form, term-batch-size, term-checkpoint, term-fine-tuning, term-gradient-accumulation, term-hyperparameter, term-loss-curve, term-micro-batch, term-mixed-precision, term-nan, term-overfitting, term-resume, term-throughput, term-underfitting',
+    'evaluation': 'core, width, diagrams, form, term-baseline, term-generalize, term-scaling-law',
+    'generation': 'core, width, diagrams, form, term-greedy-decoding, term-inference, term-log-probability, term-logit-bias, term-nucleus-sampling, term-penalty, term-prompt, term-sampling',
+    'command': 'width',
+    'constraints': 'width',
+    'costs': 'width',
+    'distributed': 'width',
+    'figures': 'width',
+    'files': 'width',
+    'pretrained': 'width',
+}
+
 
 @cache
 def walk(tree):
@@ -32,6 +56,17 @@ def rule(check):
     "Register a house rule: a function from a `Book` to sentences `where: what is wrong; how to mend it`."
     RULES[check.__name__] = check
     return check
+
+
+def waits(stem, item): return item in WAITING.get(chapter_name(stem), '').split(', ')
+
+
+def due(book, item, found):
+    "Of faults, as pairs of a page's stem and a sentence, those of pages that do not wait for `item`; and each page that waits for nothing."
+    found = list(found)
+    waiting = {stem for stem in book.pages if waits(stem, item)}
+    yield from (sentence for stem, sentence in found if stem not in waiting)
+    for stem in sorted(waiting - {stem for stem, _ in found}): yield f'{stem}: has no fault left; strike `{item}` from its line in WAITING (tools/check.py)'
 
 
 WRITTEN = re.compile(r'# %% \S*/(?P<page>\w+)\.ipynb #(?P<id>\w+)')       # the line that nbdev writes above each exported cell
@@ -348,11 +383,12 @@ IMAGE = re.compile(r'!\[(?P<caption>[^\]]*)\]\((?P<target>[^)\s]*)[^)]*\)(?P<att
 
 @rule
 def figures(book):
-    "Figures have a caption and alt text, tables a caption: who cannot see a picture, or meets it in a list of figures, must not lose the thread."
+    "Figures have a caption and alt text, tables a caption: who cannot see a picture, or meets it in a list of figures, must not lose the thread. (A drawing with a title of its own, such as the pipeline at a chapter's head, needs no more.)"
+    from nbfilter import drawing_title
     for cell in book.code:
         if 'hide' in cell.directives: continue
         label = cell.options.get('label', '')
-        if cell.has_image and not label.startswith('fig-'):
+        if cell.has_image and not label.startswith('fig-') and not drawing_title(cell.outputs):
             if not cell.solution: yield f'{cell.where}: draws a picture without a label; add `#| label: fig-{chapter_name(cell.page)}-...`, `#| fig-cap:` and `#| fig-alt:`'
             elif not cell.options.get('fig-alt'): yield f'{cell.where}: the picture of this solution has no alt text; add `#| fig-alt: "..."`'
         if label.startswith('fig-'): yield from figure_faults(cell, label)
@@ -696,15 +732,20 @@ FILLER = re.compile(r"\b(simply|just(?! (?:as|like|before|after|above|below|unde
                     r"|div(?:e|ing) (?:deep(?:er)? )?into|in this (?:section|chapter),? (?:we|you) will|it is (?:worth noting|important to note)|needless to say)\b", re.I)
 
 
-WIDTH = 96                                 # characters that fit beside the two lists of the site on a laptop
+WIDTH, WIDEST = 80, 96                     # characters that fit beside the two lists of the site on a laptop; what a page that waits may have
 
 @rule
 def width(book):
     "Code fits its box: what a reader must scroll sideways to see, most readers never see."
+    yield from due(book, 'width', wide_cells(book, WIDTH))
+    yield from (sentence for stem, sentence in wide_cells(book, WIDEST) if waits(stem, 'width'))
+
+
+def wide_cells(book, limit):
     for cell in book.code:
         if 'hide' in cell.directives or cell.options.get('echo') == 'false': continue
-        wide = [line for line in cell.body.splitlines() if len(line) > WIDTH]
-        if wide: yield f'{cell.where}: {len(wide)} line(s) of more than {WIDTH} characters, such as `{wide[0].strip()[:50]}...`; break them'
+        wide = [line for line in cell.body.splitlines() if len(line) > limit]
+        if wide: yield cell.page, f'{cell.where}: {len(wide)} line(s) of more than {limit} characters, such as `{wide[0].strip()[:50]}...`; break them'
 
 
 @rule
@@ -713,6 +754,230 @@ def words(book):
     for where, text, _ in book.prose():
         text = re.sub(r'\]\([^)]*\)|\{[^}]*\}|\$[^$]*\$', ' ', text)
         for m in FILLER.finditer(text): yield f'{where}: "{m[0]}"; strike it'
+
+
+# The second edition -----------------------------------------------------------------------------------------------
+
+CORE = 300                                 # lines of visible code that a newcomer reads in an hour, with the prose around them
+
+
+@rule
+def core(book):
+    "The core path, which is everything before `## Going deeper`, has at most 300 lines of visible code: a newcomer reads it in about an hour. Folded code does not count."
+    from reading import lengths
+    long = {stem: lengths(book.notebooks[stem]['cells'])[0].lines for stem in book.chapters}
+    yield from due(book, 'core', ((stem, f'{stem}: its core path has {n} lines of visible code, the limit is {CORE}; move what the idea does not need below `## Going deeper`')
+                                  for stem, n in long.items() if n > CORE))
+
+
+@rule
+def diagrams(book):
+    """Two figures of a chapter explain its idea: drawn with the diagram helpers of `figures`, from values that the chapter has computed.
+
+    The rule sees a labelled figure whose code calls a helper (any public function of the figures appendix that returns an `SVG` or a piece of one),
+    itself or through a function of the chapter, and which reads a name that an earlier cell has computed. It cannot see whether that value
+    is drawn, what the picture explains, or a diagram that matplotlib draws. The pipeline at the head reads nothing, so it does not count."""
+    helpers = drawing_helpers(book)
+    def few():
+        for stem, cells in book.chapters.items():
+            n = sum(1 for cell in explaining(cells, helpers))
+            if n < 2: yield stem, f'{stem}: has {n} diagram(s); explain the idea in two figures that helpers of the figures appendix draw from the values of the chapter'
+    yield from due(book, 'diagrams', few())
+
+
+def drawing_helpers(book):
+    "Public functions of the figures appendix that return a drawing or a piece of one."
+    nodes = [n for cell in book.pages.get('figures', []) if cell.exported and cell.tree for n in cell.tree.body if isinstance(n, ast.FunctionDef)]
+    return {n.name for n in nodes if not n.name.startswith('_') and n.returns is not None and ast.unparse(n.returns).strip("'") in ('SVG', 'str')}
+
+
+def explaining(cells, helpers):
+    "The labelled figures of a chapter that draw computed values with helpers."
+    drawing, computed = set(), set()
+    for cell in (c for c in cells if c.kind == 'code' and c.tree):
+        drawing |= {a.asname or a.name for n in walk(cell.tree) if isinstance(n, ast.ImportFrom) and n.module == f'{LIBRARY}.figures' for a in n.names if a.name in helpers}
+        read = {n.id for n in walk(cell.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        if cell.options.get('label', '').startswith('fig-') and calls(cell.tree) & drawing and read & computed: yield cell
+        drawing |= {n.name for n in cell.tree.body if isinstance(n, ast.FunctionDef) and drawing & calls(n)}
+        computed |= set(computed_names(cell.tree))
+
+
+def calls(tree): return {called(n) for n in walk(tree) if isinstance(n, ast.Call)}
+
+
+def computed_names(tree):
+    "Names that a cell binds to something other than a constant."
+    for node in walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.AugAssign)) and node.value is not None:
+            if not any(isinstance(n, (ast.Call, ast.Name, ast.Subscript, ast.BinOp)) for n in ast.walk(node.value)): continue
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        elif isinstance(node, ast.For): targets = [node.target]
+        else: continue
+        yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+
+
+NUMBERED = re.compile(r'\b[Cc]hapters?(?:\s|~|&nbsp;)+(?P<numbers>\d+(?:(?:,\s*|\s+and\s+|,\s+and\s+|\s+to\s+|\s*[–-]\s*)\d+)*)')
+PARTED = re.compile(r'\bParts?\s+(?P<numbers>[IVX]+(?:(?:,\s*|\s+and\s+|\s+to\s+)[IVX]+)*)\b')
+
+
+@rule
+def absent(book):
+    "Nobody is sent to a chapter or a part that is not there yet: a promise that the reader cannot follow is worse than none. (`@sec-` of a missing page: rule `references`.)"
+    last = max((int(stem[:2]) for stem in book.chapters), default=0)
+    parts = set(re.findall(r'part: *["\']?([IVX]+)\W', book.texts.get('_quarto.yml', '')))
+    def promises():
+        for where, page, text in promising(book):
+            for m in NUMBERED.finditer(text):
+                if any(int(n) > last for n in re.findall(r'\d+', m['numbers'])): yield page, f'{where}: "{m[0]}", but the last chapter is {last}; say it without the number, or not yet'
+            for m in PARTED.finditer(text):
+                if not set(re.findall('[IVX]+', m['numbers'])) <= parts: yield page, f'{where}: "{m[0]}" is not in _quarto.yml; say it without the number, or not yet'
+    yield from due(book, 'absent', promises())
+
+
+def promising(book):
+    "Where, on which page, and the words: prose, captions, docstrings and comments."
+    for where, text, cell in book.prose(): yield where, cell.page if cell else '', text
+    for cell in book.code: yield cell.where, cell.page, cell.source
+
+
+ENTRY = re.compile(r'^\[(?P<term>[^\]]+)\]\{#(?P<id>[\w-]+)\}(?: \[\(also (?P<also>[^\]]+)\)\]\{\.also\})?\n:   (?P<sentence>.+) Defined in @(?P<home>sec-[\w-]*\w)\.$', re.M)
+
+
+@rule
+def glossary(book):
+    "Every term of the glossary has a home: a section that defines it, and says it in bold. A reader who has met the word in a paper must find where this book explains it."
+    text = book.documents.get('nbs/glossary.qmd', '')
+    found, terms = [m.groupdict() for m in ENTRY.finditer(text)], []
+    for start in re.findall(r'^\[([^\]]+)\]\{#term-', text, re.M):
+        if start not in {m['term'] for m in found}: yield f'nbs/glossary.qmd: `{start}` is no entry; write `[{start}]{{#term-...}}`, below it `:   A sentence. Defined in @sec-....`'
+    for entry in found: yield from entry_faults(entry)
+    for one, two in zip(found, found[1:]):
+        if not order(one['term']) < order(two['term']): yield f"nbs/glossary.qmd: `{two['term']}` stands behind `{one['term']}`; keep the order of the alphabet, each term once"
+    for entry in found:
+        page, said = home(book, entry['home'])
+        waiting = page and waits(page, entry['id'])
+        terms.append((page, entry['id']))
+        if page is None: yield f"nbs/glossary.qmd: the home of `{entry['term']}`, @{entry['home']}, is no section of the book; correct it"
+        elif said & names_of(entry):
+            if waiting: yield f"{page}: @{entry['home']} says `{entry['term']}` in bold; strike `{entry['id']}` from its line in WAITING (tools/check.py)"
+        elif not waiting: yield f"{page}: @{entry['home']} never says **{entry['term']}** in bold, where the glossary sends its readers; say it where it is defined, or correct the home"
+    for stem in book.pages:
+        for item in WAITING.get(chapter_name(stem), '').split(', '):
+            if item.startswith('term-') and (stem, item) not in terms: yield f'{stem}: `{item}` has another home, or none; strike it from its line in WAITING (tools/check.py)'
+
+
+def entry_faults(entry):
+    "An entry has the anchor of its term, and one sentence."
+    where = f"nbs/glossary.qmd: `{entry['term']}`"
+    if entry['id'] != f"term-{order(entry['term'])}": yield f"{where} has the anchor #{entry['id']}; write #term-{order(entry['term'])}"
+    if not re.fullmatch(r'[^a-z].*[^.]\.', entry['sentence']) or re.search(r'[.!?] [A-Z]', entry['sentence']): yield f'{where} is not defined in one sentence; begin with a capital, end with a period'
+
+
+def order(term):
+    "A term as its anchor, and as it is sorted."
+    return re.sub(r'[^a-z0-9]+', '-', term.lower().replace("'", '')).strip('-')
+
+
+def names_of(entry):
+    "What a home may call a term: its name or another of its names, also in the plural."
+    names = [entry['term'].lower(), *(entry['also'] or '').lower().split(', ')]
+    return {form for name in names if name for form in (name, name + 's', name + 'es')}
+
+
+@cache
+def home(book, label):
+    "The page that holds a section, and what the section says in bold; None where there is no such section."
+    places = [(stem, [c.prose for c in cells]) for stem, cells in book.pages.items()] + [(name, [text]) for name, text in book.documents.items() if name.endswith('.qmd')]
+    for page, texts in places:
+        text = '\n\n'.join(map(plain, texts))
+        start = re.search(rf'^(#+) .*\{{#{label}(?: [^}}]*)?\}}', text, re.M)
+        if not start: continue
+        rest = text[start.end():]
+        end = re.search(rf'^#{{1,{len(start[1])}}} ', rest, re.M)
+        bold = re.findall(r'\*\*(?=\S)(.+?)\*\*', rest[:end.start()] if end else rest, re.S)
+        return page, {re.sub(r'[$*`_.:,]|\s*\(.*?\)', '', ' '.join(b.lower().split())) for b in bold}
+    return None, set()
+
+
+MINUTES = re.compile(r'[Rr]eading time:?\**:?\s*(?:about\s+)?(\d+)\s*min')
+EXERCISE = re.compile(r'^\*\*(\d+)\.\*\*\s*(?:\*(\w+) · (\w+) · (\d+) min\.\*)?', re.M)
+KINDS, HARD = {'Predict', 'Paper', 'Explain', 'Implement'}, {'easy', 'medium', 'hard'}
+
+
+@rule
+def form(book):
+    "A chapter of the second edition says what it gives, needs and takes; shows where it is in the pipeline; tells what goes deeper; and asks four kinds of questions. A reader of one chapter can read them all."
+    yield from due(book, 'form', ((stem, fault) for stem, cells in book.chapters.items() for fault in form_faults(stem, cells)))
+
+
+def form_faults(stem, cells):
+    text = '\n\n'.join(c.prose for c in cells)
+    promise = plain(cells[0].source).partition('\n')[2].strip() if cells else ''
+    if not promise.startswith('After this chapter') or len(re.findall(r'[.!?](?=\s|$)', promise)) != 1:
+        yield f'{stem}: cell 0: below the title stands no promise; write one sentence that begins "After this chapter you can"'
+    if not any('pipeline(' in c.body for c in cells[1:6]) and not stem.startswith('00'):
+        yield f'{stem}: its head does not show where it is in the pipeline; add a cell `#| echo: false` with `pipeline("ids")` below the title'
+    if not stem.startswith('00') and not re.search(r'^## Going deeper[ \t]*(\{[^}\n]*\})?[ \t]*$', text, re.M): yield f'{stem}: has no section `## Going deeper`; the core path ends there'
+    yield from callout_faults(stem, cells, text)
+    yield from cure_faults(stem, cells)
+    yield from kind_faults(stem, cells)
+
+
+def callout_faults(stem, cells, text):
+    "What it needs, how long it runs and how long it takes to read, the last as counted."
+    from reading import lengths
+    callout = re.search(r':::+\s*\{[^}]*title="You will build"[^}]*\}(.*?)^:::', text, re.M | re.S)
+    if not callout: return
+    said = callout[1]
+    if not re.search(r'\bneeds?\b', said): yield f'{stem}: "You will build" does not say what the reader needs; add `*You need:* ...`'
+    if not re.search(r'\b[Rr]unning time\b|\bruns in\b', said): yield f'{stem}: "You will build" does not say how long the chapter runs; add `*Running time:* ... on two cores.`'
+    typed, counted = MINUTES.search(said), lengths([c.raw for c in cells])[0].minutes
+    if not typed: yield f'{stem}: "You will build" does not give the reading time; add `*Reading time:* {counted} minutes.`'
+    elif abs(int(typed[1]) - counted) > max(5, counted / 4): yield f'{stem}: "You will build" says {typed[1]} minutes of reading, the core path takes {counted}; correct it'
+
+
+def cure_faults(stem, cells):
+    "Each trouble as symptom, cause and cure, in this order."
+    part = section(cells, 'What can go wrong')
+    words = [re.findall(r'\*\*(Symptom|Cause|Cure):\*\*', c.prose) for c in part]
+    if part and sum(map(len, words)) < 6: yield f'{part[0].where}: "What can go wrong" tells fewer than two troubles as **Symptom:** ... **Cause:** ... **Cure:** ...'
+    for cell, found in zip(part, words):
+        if found != ['Symptom', 'Cause', 'Cure'] * (len(found) // 3): yield f"{cell.where}: {', '.join(found)}: a trouble is told as symptom, cause, cure, in this order"
+
+
+def kind_faults(stem, cells):
+    "Each exercise says its kind, difficulty and minutes and has a hint and an idea; all four kinds occur."
+    part = section(cells, 'Exercises')
+    found = list(told_exercises(part))
+    for where, number, kind, difficulty, text, solutions in found:
+        if kind not in KINDS or difficulty not in HARD: yield f'{where}: exercise {number} does not begin like `**{number}.** *Implement · medium · 15 min.*`; the kinds are {", ".join(sorted(KINDS))}'
+        elif 'title="Hint"' not in text: yield f'{where}: exercise {number} has no hint; add ::: {{.callout-tip collapse="true" title="Hint"}}'
+        for c in solutions:
+            if not re.search(r'^# Idea: ', c.body, re.M): yield f'{c.where}: the solution of exercise {number} does not say its idea; begin with a comment `# Idea: ...`'
+    missing = KINDS - {kind for _, _, kind, *_ in found}
+    if part and missing: yield f'{part[0].where}: no exercise of the kind {", ".join(sorted(missing))}; ask all four'
+
+
+def told_exercises(cells):
+    "Where each exercise stands, its number, kind and difficulty, its text to the next one, and its solutions."
+    told = []
+    for cell in cells:
+        if cell.kind == 'markdown':
+            before, *parts = re.split(r'^(?=\*\*\d+\.\*\*)', plain(cell.source), flags=re.M)
+            if told: told[-1][4] += before
+            for part in parts: told.append([cell.where, *EXERCISE.match(part).groups()[:3], part, []])
+        elif told and cell.solution: told[-1][5].append(cell)
+    return told
+
+
+@rule
+def waiting(book):
+    "The list of what waits for the second edition (WAITING in tools/check.py) names pages and rules that exist: a name that nothing has would never be struck."
+    pages, excused = {chapter_name(stem) for stem in book.pages}, {'core', 'width', 'diagrams', 'absent', 'form'}
+    for name, line in WAITING.items():
+        if name not in pages: yield f'tools/check.py: WAITING: `{name}` is no page of the book; strike it'
+        for item in line.split(', '):
+            if item not in excused and not item.startswith('term-'): yield f'tools/check.py: WAITING: {name}: `{item}` excuses nothing; strike it'
 
 
 # The command ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What both builders do to a finished site: typeset mathematics, notebook links, metadata, Markdown copies, 404, sitemap.
+"""What both builders do to a finished site: typeset mathematics, notebook links, metadata, Markdown copies, old addresses, 404, sitemap.
 
 Quarto runs this file after `quarto render`; the embedded builder calls `finish`. Only the standard library is used, and
 what is optional (Node.js, KaTeX, fonts) is left out with a sentence when it is missing, never with an error."""
@@ -20,9 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import assets                                                # noqa: E402
+import reading                                               # noqa: E402
 from copies import write_copies                              # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Pages that have another address now: what was published at the old one leads to the new one.
+MOVED = {"nbs/06_positions.html": "nbs/07_positions.html", "nbs/07_attention.html": "nbs/06_attention.html"}
 
 
 def read_settings(root: Path) -> dict[str, str]:
@@ -40,9 +44,9 @@ def listed_files(root: Path) -> list[str]:
 
 
 def pages(site: Path) -> list[Path]:
-    "Every page of the site but the one for missing pages."
-    skipped = {"404.html"}
-    found = (p for p in sorted(site.rglob("*.html")) if p.name not in skipped)
+    "Every page of the site but the one for missing pages, and those that only lead to another."
+    skipped = {"404.html", *MOVED}
+    found = (p for p in sorted(site.rglob("*.html")) if p.relative_to(site).as_posix() not in skipped)
     return [p for p in found if "site_libs" not in p.parts and "pagefind" not in p.parts]
 
 
@@ -130,8 +134,8 @@ def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
 
 
 def add_below_title(text: str, line: str) -> str:
-    "Put a line of links behind the title of the page (behind Quarto's title block where there is one)."
-    if 'class="notebook-links"' in text:
+    "Put a line behind the title of the page (behind Quarto's title block where there is one), if it is not there."
+    if line.partition(" data-")[0] in text:
         return text
     end = r"</header>" if 'id="title-block-header"' in text else r"</h1>"
     place = re.search(rf"id=\"title-block-header\".*?{end}|<main\b.*?{end}", text, re.S)
@@ -143,6 +147,46 @@ def download_links(site: Path) -> str:
     files = sorted(site.glob("*.epub")) + sorted(site.glob("*.pdf"))
     links = " ".join(f'<a href="{file.name}" download>{file.suffix[1:].upper()}</a>' for file in files)
     return f'<p class="notebook-links" data-pagefind-ignore><span>The whole book in one file:</span> {links}</p>' if files else ""
+
+
+# How long, and where the core path ends -------------------------------------------------------------------------
+
+DEEPER = re.compile(r"(?:<section\b[^>]*\bid=\"(?P<section>[^\"]+)\"[^>]*>\s*)?<h2\b(?P<attributes>[^>]*)>(?:(?!</h2>).)*?Going deeper</h2>", re.S)
+
+SECTION = re.compile(r"(?:<section\b[^>]*\bid=\"(?P<section>[^\"]+)\"[^>]*>\s*)?<h2\b(?:[^>]*?\bid=\"(?P<heading>[^\"]+)\")?[^>]*>(?:<span class=\"header-section-number\">[^<]*</span>)?\s*(?P<title>[^<]+)</h2>")
+
+
+def reading_line(core: reading.Length, deeper: reading.Length | None, place: str) -> str:
+    "How long a page takes to read, for its head."
+    if deeper is None:
+        words = f"about {reading.spoken(core.minutes)}"
+    else:
+        words = f'about {reading.spoken(core.minutes)} for the core path; <a href="#{place}">Going deeper</a>: {reading.spoken(deeper.minutes)} more'
+    return f'<p class="reading-time" data-pagefind-ignore>Reading time: {words}.</p>'
+
+
+def mark_deeper(text: str, minutes: int) -> tuple[str, str]:
+    "Mark where the core path ends, in the text and in lists of contents; the page, and the id of that section."
+    heading = DEEPER.search(text)
+    if not heading:
+        return text, ""
+    place = re.search(r"\bid=\"([^\"]+)\"", heading["attributes"])
+    place = heading["section"] or (place[1] if place else "")
+    after = SECTION.search(text, heading.end())
+    skip = f' <a href="#{after["section"] or after["heading"]}">Skip to “{after["title"]}”</a>' if after else ""
+    note = (f'\n<p class="deeper-note" data-pagefind-ignore>The core path ends here. This section can wait for a second reading: '
+            f"about {reading.spoken(minutes)}.{skip}</p>")
+    text = text[:heading.end()] + note + text[heading.end():]
+    return re.sub(rf'<li>(?=<a href="#{re.escape(place)}")', '<li class="deeper">', text), place
+
+
+def add_reading_time(text: str, notebook: Path) -> str:
+    "Put into a page what its notebook takes to read; a page that has it stays as it is."
+    if 'class="reading-time"' in text:
+        return text
+    core, deeper = reading.lengths(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    text, place = mark_deeper(text, deeper.minutes) if deeper else (text, "")
+    return add_below_title(text, reading_line(core, deeper, place))
 
 
 # The head of a page -----------------------------------------------------------------------------------------------
@@ -198,6 +242,15 @@ def write_404(site: Path, settings: dict[str, str]) -> None:
     (site / "404.html").write_text(text, encoding="utf-8")
 
 
+def write_moved(site: Path) -> None:
+    "At each old address a page that leads to the new one: without JavaScript too, and with it to the same section."
+    text = (Path(__file__).parent / "theme" / "moved.html").read_text(encoding="utf-8")
+    for old, new in MOVED.items():
+        if (site / new).exists():
+            there = html.escape(up(site, site / old) + new)
+            (site / old).write_text(text.replace("{{there}}", there), encoding="utf-8")
+
+
 def finish(site: Path, root: Path, memory: Path) -> None:
     "Do everything to the pages below `site`; doing it twice changes nothing more."
     settings = read_settings(root)
@@ -211,6 +264,7 @@ def finish(site: Path, root: Path, memory: Path) -> None:
         if (root / name).exists():
             shutil.copyfile(root / name, site / name)
             text = add_below_title(text, notebook_links(name, settings, up(site, page)))
+            text = add_reading_time(text, root / name)
         elif name == "index.ipynb":
             text = add_below_title(text, download_links(site))
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
@@ -218,6 +272,7 @@ def finish(site: Path, root: Path, memory: Path) -> None:
     write_copies(site, root, listed_files(root), settings)
     write_sitemap(site, settings)
     write_404(site, settings)
+    write_moved(site)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ standard library is used, because Quarto may run it with any Python."""
 from __future__ import annotations
 
 import ast
+import html
 import json
 import re
 import sys
@@ -158,7 +159,20 @@ def _filter_cell(cell: Cell, names: dict[str, Symbol]) -> Cell | None:
     if marks & DROPPED:
         return None
     outputs = [_filter_output(out, names) for out in cell.get("outputs", [])]
-    return {**cell, "id": anchor(cell), "source": text.splitlines(True), "outputs": outputs}
+    return {**cell, "id": anchor(cell), "source": _with_alt(text, outputs).splitlines(True), "outputs": outputs}
+
+
+def _with_alt(text: str, outputs: list[dict[str, Any]]) -> str:
+    "The code of a cell; a drawing that has a title of its own, and no alt text in the cell, gets it as alt text."
+    own = drawing_title(outputs)
+    return f"#| fig-alt: {json.dumps(own, ensure_ascii=False)}\n{text}" if own and "#| fig-alt:" not in text else text
+
+
+def drawing_title(outputs: list[dict[str, Any]]) -> str:
+    "What the first drawing among some outputs says of itself in its `<title>`."
+    drawings = ("".join(out.get("data", {}).get("image/svg+xml", "")) for out in outputs)
+    titles = (re.search(r"<title>(.*?)</title>", svg, re.S) for svg in drawings)
+    return next((html.unescape(title[1]).strip() for title in titles if title), "")
 
 
 def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, Any]:

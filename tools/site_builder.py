@@ -97,10 +97,16 @@ def sidebar(work: Workshop, page: Page, downloads: list[Path]) -> str:
 
 
 def sidebar_link(page: Page, entry: Parsed) -> str:
-    current = ' aria-current="page"' if entry.page == page else ""
+    current, inside = (' aria-current="page"', sections(entry)) if entry.page == page else ("", "")
     title = "Start here" if entry.page.is_index else entry.title
     number = f'<span class="n">{entry.page.number}</span>' if entry.page.number else ""
-    return f'<li><a href="{page.up()}{entry.page.url}"{current}>{number}<span>{html.escape(title)}</span></a></li>'
+    return f'<li><a href="{page.up()}{entry.page.url}"{current}>{number}<span>{html.escape(title)}</span></a>{inside}</li>'
+
+
+def sections(parsed: Parsed) -> str:
+    "The sections of the page that is open, for screens without room for a list beside the text."
+    entries = [toc_link(h) for h in parsed.headings if h["level"] == 2]
+    return f'<ol class="here">{"".join(f"<li>{entry}</li>" for entry in entries)}</ol>' if entries else ""
 
 
 def extras(book: Book, page: Page, downloads: list[Path]) -> str:

@@ -106,7 +106,7 @@ drawer.addEventListener('change', () => { if (drawer.checked) $('nav.book a').fo
 addEventListener('keydown', event => {
   if (event.key === 'Escape' && drawer.checked) { drawer.checked = false; drawer.focus() }
 })
-$('.page').addEventListener('click', () => { drawer.checked = false })
+for (const place of [$('.page'), ...$$('nav.book a[href^="#"]')]) place.addEventListener('click', () => { drawer.checked = false })
 $('nav.book [aria-current]')?.scrollIntoView({ block: 'nearest' })
 
 // Search -----------------------------------------------------------------------------------------------------------
