@@ -306,9 +306,11 @@ class _HeadNorm(nn.Module):
 # %% ../nbs/06_attention.ipynb #a7d3c0e1
 @runtime_checkable
 class Rotary(Protocol):
-    """What rotates queries and keys by their positions.
+    """Any object that rotates queries and keys when called like this.
 
-    Any object that is called like this; `Rope` in `positions` is one.
+    >>> from llm_from_scratch.positions import Rope    # one of them
+    >>> isinstance(Rope(4), Rotary)
+    True
     """
 
     def __call__(
@@ -318,14 +320,14 @@ class Rotary(Protocol):
         /,
     ) -> Float[Tensor, "B H T d"]:
         "The same vectors, each rotated by its position."
-        ...
-
 
 @runtime_checkable
 class PositionBias(Protocol):
-    """What biases each score by the positions of its query and its key.
+    """Any object with these two methods, which make a bias for each score.
 
-    Any object with these two methods; `Alibi` in `positions` is one.
+    >>> from llm_from_scratch.positions import Alibi   # one of them
+    >>> isinstance(Alibi(4), PositionBias)
+    True
     """
 
     def __call__(
@@ -337,7 +339,6 @@ class PositionBias(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
         "The bias where the keys are in order, from position 0 on."
-        ...
 
     def between(
         self,
@@ -347,7 +348,6 @@ class PositionBias(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "B H T S"]:
         "The bias between any positions."
-        ...
 
 # %% ../nbs/06_attention.ipynb #04a6da44
 def _check_heads(

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import as_ids
+from llm_from_scratch.grammar import (
+    COLOR_WORDS, HOURS, KINDS, PEOPLE, PLACES, SKIES, THINGS,
+)
 from llm_from_scratch.storyland import (
-    COLOR_WORDS, HOURS, KINDS, NUMBERS, PEOPLE, PLACES, SKIES, THINGS, Facts, Narrator, Story,
-    narrator, read, recall,
+    NUMBERS, Facts, Narrator, Story, narrator, read, recall,
 )
 from .text import Tokenizer
 

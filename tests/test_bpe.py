@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from shapes import unchecked
 
 import llm_from_scratch.bpe as bpe
-from llm_from_scratch.bpe import (GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, byte_alphabet, compile_pattern, count_pretokens,
+from llm_from_scratch.bpe import (GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, compile_pattern, count_pretokens,
                                   learn_merges, load_tokenizer, merge_bytes, model_folder)
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, pydoc_corpus
 
@@ -65,7 +65,7 @@ def hf_gpt2(shared_data):
 
 # Peers ------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(text=texts)
 def test_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, text):
     ids = gpt2.encode(text)
@@ -73,9 +73,8 @@ def test_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, text):
     assert gpt2.decode(ids) == text
 
 
-@pytest.mark.parametrize('sentence', SENTENCES)
-def test_languages_code_and_emoji_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, sentence):
-    assert gpt2.encode(sentence) == real_gpt2.encode_ordinary(sentence) == hf_gpt2.encode(sentence).ids
+def test_languages_code_and_emoji_against_real_gpt2(gpt2, real_gpt2, hf_gpt2):
+    for sentence in SENTENCES: assert gpt2.encode(sentence) == real_gpt2.encode_ordinary(sentence) == hf_gpt2.encode(sentence).ids
 
 
 def test_gpt2_as_published(gpt2):
@@ -84,33 +83,20 @@ def test_gpt2_as_published(gpt2):
     assert gpt2.encode('<|endoftext|>', allowed_special='all') == [50256] != gpt2.encode('<|endoftext|>')
 
 
-def test_gpt2_merges_are_recovered_from_ids_alone(gpt2, shared_data):
-    lines = (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:]
-    spell = byte_alphabet()
-    with unchecked(): merges = gpt2.merges
-    assert [' '.join(''.join(spell[b] for b in part) for part in pair) for pair in merges] == [line for line in lines if line]
-
-
-def test_shakespeare_every_way(gpt2, real_gpt2, shared_data):
-    path = shared_data/'tinyshakespeare.txt'
-    text = path.read_text(encoding='utf-8')
+def test_shakespeare_every_way(gpt2, real_gpt2, shared_data, tmp_path):
+    text, path = (shared_data/'tinyshakespeare.txt').read_text(encoding='utf-8')[:300_000], tmp_path/'text.txt'
+    path.write_bytes(text.encode())
     expected = real_gpt2.encode_ordinary(text)
     with unchecked():
         assert gpt2.encode(text) == expected == list(gpt2.encode_iterable(text)) == list(itertools.chain(*gpt2.encode_file(path))) == gpt2.encode_batch([text])[0]
     assert gpt2.decode(expected) == text
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(text=texts)
-def test_against_tiktoken(own, text):
-    assert own.encode(text) == own._fast.encode_ordinary(text) == own.encode_batch([text])[0]
-
-
-@settings(max_examples=200)
-@given(text=texts)
-def test_against_tokenizers(own, hf, text):
+def test_against_tiktoken_and_tokenizers(own, hf, text):
     hf.encode_special_tokens = True                                 # special tokens in the text are text
-    assert hf.encode(text).ids == own.encode(text)
+    assert own.encode(text) == own._fast.encode_ordinary(text) == own.encode_batch([text])[0] == hf.encode(text).ids
 
 
 @settings(max_examples=120)
@@ -131,18 +117,22 @@ def hf_file(own, tmp_path_factory):
 def hf(hf_file): return tokenizers.Tokenizer.from_file(str(hf_file))
 
 
-def test_transformers_loads_it(own, tmp_path):
+def test_transformers_loads_it(tmp_path):
     from transformers import PreTrainedTokenizerFast
-    own.to_hf(tmp_path/'tokenizer.json')
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path/'tokenizer.json'))
-    assert len(theirs) == own.vocab_size
-    for text in SENTENCES: assert theirs.encode(text) == own.encode(text) and theirs.decode(own.encode(text), clean_up_tokenization_spaces=False) == text
+    for ours in trained(GPT2_PATTERN), trained(GPT4_PATTERN):
+        ours.to_hf(tmp_path/'tokenizer.json')
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path/'tokenizer.json'))
+        assert len(theirs) == ours.vocab_size
+        for text in SENTENCES: assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
 
 
-def test_gpt2_to_hf_and_back(gpt2, tmp_path):
+def test_gpt2_goes_to_hf_and_back_its_merges_recovered_from_ids_alone(gpt2, shared_data, tmp_path):
+    lines = (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:]
     with unchecked():
         gpt2.to_hf(tmp_path)
         assert BPETokenizer.from_hf(tmp_path) == gpt2
+    merges = json.loads((tmp_path/'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
+    assert [pair if isinstance(pair, str) else ' '.join(pair) for pair in merges] == [line for line in lines if line]
 
 
 def test_hf_and_back(own, tmp_path):
@@ -206,7 +196,7 @@ def recount(pieces, n_merges):
     return merges
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(st.dictionaries(st.one_of(st.text('ab', min_size=1, max_size=12), st.text('aé猫', min_size=1, max_size=6), known.filter(bool)), st.integers(1, 4), max_size=8))
 def test_training_against_the_definition(pieces):
     assert learn_merges(pieces, 40) == recount(pieces, 40)
@@ -231,12 +221,12 @@ def test_blocks_change_no_count(monkeypatch, pattern, block):
 
 
 def test_files_texts_and_workers_train_the_same(tmp_path):
-    documents = list(pydoc_corpus().values())[:20]
+    documents = list(pydoc_corpus().values())[:8]
     paths = [tmp_path/f'{i}.txt' for i in range(len(documents))]
     for path, text in zip(paths, documents): path.write_bytes(text.encode())
-    by_text = BPETokenizer.train(documents, 600, ['<|end|>'])
-    assert by_text == BPETokenizer.train(paths, 600, ['<|end|>']) == BPETokenizer.train(iter(documents), 600, ['<|end|>'])
-    assert by_text == BPETokenizer.train(documents, 600, ['<|end|>'], workers=2)
+    by_text = BPETokenizer.train(documents, 400, ['<|end|>'])
+    assert by_text == BPETokenizer.train(paths, 400, ['<|end|>']) == BPETokenizer.train(iter(documents), 400, ['<|end|>'])
+    assert by_text == BPETokenizer.train(documents, 400, ['<|end|>'], workers=2)
 
 
 def test_workers_without_a_main_guard_say_so(tmp_path):
@@ -274,7 +264,7 @@ def test_bad_input_is_named(tmp_path, call, message):
 
 # Round trips ------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(text=st.one_of(st.text(st.characters(exclude_categories=['Cs'])), spicy))
 def test_every_text_comes_back(own, text):
     ids = own.encode(text)
@@ -348,7 +338,7 @@ def test_runs_longer_than_the_buffer(own, monkeypatch, unit):
     monkeypatch.setattr(bpe, '_PART', 150)
     with unchecked():
         for tail, allowed in itertools.product(['', 'a', "'ll", ' \n', '\n\n  x', '<|end|>!', ' '], [(), 'all']):
-            text = 'So ' + unit * (800 // len(unit)) + tail
+            text = 'So ' + unit * (450 // len(unit)) + tail
             assert list(own.encode_iterable(text, allowed)) == own.encode(text, allowed), (tail, allowed)
 
 
@@ -423,8 +413,8 @@ def test_files_of_several_blocks(own, monkeypatch, tmp_path):
 def small(size=262): return BPETokenizer.train('banana bandana é', size, ['<|end|>'], GPT4_PATTERN)
 
 
-def test_saved_and_loaded(own, gpt2, tmp_path):
-    for tokenizer in own, gpt2, small():
+def test_saved_and_loaded(gpt2, tmp_path):
+    for tokenizer in trained(GPT2_PATTERN), trained(GPT4_PATTERN), gpt2, small():
         tokenizer.save(tmp_path/'t.json')
         assert BPETokenizer.load(tmp_path/'t.json') == tokenizer
     assert [p.name for p in tmp_path.iterdir()] == ['t.json']
@@ -463,7 +453,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path):
                'while True:\n    two.save(sys.argv[1]); one.save(sys.argv[1])\n')
     (tmp_path/'versions').write_bytes(pickle.dumps(versions))
     rng = random.Random(0)
-    for _ in range(6):
+    for _ in range(4):
         before = path.stat().st_mtime_ns
         writer = subprocess.Popen([sys.executable, '-c', program, str(path), str(tmp_path/'versions')])
         try:

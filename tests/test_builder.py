@@ -289,6 +289,17 @@ def test_figures_have_number_caption_alt_and_file(rich):
 
 # Symbols ----------------------------------------------------------------------------------------------------------
 
+def test_a_drawing_with_a_title_brings_its_alt_text(plain):
+    titled = SVG.replace("<circle", '<title>A dot &amp; its "name"</title><circle')
+    cells = [code("#| echo: false\ndraw()", shown(svg=titled)), code('#| fig-alt: "Typed."\ndraw()', shown(svg=titled.replace("9", "8")))]
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), *cells)
+    plain.build()
+    assert re.findall(r'<img[^>]*alt="([^"]*)"', plain.page("nbs/01_one")) == ["A dot &amp; its &quot;name&quot;", "Typed."]
+    sent = nbfilter.filter_notebook({"cells": cells}, {})["cells"]                # what Quarto is given
+    assert "".join(sent[1]["source"]).count("fig-alt") == 1
+    assert "".join(sent[0]["source"]).startswith('#| fig-alt: "A dot & its \\"name\\""\n#| echo: false\n')
+
+
 def test_symbols_link_to_their_defining_cell(rich):
     assert 'id="api-area"' in rich.page("nbs/01_one")
     assert re.search(r'<a href="01_one.html#api-area" class="symbol">', rich.page("nbs/02_two"))

@@ -15,6 +15,7 @@ from llm_from_scratch.text import CharTokenizer, WordTokenizer
 
 INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
+few = settings(max_examples=50)                   # of what opens files or makes many batches
 documents = st.lists(st.lists(st.integers(0, 299), max_size=40), min_size=1, max_size=12).filter(lambda d: any(d))
 
 
@@ -208,6 +209,7 @@ def test_checksums_against_reference_copies(shared_data, name, file):
 
 # token files
 
+@few
 @given(documents, st.sampled_from([300, 65_536, 65_537, 1 << 32]))
 def test_token_file_round_trip(tmp_path_factory, docs, vocab_size):
     path = write(tmp_path_factory.mktemp('t')/'x.tok', docs, vocab_size)
@@ -218,6 +220,7 @@ def test_token_file_round_trip(tmp_path_factory, docs, vocab_size):
         with pytest.raises(IndexError): file[len(docs)]
 
 
+@few
 @given(documents, documents)
 def test_extending_equals_creating_at_once(tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp('t')
@@ -404,6 +407,7 @@ def test_an_epoch_brings_every_target_once(shape, seed, epoch, shuffle):
     assert torch.equal(y[y != IGNORE], x[y != IGNORE] + 1)
 
 
+@few
 @given(shapes, st.integers(0, 5), st.integers(0, 10**9), st.data())
 def test_ranks_partition_the_batch(shape, seed, step, draw):
     n, T, B = shape
@@ -415,6 +419,7 @@ def test_ranks_partition_the_batch(shape, seed, step, draw):
     assert max(len(x) for x, _ in parts) - min(len(x) for x, _ in parts) <= 1
 
 
+@few
 @given(shapes, st.lists(st.integers(0, 3000), min_size=1, max_size=8))
 def test_batches_do_not_depend_on_what_was_asked_before(shape, steps):
     n, T, B = shape
@@ -424,6 +429,7 @@ def test_batches_do_not_depend_on_what_was_asked_before(shape, steps):
         assert all(torch.equal(a, b) for a, b in zip(used.batch(step), fresh.batch(step)))
 
 
+@few
 @given(shapes, st.integers(0, 12))
 def test_resuming_anywhere_equals_never_stopping(shape, stop):
     n, T, B = shape
@@ -438,6 +444,7 @@ def test_resuming_anywhere_equals_never_stopping(shape, stop):
     for (a, b), (c, d) in zip(through[stop:], forever(second)): assert torch.equal(a, c) and torch.equal(b, d)
 
 
+@few
 @given(shapes)
 def test_length_is_the_number_of_batches(shape):
     n, T, B = shape

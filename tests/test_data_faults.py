@@ -49,7 +49,7 @@ for version in range(1, 10**6):
         for _ in range(20 + version % 7): file.append([version] * 1000)
 '''
     seen, rng = set(), random.Random(0)
-    for _ in range(10):
+    for _ in range(6):
         before = path.stat().st_mtime_ns if path.exists() else 0
         killed(code, lambda: path.exists() and path.stat().st_mtime_ns != before, rng.random() / 20)
         with TokenFile.open(path, verify=True) as file:
@@ -70,7 +70,7 @@ while True:
         for i in range(3): file.append([(n + i) % 1000] * 100)
 '''
     rng, length = random.Random(1), 1
-    for _ in range(6):
+    for _ in range(4):
         before = path.stat().st_size
         killed(code, lambda: path.stat().st_size > before, rng.random() / 20)
         with TokenFile.open(path, verify=True) as file:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
-from llm_from_scratch.figures import COLORS, SVG, HeadView, head_view, heatmap, use_style
+from llm_from_scratch.figures import COLORS, SVG, HeadView, head_view, heatmap, pipeline, use_style
 
 INPUTS = []
 
@@ -85,3 +85,21 @@ def test_a_view_takes_lists_arrays_and_tensors_of_any_kind():
     weights = [[[1, 0], [.25, .75]]]
     tensor = torch.tensor(weights, requires_grad=True)
     assert head_view('ab', weights) == head_view('ab', np.array(weights, 'float32')) == head_view('ab', tensor) == head_view('ab', tensor.bfloat16())
+
+
+@pytest.mark.parametrize('lit', [(), ('text',), ('tokens', 'ids'), ('next token',), ('loss',), ('loss', 'update')])
+def test_a_strip_says_what_it_lights_and_shows_training_where_it_is_the_subject(lit):
+    strip, large = pipeline(*lit), pipeline(*[name for name in lit if name not in ('loss', 'update')], values={'text': 'Once'})
+    title = re.search('<title>(.*?)</title>', strip)[1]
+    assert title.endswith(f"Lit: {' and '.join(lit) or 'nothing'}.") and '<title>' not in large and 'Once' in large
+    assert strip.count('fill="#fbe3d3"') == len(lit) + bool(lit)                # a mark at the bottom says what the color means
+    assert ('gradient' in strip) == ('gradient' in title) == bool({'loss', 'update'} & {*lit})
+    wide, tall = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', strip).groups())
+    assert wide <= 372 and tall <= 150
+    for x, y, width, height in re.findall(r'<rect x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)"', strip):
+        assert int(x) + int(width) <= wide and int(y) + int(height) <= tall
+
+
+def test_the_pipeline_with_an_example_knows_no_training():
+    with pytest.raises(ValueError, match="no stage is called 'loss'"): pipeline('loss', values={'ids': '3'})
+    with pytest.raises(ValueError, match="no stage is called 'lossy'.*update"): pipeline('lossy')

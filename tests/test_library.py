@@ -10,7 +10,7 @@ from conftest import ROOT
 
 INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
-WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'data', 'figures', 'cli']
+WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'grammar', 'data', 'figures', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
 EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
 
@@ -223,7 +223,7 @@ def test_one_module_for_files():
 
 PUBLIC = {
     'text': 'CharTokenizer SpacedWordTokenizer Tokenizer WordTokenizer clean deduplicate', 'bpe': 'BPETokenizer GPT2_PATTERN GPT4_PATTERN load_tokenizer',
-    'storyland': 'Preference SIZES Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',
+    'grammar': '', 'storyland': 'Preference SIZES STORIES_VERSION Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',
     'data': 'BatchLoader DownloadError TokenFile download load_corpus', 'files': '', 'pretrained': 'export_weights load_weights read_llama2c save_hf', 'constraints': 'Constraint',
     'figures': 'COLORS FAINT INK graph_svg head_view heatmap pipeline use_style'}
 

@@ -36,8 +36,9 @@ def test_what_is_read(cell, words, lines):
 
 
 def test_the_core_path_ends_where_the_heading_stands():
-    core, deeper = reading.lengths([md("One two.\n\n## Going deeper {#sec-x-deeper}\n\nThree."), code("a = 1"), md("## Recap\n\nFour")])
-    assert (core.words, core.lines) == (2, 0) and (deeper.words, deeper.lines) == (3, 1)
+    deep = md("One two.\n\n## Going deeper {#sec-x-deeper}\n\nThree.\n\n```python\n## no heading\n```\n\n### Four\n")
+    core, deeper = reading.lengths([deep, code("a = 1"), md("More\n\n## Recap\n\nFive"), code("b = 2")])
+    assert (core.words, core.lines) == (2, 0) and (deeper.words, deeper.lines) == (5, 2)
 
 
 @pytest.mark.parametrize("text", ["### Going deeper", "## Going deeper into the woods", "Text about\nGoing deeper", "```\n# x\n```\n\nGoing deeper"])
@@ -52,10 +53,11 @@ def test_two_hundred_words_or_twelve_lines_are_a_minute():
 # In the pages -----------------------------------------------------------------------------------------------------
 
 EMBEDDED = ('<nav class="toc"><ol><li><a href="#one">One</a></li><li><a href="#sec-x-deeper">Going deeper</a></li></ol></nav>'
-            '<main id="content"><h1 id="sec-x">X</h1>\n<p>Words.</p><h2 id="one">One</h2><h2 id="sec-x-deeper" data-number="1.2"><span class="header-section-number">1.2</span> Going deeper</h2>\n<p>More.</p></main>')
+            '<main id="content"><h1 id="sec-x">X</h1>\n<p>Words.</p><h2 id="one">One</h2><h2 id="sec-x-deeper" data-number="1.2"><span class="header-section-number">1.2</span> Going deeper</h2>\n<p>More.</p><h2 id="recap" data-number="1.3"><span class="header-section-number">1.3</span> Recap</h2></main>')
 QUARTO = ('<nav id="TOC"><ul><li><a href="#one" class="nav-link">One</a></li><li><a href="#sec-x-deeper" id="toc-sec-x-deeper" class="nav-link">Going deeper</a></li></ul></nav>'
           '<main class="content"><header id="title-block-header"><h1 class="title">X</h1></header><section id="one" class="level2"><h2 class="anchored">One</h2></section>'
-          '<section id="sec-x-deeper" class="level2" data-number="1.2"><h2 data-number="1.2" class="anchored" data-anchor-id="sec-x-deeper"><span class="header-section-number">1.2</span> Going deeper</h2>\n<p>More.</p></section></main>')
+          '<section id="sec-x-deeper" class="level2" data-number="1.2"><h2 data-number="1.2" class="anchored" data-anchor-id="sec-x-deeper"><span class="header-section-number">1.2</span> Going deeper</h2>\n<p>More.</p></section>'
+          '<section id="recap" class="level2" data-number="1.3"><h2 data-number="1.3" class="anchored"><span class="header-section-number">1.3</span> Recap</h2></section></main>')
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_both_builders_show_where_the_core_path_ends(notebook, page):
     once = finish.add_reading_time(page, path)
     assert 'Reading time: about 10 minutes for the core path; <a href="#sec-x-deeper">Going deeper</a>: 5 minutes more.</p>' in once
     assert once.count('<li class="deeper"><a href="#sec-x-deeper"') == 1 == once.count('<li class="deeper">')
-    assert '1.2</span> Going deeper</h2>\n<p class="deeper-note"' in once and "about 5 minutes.</p>" in once
+    assert '1.2</span> Going deeper</h2>\n<p class="deeper-note"' in once and 'about 5 minutes. <a href="#recap">Skip to “Recap”</a></p>' in once
     assert once.index("reading-time") > once.index("</h1>") and finish.add_reading_time(once, path) == once
 
 

@@ -184,6 +184,7 @@ FINE = [
     ('ruff', [code('#| export\nfrom jaxtyping import Float\nfrom torch import Tensor\ndef f(x: Float[Tensor, "B T d"], y: Float[Tensor, "D"]) -> None:\n    "Nothing."')]),
     ('figures', [code(FIGURE, IMAGE)]),
     ('figures', [code('#| hide\nplot()', IMAGE)]),
+    ('figures', [code('plot()', {**IMAGE, 'data': {'image/svg+xml': ['<svg><title>A line', ' that rises</title></svg>']}})]),
     ('figures', [code('#| code-summary: "Solution"\n#| fig-alt: "A line."\nplot()', IMAGE)]),
     ('figures', [md('![](road.svg){fig-alt="The road."} and ![The road](road.svg)')]),
     ('figures', [md('| a |\n|---|\n| 1 |\n\n: What it holds {#tbl-x-t}')]),

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from shapes import unchecked
 
-from llm_from_scratch import storyland
+from llm_from_scratch.grammar import FRIENDS, HOURS, KINDS, PEOPLE, PLACES, SCENES, START, THINGS
 from llm_from_scratch.storyland import (
-    FRIENDS, NUMBERS, PEOPLE, PLACES, SCENES, REMAINDERS, SIZES, START, THINGS, EntropyFloor, Event, Glass, Menu, Narrator, Option, Preference, Size, State, Step, Story, Task, World,
+    NUMBERS, REMAINDERS, SIZES, STORIES_VERSION, EntropyFloor, Event, Glass, Menu, Narrator, Option, Preference, Size, State, Step, Story, Task, World,
     arithmetic, can_begin, continuations, cross_entropy_of, entropy, entropy_floor, follow, instructions, kl_divergence, labels, log_probability, narrator, preferences,
     questions, read, recall, split_of, stories, tell, walk)
 
@@ -16,7 +16,6 @@ INPUTS = []
 
 sizes = st.sampled_from(sorted(SIZES))
 seeds = st.integers(0, 10**9)
-PINNED = {'large': '153c4c18b098ac8d', 'micro': '4877957e0ad3cc40', 'small': '332b3b9e7863459f', 'tiny': '294eea3030b4ee1c'}
 
 
 def story(seed, size): return World(seed, size).story()
@@ -30,9 +29,11 @@ THING = '|'.join(THINGS)
 PERSON = '|'.join(HE)
 COLOR = r'(?:(?:red|blue|green|yellow|white|golden) )?'
 NUMBER = '|'.join(NUMBERS[1:])
-LEADS = re.compile(r'^(Then the moon rose, and|Then|A little later|Soon|Suddenly|Together|After lunch|At noon|In the (?:afternoon|evening|end)|When (?:the clock struck twelve|the sun went down|night came),|'
-                   r'At the end of the day|At last|Full of joy,|All at once|The sky changed, and|'
-                   r'It was a \w+ \w+, and|On[e]?(?: a)? \w+ (?:morning|afternoon)) ')
+LEADS = re.compile(r'^(Then came a \w+ \w+, and|Then|A little later|Soon|After a while|Next|Before long|Suddenly|Together|Later that day|Late in the day|In the (?:afternoon|evening|end|middle of the day)|At noon|'
+                   r'When (?:the clock struck (?:twelve|three),|the sun went down,|night came,|it grew dark,)|At the end of the day|At last|Full of joy,|'
+                   r'It was a \w+ \w+ when|So one \w+ \w+|The next \w+ was \w+, and|On[e]?(?: a)? \w+ (?:morning|afternoon)|'
+                   r'There it was, and|Quickly|At once|After a short search|There lay the \w+, and|All) ')
+GOES = r'went|walked(?: back)?|hurried|rushed|ran|set (?:out|off)|took the short way'
 
 
 class Reader:
@@ -40,7 +41,7 @@ class Reader:
 
     def __init__(self):
         self.where, self.holder, self.count, self.means, self.cast = {}, {}, Counter(), {}, []
-        self.hero = self.home = self.company = None
+        self.hero = self.home = self.company = self.wanted = None
 
     def person(self, word):
         "Whom a name or a pronoun means."
@@ -61,56 +62,61 @@ class Reader:
         word, _, rest = body.partition(' ')
         they = word.lower() == 'they'
         subject = self.hero if they else self.person(word) if word in HE or word.lower() in ('she', 'he') else None
-        if re.match(r'[Ss]he|[Hh]e', word) and word.lower() in ('she', 'he'): assert subject, f'nobody is meant by {word!r} in {s!r}'
+        if word.lower() in ('she', 'he'): assert subject, f'nobody is meant by {word!r} in {s!r}'
         self.tells(s, subject, rest)
         self.mention([*named, subject] + ([self.company] if they else []))
 
     def tells(self, s, who, rest):
         "Every pattern that changes the world."
-        hero = self.hero
+        self.parting = rest.startswith('said goodbye and went home')
+        hero, home = self.hero, re.search(rf'(?:lived|house) (?:in|on|at|by) the ({PLACE})\b', s)
         def found(pattern, text=rest): return re.search(pattern, text)
-        if m := found(rf'(?:lived|stood|grown up) \w+ the ({PLACE})\b', s):
-            if self.home is None: self.home = m[1]
-            elif 'friend called' in s: self.where[re.search(rf'friend called ({PERSON})', s)[1]] = m[1]
-        if m := found(rf'^(?:went|walked|ran|hurried|took|set out)\b.* (?:to|for) the ({PLACE})\b'): self.move(who, m[1])
-        elif re.match(r'(?:went|walked all the way|hurried along the path|took the short cut) home', rest): self.move(who, self.home)
-        if m := found(r'^(?:returned|was at home|sat at home|went home)'): self.move(who, self.home)
-        if m := found(rf'^(?:came to|reached|followed a path to) the ({PLACE})\b'): self.move(who, m[1])
-        if m := found(rf'met a (?:girl|boy) (?:called|named) ({PERSON})'): self.where[m[1]] = self.where[hero]
-        if m := found(rf'(?:there lay|and saw) a {COLOR}({THING})\b'): self.holder[m[1]] = self.where[hero]
-        if m := found(rf'had lost (?:his|her) {COLOR}({THING}) \w+ the ({PLACE})', s): self.holder[m[1]] = m[2]
-        elif m := found(rf'(?:carried|brought|packed|bring(?:ing)? (?:her|him)) a {COLOR}({THING})\b', s): self.holder[m[1]] = hero
-        elif m := found(rf'^(?:had|was playing with) a {COLOR}({THING})[.]'): self.holder[m[1]] = who
-        if m := found(rf'^(?:saw|picked up|took|was glad to see|was so glad to find) the ({THING})\b'): self.holder[m[1]] = hero
-        if m := found(rf'^(?:took|grabbed) the ({THING}) and ran to the ({PLACE})'): self.holder[m[1]] = who; self.move(who, m[2])
-        if m := found(rf'^(?:put down|dropped) the ({THING})'): self.holder[m[1]] = self.where[hero]
-        if m := found(rf'^(?:had to leave|said goodbye).* to the ({PLACE})'): self.move(who, m[1])
+        if home and self.home is None: self.home = self.where[hero] = home[1]
+        elif m := re.search(rf'friend called ({PERSON}) who lived \w+ the ({PLACE})', s): self.where[m[1]] = m[2]
+        if m := found(rf'\b(?:{GOES}) (?:to|for) the ({PLACE})\b'): self.move(who, m[1])
+        elif found(rf'^(?:{GOES}) home\b|^returned|^(?:was|sat) at home (?:in|on|at|by)|and went home'): self.move(who, self.home)
+        elif m := found(rf'^(?:came|reached|wandered|followed a path|crossed a field) (?:to )?the ({PLACE})\b'): self.move(who, m[1])
+        if m := found(rf'a (?:girl|boy) called ({PERSON})'): self.where[m[1]] = self.where[hero]
+        if m := found(rf'\b(?:packed|took) a {COLOR}({THING}) and'): self.holder[m[1]] = hero
+        elif m := re.search(rf'had lost (?:his|her) {COLOR}({THING}) \w+ the ({PLACE})', s): self.holder[m[1]], self.wanted = m[2], m[1]
+        elif m := re.search(rf'(?:there|under a tree|inside) lay (?:a|the) {COLOR}({THING})\b', s): self.holder[m[1]] = who if 'inside' in s else self.where[hero]
+        elif m := re.search(rf'(?:saw|spotted|came upon) (?:a|the) {COLOR}({THING}) (?:in the grass|under a tree|beside the path)', s): self.holder[m[1]] = self.where[hero]
+        if re.search(r'the \w+ was gone|^But (?:there was no|the \w+ was not|somebody)|under every leaf, but there was no', s) and self.holder[self.wanted] == self.where[hero]: self.holder[self.wanted] = ''
+        self.takes(s, who, rest, found)
+        if m := found(rf'^(?:put|set|laid) down the ({THING})'): self.holder[m[1]] = self.where[hero]
         if who != hero and (rest.startswith('wanted to come along') or 'I will come with you' in rest): self.company = who
-        if m := found(rf'there was a ({THING}) \w+ the ({PLACE})'): self.holder[m[1]] = m[2]
-        if m := found(rf'(?:had seen one|There is one) \w+ the ({PLACE})', s): self.holder[self.wanted] = m[1]
-        if m := re.search(rf'(?:wanted|wished for) a {COLOR}({THING})', s): self.wanted = m[1]; self.holder.setdefault(m[1], '')
+        if m := re.search(rf'(?:had seen (?:one|it)|knew of one|knew that it was|[Tt]here is one|[Ii]t is|there was a {self.wanted}|that the {self.wanted} was) \w+ the ({PLACE})', s): self.holder[self.wanted] = m[1]
+        if m := re.search(rf'(?:wanted(?: was)?|wished for|dreamed of) a {COLOR}({THING})\b', s): self.wanted = m[1]; self.holder.setdefault(m[1], '')
+        if m := re.search(rf'wanted to bring (?:her|him) a {COLOR}({THING})', s): self.wanted = m[1]; self.holder[m[1]] = hero
         self.gives(s, who, rest)
+
+    def takes(self, s, who, rest, found):
+        "Somebody takes a thing up, or has had it all along."
+        if found(r'^(?:laughed and )?picked it up|^it\b') or re.search(r'(?:There it was|Quickly|At once|and) \w+ (?:picked it up|took it)', s) or re.match(r'picked it up|took it', rest): self.holder[self.wanted] = self.hero
+        if m := found(rf'^(?:laughed and )?(?:picked up|took|found|cleaned|saw|was glad to (?:see|have)|remembered) the ({THING})\b(?! (?:in the grass|under a tree[.]|beside|out|for fun))|^found the ({THING}) under a tree'): self.holder[m[1] or m[2]] = self.hero
+        if m := found(rf'(?:took (?:a|the)|showed \w+ a|smiled and showed \w+ (?:a|the)|had found the) {COLOR}({THING})(?: out of (?:his|her) bag)?[.]'):
+            if m[1] == self.wanted and who != self.hero: self.holder[m[1]] = who
+        if m := found(rf'^(?:took the|grabbed the) ({THING}) (?:for fun )?and ran to the ({PLACE})'): self.holder[m[1]] = who
 
     def gives(self, s, who, rest):
         "Things and numbers that change hands."
         if m := re.match(r'(?:smiled and )?gave it to (\w+)', rest): self.holder[self.wanted] = self.hero
         if m := re.match(rf'(?:gave|handed) (\w+) the {COLOR}({THING})\b', rest): self.holder[m[2]] = self.person(m[1])
+        if m := re.match(rf'(?:traded|offered) the ({THING}) for the ({THING})', rest): self.holder[m[1]], self.holder[m[2]] = self.holder[m[2]], who
         if m := re.match(rf'(?:gave|handed) (\w+) ({NUMBER}) ', rest):
-            n = NUMBERS.index(m[2])
-            to = self.person(m[1])
+            n, to = NUMBERS.index(m[2]), self.person(m[1])
             assert {who, to} <= set(self.cast) and who != to
             self.count[to] += n
             if who == self.hero: self.count[who] -= n
-        elif m := re.match(rf'(had|found|gathered|collected|(?:happily )?ate) ({NUMBER}) \w+', rest):
-            n = NUMBERS.index(m[2])
-            if m[1] == 'had' and not re.match(r'Now|So', s): self.count[who] += n
-            elif m[1] != 'had': self.count[who] += -n if 'ate' in m[1].split() else n
-        if m := re.match(rf'In (?:his|her) bag (?:she|he) had ({NUMBER}) ', s): self.count[self.hero] += NUMBERS.index(m[1])
-        if m := re.match(rf'(?:Now|So) (\w+) (?:now )?had ({NUMBER}) ', s):
-            assert self.count[self.person(m[1].strip())] == NUMBERS.index(m[2]), s
+        elif m := re.match(rf'(found|gathered|picked|discovered|(?:happily )?ate) ({NUMBER}) ', rest):
+            self.count[who] += NUMBERS.index(m[2]) * (-1 if 'ate' in m[1].split() else 1)
+        elif m := re.search(rf'but (?:she|he) had only ({NUMBER})[.]|(?:packed|took) ({NUMBER}) \w+ and', s): self.count[self.hero] += NUMBERS.index(m[1] or m[2])
+        if m := re.match(rf'(?:Now|So|Altogether) (\w+) (?:now )?had ({NUMBER}) ', s):
+            assert self.count[self.person(m[1])] == NUMBERS.index(m[2]), s
 
     def move(self, who, place):
         if who != self.hero and who == self.company: self.company = None
+        if who == self.hero and self.parting: self.company = None
         self.where[who] = place
         if who == self.hero and self.company: self.where[self.company] = place
 
@@ -150,6 +156,56 @@ def test_questions_against_a_reader_of_the_words_alone(seed, size):
         if task.kind == 'why': assert task.answer.split(' ', 1)[1].split()[-1] in tale.text
         assert task.check(task.answer.upper() + ' .' if ' ' not in task.answer else task.answer) and not task.check('the moon')
     assert {'where'} <= {task.kind for task in tasks}
+
+
+# What a careful listener would not believe ------------------------------------------------------------------------------
+
+def after(s, words): return re.search(rf'(?:{words})', s) is not None
+
+
+def oddities(tale):
+    "Sentences that contradict the state, lead nowhere, or repeat themselves."
+    states, sentences, told = tale.states, tale.sentences, tale.text
+    hero, end = states[-1].hero, states[-1]
+    home, visited, barren, ailments = states[0].people.get(hero, ''), set(), set(), Counter()
+    need = re.search(rf'(?:needed|hoped for|hoped to find|collect|bring home) ({NUMBER}) \w+ to', told)
+    if told.count('\n') != 1: yield 'not two paragraphs'
+    if not home: yield 'the hero is nowhere at first'
+    if 'asleep' in told and end.hour not in ('evening', 'night'): yield 'asleep by day'
+    for before, now, s, last, event in zip([states[0], *states], states, sentences, ['', *sentences], tale.events):
+        at, was = now.people.get(hero), before.people.get(hero)
+        with_b = next((p for p, place in was and before.people.items() or () if p != hero and place == was), None)
+        if s == last: yield f'twice the same: {s}'
+        if after(s, 'still there'): yield f'still there, but never left: {s}'
+        if at != was and event.kind == 'move' and now.hour != 'night' and not now.reached:
+            thing = before.things.get(now.thing, '')
+            reasons = {thing, before.people.get(thing), home if before.weather in ('rainy', 'snowy') else None,
+                       *(p for name, p in before.people.items() if name != hero and now.goal == 'deliver'),
+                       *(before.people.get(holder) for holder in before.things.values())}
+            if at in visited and at not in reasons: yield f'walks without a reason: {s}'
+            if now.goal == 'deliver' and thing == hero and with_b and not after(told[:told.index(s)], f'met a \\w+ (?:called|named) {with_b}') and at != was and with_b in re.findall(PERSON, sentences[1]): yield f'leaves without giving the present: {s}'
+        if at != was: visited.add(was)
+        if event.kind == 'move' and at == was and event is not tale.events[0] and now.hour not in ('night',) and not after(s, 'at home|house'): yield f'goes where one is: {s}'
+        if event.kind == 'lose' and now.things.get(now.thing) in (home, at): yield f'loses a thing at home: {s}'
+        if need and event.kind == 'eat' and now.counts[hero] < NUMBERS.index(need[1]): yield f'eats what the goal needs: {s}'
+        if event.kind == 'search' and after(s, 'there was no|found n|in vain|gone|not there|had taken'): barren.add(at)
+        if event.kind in ('see', 'tell') and now.things.get(now.thing) in barren: yield f'is where it was not: {s}'
+        if event.kind in ('see', 'tell') and now.things.get(now.thing) == home: yield f'lay at home all the time: {s}'
+        for sky, words in {'sunny': 'warm sun[.]', 'rainy': 'the rain[.]|puddle', 'snowy': 'snowm|snowfl', 'windy': 'chase the leaves|feel the wind'}.items():
+            if event.kind == 'idle' and after(s, words) and now.weather != sky: yield f'not in {now.weather} weather: {s}'
+        if event.kind == 'idle' and after(s, 'laughed out|sang a little|told a funny'):
+            who = re.match(rf'(?:Then |Suddenly )?({PERSON})', s)
+            if who and now.feelings.get(who[1]) == 'sad': yield f'sad, and merry: {s}'
+        for name, feeling in now.feelings.items(): ailments[name, feeling] += before.feelings.get(name) != feeling
+    for (name, feeling), times in ailments.items():
+        if times > 1: yield f'{name} was {feeling} {times} times'
+
+
+@pytest.mark.parametrize('size', sorted(SIZES))
+def test_nothing_odd_is_told(size):
+    "Reads 2,000 stories as a careful listener would."
+    with unchecked(): found = [(oddity, tale.text) for tale in stories(2000, seed=17, size=size, split=None) for oddity in oddities(tale)]
+    assert not found, f'{len(found)} oddities; the first: {found[0]}'
 
 
 # The world and its probabilities ----------------------------------------------------------------------------------------
@@ -321,13 +377,26 @@ def test_a_counting_model_of_a_one_rule_world_reaches_the_floor():
 
 # The stream -----------------------------------------------------------------------------------------------------------
 
-def digest(size): return hashlib.sha256('\0'.join(tale.text for tale in stories(100, seed=0, size=size)).encode()).hexdigest()[:16]
+FROZEN = {'version': 2, 'sizes': '6e18e8c4e0f6aef1', 'micro': '7af737fd71e56a03', 'tiny': 'ad8605db1dfe5b21', 'small': 'fdcf0a5c23120dad', 'large': 'bf6f3631fcda676f', 'splits': '9cd79682005178b7', 'tasks': 'eb0066d94fce0ecb'}
+RESTS = ("Storyland's text has changed, and with it every stored corpus, floor, figure and model of the book: chapters 2 to 13 and the model that ships rest on it. "
+         'If that is meant, let STORIES_VERSION grow, store new sums here, train the model again, and execute the chapters that tell stories.')
 
 
-@pytest.mark.parametrize('size', sorted(SIZES))
-def test_the_first_hundred_stories_never_change(size):
-    "A change here makes every stored corpus, floor and figure of the book another: do it knowingly."
-    assert digest(size) == PINNED[size]
+def digest(*parts): return hashlib.sha256('\0'.join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def frozen():
+    "The version, and a checksum of everything that later chapters rest on."
+    def told(size): return [tale.text for seed in (0, 7) for tale in stories(100, seed=seed, size=size)]
+    tales = [*stories(30, seed=1, size='large')]
+    tasks = [task for tale in tales for maker in (questions, instructions, arithmetic, preferences, lambda tale: [labels(tale)]) for task in maker(tale)]
+    return {'version': STORIES_VERSION, 'sizes': digest(*SIZES.items()), **{size: digest(*told(size)) for size in SIZES},
+            'splits': digest(REMAINDERS, *(split_of(text) for size in SIZES for text in told(size) + [tale.text for tale in stories(100, seed=3, size=size, split=None)])), 'tasks': digest(*tasks)}
+
+
+def test_the_stories_are_frozen():
+    with unchecked(): now = frozen()
+    assert now == FROZEN, RESTS
 
 
 def test_another_process_with_another_hash_seed_tells_the_same():
@@ -383,7 +452,7 @@ def test_labels_from_the_words(seed, size):
     assert got['mood'] == ('happy' if 'happy' in ending else 'sad') and (got['mood'] == 'sad') == ('sad' in ending)
     well = re.search(r'at last, and|Now s?he had a|had found|was found|had the|because \w+ had the|had enough|were enough', re.split(r'(?<=\.) ', ending)[1])
     assert got['ended well'] == bool(well)
-    goals = {'want': 'wanted a |wished for', 'lost': 'had lost', 'deliver': 'friend called', 'collect': 'needed|hoped for|out to collect'}
+    goals = {'want': '(?:wanted|wanted was|dreamed of|wished for) a ', 'lost': 'had lost', 'deliver': 'friend called', 'collect': 'needed|hoped to find|promised to bring home'}
     assert re.search(goals[got['goal']], tale.text)
 
 
@@ -475,4 +544,4 @@ def test_the_glass_notes_what_was_asked():
     assert w.sum == 3 and w.a == 1 and w.seen == {'sum': 3, 'a': 1}
     with pytest.raises(KeyError): print(w.nothing)
     assert Menu([Option(1, '{A} ran.', {}), Option(0, '', {})]).options == [Option(1, '%(A)s ran.', {})]
-    assert set(START) >= {'scene', 'at'} and 'turn' in SCENES and storyland.HOURS[-1] == 'night'
+    assert set(START) >= {'scene', 'at'} and 'turn' in SCENES and HOURS[-1] == 'night'

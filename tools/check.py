@@ -30,7 +30,6 @@ WAITING = {
     'bpe': 'core, width, diagrams, form, term-byte-pair-encoding, term-reference',
     'storyland': 'core, width, diagrams, form',
     'data': 'core, width, diagrams, form, term-batch, term-teacher-forcing',
-    'attention': 'width, form',
     'positions': 'core, width, diagrams, form, term-alibi, term-context-extension, term-positional-encoding, term-rope-base, term-sinusoidal-encoding',
     'blocks': 'core, width, diagrams, form, term-activation-function, term-double-backward, term-gain, term-mlp, term-transformer-block, term-weight-initialization',
     'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',

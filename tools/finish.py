@@ -153,6 +153,8 @@ def download_links(site: Path) -> str:
 
 DEEPER = re.compile(r"(?:<section\b[^>]*\bid=\"(?P<section>[^\"]+)\"[^>]*>\s*)?<h2\b(?P<attributes>[^>]*)>(?:(?!</h2>).)*?Going deeper</h2>", re.S)
 
+SECTION = re.compile(r"(?:<section\b[^>]*\bid=\"(?P<section>[^\"]+)\"[^>]*>\s*)?<h2\b(?:[^>]*?\bid=\"(?P<heading>[^\"]+)\")?[^>]*>(?:<span class=\"header-section-number\">[^<]*</span>)?\s*(?P<title>[^<]+)</h2>")
+
 
 def reading_line(core: reading.Length, deeper: reading.Length | None, place: str) -> str:
     "How long a page takes to read, for its head."
@@ -170,8 +172,10 @@ def mark_deeper(text: str, minutes: int) -> tuple[str, str]:
         return text, ""
     place = re.search(r"\bid=\"([^\"]+)\"", heading["attributes"])
     place = heading["section"] or (place[1] if place else "")
-    note = (f'\n<p class="deeper-note" data-pagefind-ignore>The core path ends here. The rest can wait for a second reading: '
-            f"about {reading.spoken(minutes)}.</p>")
+    after = SECTION.search(text, heading.end())
+    skip = f' <a href="#{after["section"] or after["heading"]}">Skip to “{after["title"]}”</a>' if after else ""
+    note = (f'\n<p class="deeper-note" data-pagefind-ignore>The core path ends here. This section can wait for a second reading: '
+            f"about {reading.spoken(minutes)}.{skip}</p>")
     text = text[:heading.end()] + note + text[heading.end():]
     return re.sub(rf'<li>(?=<a href="#{re.escape(place)}")', '<li class="deeper">', text), place
 

@@ -1,7 +1,8 @@
 """How long a page takes to read: 200 words and 12 lines of visible code a minute, the core path and "Going deeper" apart.
 
-The core path of a chapter is everything before `## Going deeper`. What is folded away does not count: code of figures,
-hints, solutions; nor does a cell that no reader sees. Only the standard library is used, because Quarto may run this."""
+The core path of a chapter is everything before `## Going deeper`, and that section ends at the next of its level: troubles,
+exercises and recap behind it belong to neither. What is folded away does not count: code of figures, hints, solutions; nor
+does a cell that no reader sees. Only the standard library is used, because Quarto may run this."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from nbfilter import DROPPED, Cell, directives, source
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 12
 FORMULA = 10                                                 # a displayed formula takes as long as so many words
 DEEPER = re.compile(r"^## Going deeper[ \t]*(?:\{[^}\n]*\})?[ \t]*$", re.M)
+SECTION, GUARD = re.compile(r"^(?=## )", re.M), "\0"
 FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^(?P=fence)[ \t]*$", re.M | re.S)
 FOLDED = re.compile(r"^(?P<colons>:{3,}) *\{[^}\n]*collapse=\"true\".*?^(?P=colons)[ \t]*$", re.M | re.S)
 NO_WORDS = [(re.compile(r"<!--.*?-->", re.S), " "), (FOLDED, " "), (re.compile(r"\$\$.*?\$\$", re.S), " formula" * FORMULA),
@@ -38,17 +40,23 @@ class Length:
 def lengths(cells: Iterable[Cell]) -> tuple[Length, Length | None]:
     "The core path of a notebook, and what goes deeper, where there is a section of that name."
     core, deeper = Length(), None
+    now: Length = core
     for cell in cells:
         if cell["cell_type"] == "code":
-            (deeper or core).add(*code_length(cell))
+            now.add(*code_length(cell))
             continue
-        before, *after = DEEPER.split(source(cell), maxsplit=1)
-        (deeper or core).add(*prose_length(before))
-        if after and deeper is None:
-            deeper = Length()
-        for text in after:
-            deeper.add(*prose_length(text))
+        for part in SECTION.split(FENCE.sub(_guarded, source(cell))):
+            if DEEPER.match(part) and deeper is None:
+                now = deeper = Length()
+            elif part.startswith("## ") and deeper is not None:
+                now = Length()
+            now.add(*prose_length(part.replace(GUARD, "")))
     return core, deeper
+
+
+def _guarded(fence: re.Match[str]) -> str:
+    "A block of code in which no line looks like a heading."
+    return re.sub(r"^(?=## )", GUARD, fence[0], flags=re.M)
 
 
 def prose_length(text: str) -> tuple[int, int]:
