@@ -320,6 +320,7 @@ class Rotary(Protocol):
         /,
     ) -> Float[Tensor, "B H T d"]:
         "The same vectors, each rotated by its position."
+        ...
 
 @runtime_checkable
 class PositionBias(Protocol):
@@ -339,6 +340,7 @@ class PositionBias(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
         "The bias where the keys are in order, from position 0 on."
+        ...
 
     def between(
         self,
@@ -348,6 +350,7 @@ class PositionBias(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "B H T S"]:
         "The bias between any positions."
+        ...
 
 # %% ../nbs/06_attention.ipynb #04a6da44
 def _check_heads(
