@@ -663,6 +663,7 @@ _Renamed = Callable[[GPT, dict[str, Tensor]], dict[str, Tensor]]
 def _understood(found: dict[str, Any]) -> tuple[GPTConfig, _Renamed]:
     "The configuration in a `config.json`, and what gives its maker's tensors our names."
     if "model_type" not in found: return GPTConfig.from_dict(found), lambda _, tensors: tensors
+    # Imported here, because that module builds on this one.
     from llm_from_scratch.pretrained import config_from_hf, renamed_from_hf
     return config_from_hf(found), partial(renamed_from_hf, found["model_type"])
 

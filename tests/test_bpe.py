@@ -495,4 +495,4 @@ def test_each_tokenizer_is_found_by_its_file(tmp_path):
         with pytest.raises(ValueError, match='tokenizer.json'): load_tokenizer(tmp_path)
     (tmp_path/'tokenizer.json').unlink()
     with pytest.raises(FileNotFoundError, match=r'there is no tokenizer .*: expected a file, a folder with tokenizer.json, or storyland'): load_tokenizer(tmp_path)
-    assert load_tokenizer('storyland').vocab_size == 401 and model_folder('storyland').is_dir()
+    assert load_tokenizer('storyland').vocab_size == 448 and model_folder('storyland').is_dir()

@@ -368,6 +368,19 @@ def test_tensors_that_do_not_fit(tmp_path, change, words):
     with pytest.raises(ValueError, match=words): GPT.from_pretrained(tmp_path)
 
 
+def test_folders_of_earlier_versions_are_read(tmp_path):
+    made = model()
+    made.save_pretrained(tmp_path)
+    with safetensors.safe_open(tmp_path/'model.safetensors', 'pt') as file: mark = file.metadata()
+    assert mark.keys() == {'crc32', 'format'} and mark['format'] == 'pt'
+    for marks in ({'crc32': mark['crc32']}, {'format': 'pt'}):                            # as this library wrote it, and as transformers does
+        safetensors.torch.save_file(made.state_dict(), tmp_path/'model.safetensors', marks)
+        again = GPT.from_pretrained(tmp_path)
+        assert again.config == made.config and all(torch.equal(p, made.state_dict()[name]) for name, p in again.state_dict().items())
+    safetensors.torch.save_file(made.state_dict(), tmp_path/'model.safetensors', {'crc32': '00000000'})
+    with pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize('text, words', [
     ('', ''), ('[]', 'expected a JSON object'), ('{}', ''), ('{"n_layer": 2}', "did you mean 'n_layers'"),
     ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0')])

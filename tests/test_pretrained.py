@@ -8,11 +8,13 @@ import pytest
 import torch
 from shapes import unchecked
 
-from llm_from_scratch.bpe import BPETokenizer, load_tokenizer
+from llm_from_scratch.bpe import BPETokenizer, load_tokenizer, model_folder
+from llm_from_scratch.generation import Sampler, stream
 from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig
 from llm_from_scratch.positions import RopeScaling, interleaved_to_half
 from llm_from_scratch.pretrained import (GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, QWEN3_WEIGHTS, Weight, config_from_hf, config_to_hf, export_weights, load_weights, read_llama2c,
                                          save_hf)
+from llm_from_scratch.storyland import stories
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer
 
 INPUTS = []
@@ -312,3 +314,42 @@ def test_half_precision_and_other_classes(hf, saved):
     made = Mine.from_pretrained(saved)
     assert type(made) is Mine and made.norm.weight.dtype == torch.float32
     assert all(torch.equal(t.half(), theirs.state_dict()[name]) for name, t in export_weights(made, QWEN3_WEIGHTS).items())
+
+
+@pytest.fixture(scope='module')
+def shipped(hf):
+    folder = model_folder('storyland')
+    return GPT.from_pretrained('storyland'), load_tokenizer('storyland'), opened(hf, folder), hf.AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_shipped_model_opens_in_transformers(hf, shipped):
+    ours, words, theirs, peer = shipped
+    end = words.special_tokens[END]
+    assert type(theirs) is hf.Qwen3ForCausalLM and len(peer) == words.vocab_size == ours.config.vocab_size and peer.eos_token_id == end
+    folder = model_folder('storyland')
+    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 4e6
+    with torch.no_grad(), unchecked():
+        for story in stories(20, seed=5, split='test'):
+            ids = words.encode(story.text)
+            assert peer(story.text).input_ids == ids and peer.decode(ids) == words.decode(ids) == story.text
+            rows = torch.tensor([[end, *ids]])
+            torch.testing.assert_close(ours(rows), theirs(rows).logits, rtol=0, atol=1e-4)
+
+
+def test_the_shipped_model_tells_the_same_stories_in_transformers(shipped):
+    ours, words, theirs, peer = shipped
+    end = words.special_tokens[END]
+    for prompt in ('', 'Once there was', 'In a little house', next(iter(stories(1, seed=6, split='test'))).text[:60].rpartition(' ')[0]):
+        ids = [end, *words.encode(prompt)]
+        told = theirs.generate(torch.tensor([ids]), max_new_tokens=300, do_sample=False)[0].tolist()
+        said = ''.join(stream(ours, words, prompt, 300, Sampler(temperature=0), start=[end], end_tokens=end))
+        assert peer.decode(told, skip_special_tokens=True) == prompt + said and (told[-1] == end) == (len(told) < len(ids) + 300)
+    assert told[-1] == end                                                                      # the last of them, at least, came to its end
+
+
+@pytest.mark.parametrize('text', ['Once  upon', 'Once upon a time ', '\n', 'xyzzy', 'once', 'Once\tupon', 'Onc\u00e9', 'a\x00', '中', '\U0001f600', 'Once upon a time' + END[:-1], '``', '  ', 'ONCE'])
+def test_hostile_text_is_refused_by_both_tokenizers(shipped, text):
+    _, words, _, peer = shipped
+    with pytest.raises(ValueError): words.encode(text)
+    with pytest.raises(Exception, match='Missing .UNK. token'): peer(text)
