@@ -21,50 +21,64 @@ from .tensors import may_look, drawing
 def sinusoidal(
     length: int,                       # how many positions, from 0 on
     d_model: int,                      # numbers per position, even
-    base: float = 10_000.0,            # the slowest wave has a length of nearly 2π · base
+    base: float = 10_000.0,            # θ: the longest wavelength is < 2π·base
     *,
     dtype: torch.dtype | None = None,  # of the result; None: torch's default
 ) -> Float[Tensor, "T D"]:
-    "Sines (even columns) and cosines (odd) of each position, @eq-positions-sinusoidal."
+    """Sines (even columns) and cosines (odd) of each position.
+
+    See @eq-positions-sinusoidal.
+    """
     angles = _angles(length, _frequencies(d_model, base))
-    waves = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
-    return waves.to(dtype or torch.get_default_dtype())
+    pairs = torch.stack((angles.sin(), angles.cos()), -1)
+    return pairs.flatten(-2).to(dtype or torch.get_default_dtype())
 
 def _frequencies(width: int, base: float) -> Float64[Tensor, "W"]:
-    "Radians per position of each pair of dimensions, in 64 bits and on the CPU."
+    "Radians per position of each pair, in 64 bits and on the CPU."
     if width < 2 or width % 2:
-        raise ValueError("sines and cosines come in pairs: the width must be even and "
-                         f"positive, got {width}")
+        raise ValueError("sines and cosines come in pairs: the width must be "
+                         f"even and positive, got {width}")
     if not 1 < base < math.inf:
-        raise ValueError(f"the base must be a finite number above 1, got {base}")
-    return base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+        raise ValueError("the base must be a finite number above 1, "
+                         f"got {base}")
+    even = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")
+    return base ** -(even / width)
 
-def _angles(length: int, frequencies: Float64[Tensor, "W"]) -> Float64[Tensor, "T W"]:
-    if length < 0: raise ValueError(f"a number of positions is not negative, got {length}")
-    return torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
+def _angles(
+    length: int, frequencies: Float64[Tensor, "W"],
+) -> Float64[Tensor, "T W"]:
+    if length < 0:
+        raise ValueError(f"a number of positions is not negative, got {length}")
+    at = torch.arange(length, dtype=torch.float64, device="cpu")
+    return at[:, None] * frequencies
 
 # %% ../nbs/07_positions.ipynb #fb6ab95b
 @lru_cache(maxsize=32)
-def _cached_table(make: Callable[..., Tensor], length: int, dtype: torch.dtype,
-                  device: torch.device, *settings: object) -> Tensor:
-    with torch.inference_mode(False):             # or training could not use it later
+def _cached_table(
+    make: Callable[..., Tensor], length: int, dtype: torch.dtype,
+    device: torch.device, *settings: object,
+) -> Tensor:
+    with torch.inference_mode(False):      # or training could not use it later
         return make(length, *settings).to(device, dtype)
 
 def _constant(f: Callable[..., Any]) -> Callable[..., Any]:
-    "torch.compiler.assume_constant_result, which would load the whole compiler for this."
+    "`torch.compiler.assume_constant_result`, without loading the compiler."
     setattr(f, "_dynamo_marked_constant", True)
     return f
 
 @_constant
-def _prepare(module: "_Tabulated", dtype: torch.dtype, device: torch.device) -> bool:
-    "See to it that the module has its table; a compiler runs this once, while it compiles."
+def _prepare(
+    module: "_Tabulated", dtype: torch.dtype, device: torch.device,
+) -> bool:
+    "Make the module's table; a compiler runs this once, while it compiles."
     key = type(module)._make, module.length, dtype, device, *module._settings
     module._tables[dtype, device] = _cached_table(*key)
     return True
 
 def _check_positions(positions: Tensor) -> None:
     if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise TypeError(f"positions must be whole numbers, got {positions.dtype}")
+        raise TypeError("positions must be whole numbers, "
+                        f"got {positions.dtype}")
 
 def _refuse_negative(positions: Tensor) -> None:
     worst = int(positions.min())
@@ -72,66 +86,72 @@ def _refuse_negative(positions: Tensor) -> None:
 
 # %% ../nbs/07_positions.ipynb #45f9ea6f
 class _Tabulated(nn.Module):
-    "Looks up what `_make(length, *settings)` gives for each position; grows as needed."
+    "Looks up rows of `_make(length, *settings)` by position; grows as needed."
 
     _make: Callable[..., Tensor]
 
     def __init__(self, length: int, *settings: object) -> None:
         super().__init__()
-        if length < 1: raise ValueError(f"context_length must be at least 1, got {length}")
+        if length < 1:
+            raise ValueError(f"context_length must be at least 1, got {length}")
         self.length, self._settings = length, settings
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_tables": {}}                   # not worth saving
+        return {**self.__dict__, "_tables": {}}            # not worth saving
 
     def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if torch.compiler.is_exporting():                         # stand-ins are not kept
-            return type(self)._make(self.length, *self._settings).to(device, dtype)
+        if torch.compiler.is_exporting():               # keep no stand-ins
+            made = type(self)._make(self.length, *self._settings)
+            return made.to(device, dtype)
         _prepare(self, dtype, device)
         return self._tables[dtype, device]
 
     def _rows(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         _check_positions(positions)
         if may_look(positions):
-            try: return F.embedding(positions, self._table(dtype, positions.device))
+            table = self._table(dtype, positions.device)
+            try: return F.embedding(positions, table)
             except IndexError: _refuse_negative(positions)
-            self.length = max(2 * self.length, int(positions.max()) + 1)     # far away: grow
+            self.length = max(2 * self.length, int(positions.max()) + 1)
         return F.embedding(positions, self._table(dtype, positions.device))
 
 # %% ../nbs/07_positions.ipynb #82e76f1d
-def _waves(length: int, d_model: int, base: float) -> Tensor:
+def _sinusoids(length: int, d_model: int, base: float) -> Tensor:
     return sinusoidal(length, d_model, base, dtype=torch.float64)
 
 class SinusoidalPositions(_Tabulated):
-    """The rows of `sinusoidal` for any positions, without parameters or state.
+    """Sinusoidal position embeddings, without parameters or state.
 
     >>> SinusoidalPositions(4)(torch.tensor([0]))
     tensor([[0., 1., 0., 1.]])
     """
 
-    _make = staticmethod(_waves)
+    _make = staticmethod(_sinusoids)
     _like: Tensor
 
     def __init__(
         self,
-        d_model: int,                  # numbers per position, even
-        base: float = 10_000.0,        # the slowest wave has a length of nearly 2π · base
+        d_model: int,                # numbers per position, even
+        base: float = 10_000.0,      # θ: the longest wavelength is < 2π·base
         *,
-        context_length: int = 4096,    # rows made in advance; on a CPU the table grows
+        context_length: int = 4096,  # rows made in advance; on a CPU it grows
     ) -> None:
-        _frequencies(d_model, base)    # refuses what cannot be
+        _frequencies(d_model, base)              # refuses what cannot be
         super().__init__(context_length, d_model, base)
-        like = torch.empty(0, device="cpu")                      # knows the dtype
+        like = torch.empty(0, device="cpu")      # knows the dtype
         self.register_buffer("_like", like, persistent=False)
 
-    def forward(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
-        "The waves at each position, in the dtype of the module. ValueError if negative."
+    def forward(
+        self,
+        positions: Int[Tensor, "*B T"],
+    ) -> Float[Tensor, "*B T D"]:
+        "The vectors, in the module's dtype. ValueError if negative."
         return self._rows(positions, self._like.dtype)
 
 # %% ../nbs/07_positions.ipynb #ebd5c6b2
 class LearnedPositions(nn.Module):
-    """A learned vector for each position below `context_length`, as in GPT-2.
+    """Learned position embeddings for `context_length` positions, as in GPT-2.
 
     >>> LearnedPositions(8, 4)(torch.tensor([7, 0])).shape
     torch.Size([2, 4])
@@ -139,24 +159,30 @@ class LearnedPositions(nn.Module):
 
     def __init__(
         self,
-        context_length: int,                       # how many positions the table has
-        d_model: int,                              # width of each vector
+        context_length: int,  # how many positions the table has
+        d_model: int,         # width of each vector
         *,
-        generator: torch.Generator | None = None,  # draws the weights; None: torch's own
+        generator: torch.Generator | None = None,  # None: torch's own
     ) -> None:
         super().__init__()
         if context_length < 1 or d_model < 1:
-            raise ValueError("a table of positions needs at least one row and one column, "
-                             f"got {context_length} and {d_model}")
+            raise ValueError(
+                "a table of positions needs at least one row and one column, "
+                f"got {context_length} and {d_model}")
         self.weight = nn.Parameter(torch.empty(context_length, d_model))
         if drawing.get(): self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None,
+    ) -> None:
         "Draw the table anew, with a standard deviation of 0.02."
         nn.init.normal_(self.weight, std=0.02, generator=generator)
 
-    def forward(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T D"]:
-        "The vector of each position. ValueError for one that the table does not have."
+    def forward(
+        self,
+        positions: Int[Tensor, "*B T"],
+    ) -> Float[Tensor, "*B T D"]:
+        "The vector of each position. ValueError for one outside the table."
         _check_positions(positions)
         if not may_look(positions): return F.embedding(positions, self.weight)
         try: return F.embedding(positions, self.weight)
@@ -165,31 +191,36 @@ class LearnedPositions(nn.Module):
 def _refuse(positions: Tensor, length: int) -> NoReturn:
     "Say which position is outside a table of this length."
     _refuse_negative(positions)
-    raise ValueError(f"position {int(positions.max())} is beyond the table: it has {length} "
-                     f"positions, 0 to {length - 1}")
+    raise ValueError(f"position {int(positions.max())} is beyond the table: "
+                     f"it has {length} positions, 0 to {length - 1}")
 
 # %% ../nbs/07_positions.ipynb #1fabb695
-def _turn_half(x: Tensor, rows: Tensor) -> Tensor:
-    "Turn number i against i + half: (a, b) → (a cos − b sin, b cos + a sin)."
+def _rotate_half(x: Tensor, rows: Tensor) -> Tensor:
+    "Rotate (i, i + half) as a pair: (a, b) → (a cos − b sin, b cos + a sin)."
     cos, signed_sin = rows.chunk(2, -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
-def _turn_interleaved(x: Tensor, rows: Tensor) -> Tensor:
-    "Turn number 2i against 2i + 1, as a product of complex numbers."
-    pairs, turns = x.to(rows.dtype).unflatten(-1, (-1, 2)), rows.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():            # no code is made for complex numbers
-        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+def _rotate_interleaved(x: Tensor, rows: Tensor) -> Tensor:
+    "Rotate (2i, 2i + 1) as a pair: a product of complex numbers."
+    pairs = x.to(rows.dtype).unflatten(-1, (-1, 2))
+    rotations = rows.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():    # no code is made for complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
     else:
-        product = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turns)
-        turned = torch.view_as_real(product)
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.view_as_real(
+            torch.view_as_complex(pairs.contiguous())
+            * torch.view_as_complex(rotations))
+    return rotated.flatten(-2).to(x.dtype)
 
-_TURNS = {"half": _turn_half, "interleaved": _turn_interleaved}
+_ROTATIONS = {"half": _rotate_half, "interleaved": _rotate_interleaved}
 
-def _turns(length: int, frequencies: tuple[float, ...], factor: float, layout: str) -> Tensor:
-    "Cosines and sines of all angles, laid out as `_TURNS[layout]` wants its rows."
-    angles = _angles(length, torch.tensor(frequencies, dtype=torch.float64, device="cpu"))
+def _cosines_and_sines(
+    length: int, frequencies: tuple[float, ...], factor: float, layout: str,
+) -> Tensor:
+    "Cosines and sines of all angles, in rows for `_ROTATIONS[layout]`."
+    omega = torch.tensor(frequencies, dtype=torch.float64, device="cpu")
+    angles = _angles(length, omega)
     cos, sin = factor * angles.cos(), factor * angles.sin()
     if layout == "half": return torch.cat((cos, cos, -sin, sin), -1)
     return torch.stack((cos, sin), -1).flatten(-2)
@@ -197,28 +228,34 @@ def _turns(length: int, frequencies: tuple[float, ...], factor: float, layout: s
 # %% ../nbs/07_positions.ipynb #0577441d
 def _rotary_width(d_head: int, fraction: float) -> int:
     if not 0 < fraction <= 1:
-        raise ValueError(f"the fraction that turns lies above 0 and up to 1, got {fraction}")
+        raise ValueError("the fraction of head dimensions to rotate must be "
+                         f"above 0 and at most 1, got {fraction}")
     width = int(d_head * fraction)
     if width < 2 or width % 2:
-        raise ValueError("numbers turn in pairs: the rotary width must be even and "
-                         f"positive, got {width} of {d_head}")
+        raise ValueError("dimensions are rotated in pairs: the rotary width "
+                         f"must be even and positive, got {width} of {d_head}")
     return width
 
 def _check_fit(x: Tensor, positions: Tensor, d_head: int) -> None:
     if x.shape[-1] != d_head:
-        raise ValueError(f"expected heads of width {d_head}, got shape {tuple(x.shape)}")
-    batch, length = x.shape[0], x.shape[-2]
-    if positions.shape not in ((length,), (1, length), (batch, length)):
-        raise ValueError(f"expected positions of shape {(length,)} or {(batch, length)}, "
+        raise ValueError(f"expected heads of width {d_head}, "
+                         f"got shape {tuple(x.shape)}")
+    B, T = x.shape[0], x.shape[-2]
+    if positions.shape not in ((T,), (1, T), (B, T)):
+        raise ValueError(f"expected positions of shape {(T,)} or {(B, T)}, "
                          f"got {tuple(positions.shape)}")
 
 # %% ../nbs/07_positions.ipynb #563c6ee5
 def rope_frequencies(
-    width: int,                            # how many numbers turn, even
-    base: float = 10_000.0,                # the slowest clock: one turn in nearly 2π · base
-    scaling: "RopeScaling | None" = None,  # for contexts longer than the trained one
+    width: int,                            # how many dimensions rotate, even
+    base: float = 10_000.0,                # RoPE base θ
+    scaling: "RopeScaling | None" = None,  # for longer contexts than trained
 ) -> Float64[Tensor, "W"]:
-    "Radians per position of each pair, fastest first, @eq-positions-frequencies."
+    """Radians per position of each pair, fastest first.
+
+    See @eq-positions-frequencies. The longest wavelength is a little below
+    2π·base positions.
+    """
     frequencies = _frequencies(width, base)
     if scaling is None: return frequencies
     return ROPE_SCALINGS[scaling.kind](frequencies, base, scaling)
@@ -230,111 +267,132 @@ def _attention_factor(scaling: "RopeScaling | None") -> float:
 
 # %% ../nbs/07_positions.ipynb #5485e261
 class Rope(_Tabulated):
-    """Rotary positions: turns pairs of numbers by angles that grow with the position.
+    """RoPE: rotates pairs of dimensions by angles that grow with the position.
 
-    Products of rotated vectors depend only on how far apart they are, @eq-positions-rope.
-    It has no parameters, and its state dict is empty.
+    Dot products of rotated vectors depend only on the distance of their
+    positions, @eq-positions-rope. It has no parameters, and its state dict
+    is empty.
 
     >>> q = torch.ones(1, 1, 2, 4)
-    >>> turned = Rope(4)(q, torch.tensor([0, 1]))
-    >>> torch.equal(turned[:, :, 0], q[:, :, 0]), torch.equal(turned[:, :, 1], q[:, :, 1])
-    (True, False)
+    >>> rotated = Rope(4)(q, torch.tensor([0, 1]))
+    >>> [torch.equal(rotated[:, :, t], q[:, :, t]) for t in (0, 1)]
+    [True, False]
     """
 
-    _make = staticmethod(_turns)
+    _make = staticmethod(_cosines_and_sines)
 
     def __init__(
         self,
-        d_head: int,                           # width of a head
-        base: float = 10_000.0,                # the slowest clock: a turn in nearly 2π · base
-        layout: str = "half",                  # pairs (i, i + half), or "interleaved"
-        fraction: float = 1.0,                 # of the width, from the front, that turns
-        scaling: "RopeScaling | None" = None,  # for contexts longer than the trained one
+        d_head: int,                 # width of a head
+        base: float = 10_000.0,      # θ: the longest wavelength is < 2π·base
+        layout: str = "half",        # pairs (i, i + half), or "interleaved"
+        fraction: float = 1.0,       # of head dimensions rotated, the first
+        scaling: "RopeScaling | None" = None,  # for longer contexts
         *,
-        context_length: int = 4096,            # rows made in advance; on a CPU it grows
+        context_length: int = 4096,  # rows made in advance; on a CPU it grows
     ) -> None:
-        if layout not in _TURNS:
-            raise ValueError(f"unknown layout {layout!r}: expected 'half' or 'interleaved'")
-        width, factor = _rotary_width(d_head, fraction), _attention_factor(scaling)
+        if layout not in _ROTATIONS:
+            raise ValueError(f"unknown layout {layout!r}: expected 'half' or "
+                             "'interleaved'")
+        width = _rotary_width(d_head, fraction)
+        factor = _attention_factor(scaling)
         frequencies = rope_frequencies(width, base, scaling)
-        super().__init__(context_length, tuple(frequencies.tolist()), factor, layout)
+        super().__init__(
+            context_length, tuple(frequencies.tolist()), factor, layout)
         self.d_head, self.width, self.layout = d_head, width, layout
-        self.inverse_frequencies, self.attention_factor = frequencies, factor
+        self.inverse_frequencies = frequencies
+        self.attention_factor = factor
 
     def forward(
         self,
         x: Float[Tensor, "B H T d"],                        # queries or keys
-        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"],  # of each token, from 0 on
+        positions: Int[Tensor, "T"] | Int[Tensor, "#B T"],  # from 0 on
     ) -> Float[Tensor, "B H T d"]:
-        "Turn each vector by its position. ValueError for a wrong width or position."
+        "Rotate by position. ValueError for a wrong width or position."
         _check_fit(x, positions, self.d_head)
-        wide = torch.promote_types(x.dtype, torch.float32)  # complex numbers need 32 bits
-        rows = self._rows(positions, x.dtype if self.layout == "half" else wide)
-        rows, turn = rows.unsqueeze(-3), _TURNS[self.layout]         # the same for all heads
-        if self.width == self.d_head: return turn(x, rows)
-        turned, rest = x[..., : self.width], x[..., self.width :]
-        return torch.cat((turn(turned, rows), rest), -1)
+        wide = torch.promote_types(x.dtype, torch.float32)  # for complex
+        half = self.layout == "half"
+        rows = self._rows(positions, x.dtype if half else wide).unsqueeze(-3)
+        rotate = _ROTATIONS[self.layout]
+        if self.width == self.d_head: return rotate(x, rows)
+        rotated, rest = x[..., : self.width], x[..., self.width :]
+        return torch.cat((rotate(rotated, rows), rest), -1)
 
 # %% ../nbs/07_positions.ipynb #cd6d95bd
 def interleaved_to_half(
-    weight: Num[Tensor, "N *D"],   # query or key projection (H·d, D), or its bias (H·d)
-    n_heads: int,                  # heads of this projection: for keys, `n_kv_heads`
-    fraction: float = 1.0,         # of each head that turns
+    weight: Num[Tensor, "N *D"],  # query or key projection (H·d, D), or bias
+    n_heads: int,                 # heads of this projection: K for keys
+    fraction: float = 1.0,        # of head dimensions rotated
 ) -> Num[Tensor, "N *D"]:
-    "Reorder rows so that `half` turns what `interleaved` turned, @eq-positions-weights."
+    """Reorder rows so that `half` rotates what `interleaved` did.
+
+    See @eq-positions-weights.
+    """
     return _reorder(weight, n_heads, fraction, lambda order: order)
 
 def half_to_interleaved(
-    weight: Num[Tensor, "N *D"],   # query or key projection (H·d, D), or its bias (H·d)
-    n_heads: int,                  # heads of this projection: for keys, `n_kv_heads`
-    fraction: float = 1.0,         # of each head that turns
+    weight: Num[Tensor, "N *D"],  # query or key projection (H·d, D), or bias
+    n_heads: int,                 # heads of this projection: K for keys
+    fraction: float = 1.0,        # of head dimensions rotated
 ) -> Num[Tensor, "N *D"]:
     "The inverse of `interleaved_to_half`."
     return _reorder(weight, n_heads, fraction, torch.argsort)
 
-def _reorder(weight: Tensor, n_heads: int, fraction: float,
-             which: Callable[[Tensor], Tensor]) -> Tensor:
+def _reorder(
+    weight: Tensor, n_heads: int, fraction: float,
+    which: Callable[[Tensor], Tensor],
+) -> Tensor:
     if n_heads < 1 or len(weight) % n_heads:
-        raise ValueError(f"{len(weight)} rows cannot be divided among {n_heads} heads")
+        raise ValueError(f"{len(weight)} rows cannot be divided among "
+                         f"{n_heads} heads")
     heads = weight.unflatten(0, (n_heads, -1))
-    width, index = _rotary_width(heads.shape[1], fraction), torch.arange(heads.shape[1])
-    order = torch.cat((index[:width:2], index[1:width:2], index[width:]))
+    width = _rotary_width(heads.shape[1], fraction)
+    i = torch.arange(heads.shape[1])
+    order = torch.cat((i[:width:2], i[1:width:2], i[width:]))
     return heads[:, which(order).to(weight.device)].flatten(0, 1)
 
 # %% ../nbs/07_positions.ipynb #090126a6
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of `Rope` are scaled for a context `factor` times as long.
+    """Frequency scaling of `Rope`, for a context `factor` times as long.
 
-    >>> Rope(4, scaling=RopeScaling("linear", 2.0)).inverse_frequencies[0].item()
+    >>> scaling = RopeScaling("linear", 2.0)
+    >>> Rope(4, scaling=scaling).inverse_frequencies[0].item()
     0.5
     """
 
-    kind: str                                   # a name in `ROPE_SCALINGS`
-    factor: float                               # how many times longer, at least 1
-    original_context_length: int | None = None  # as trained; needed by "llama3" and "yarn"
-    low_freq_factor: float = 1.0                # llama3: up to so many turns, slowed fully
-    high_freq_factor: float = 4.0               # llama3: from so many turns on, as it was
-    beta_fast: float = 32.0                     # yarn: from so many turns on, as it was
-    beta_slow: float = 1.0                      # yarn: up to so many turns, slowed fully
-    attention_factor: float | None = None       # yarn: None for 0.1 · ln(factor) + 1
+    kind: str                 # a name in `ROPE_SCALINGS`
+    factor: float             # how many times longer, at least 1
+    original_context_length: int | None = None  # needed by "llama3", "yarn"
+    low_freq_factor: float = 1.0   # llama3: fewer rotations, fully scaled
+    high_freq_factor: float = 4.0  # llama3: more rotations, not scaled
+    beta_fast: float = 32.0        # yarn: more rotations, not scaled
+    beta_slow: float = 1.0         # yarn: fewer rotations, fully scaled
+    attention_factor: float | None = None   # yarn: None for 0.1·ln(factor) + 1
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_SCALINGS:
             raise ValueError(f"unknown scaling {self.kind!r}: expected one of "
                              f"{', '.join(ROPE_SCALINGS)}")
         if not 1 <= self.factor < math.inf:
-            raise ValueError(f"a scaling factor is at least 1, got {self.factor}")
-        if self.kind in ("llama3", "yarn") and self.original_context_length is None:
-            raise ValueError(f"{self.kind} scaling needs original_context_length")
+            raise ValueError("a scaling factor is at least 1, "
+                             f"got {self.factor}")
+        needed = self.kind in ("llama3", "yarn")
+        if needed and self.original_context_length is None:
+            raise ValueError(f"{self.kind} scaling needs "
+                             "original_context_length")
         for name in ("original_context_length", "attention_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if not 0 < getattr(self, low) < getattr(self, high) < math.inf:
-                raise ValueError(f"{low} must be positive and below {high}, got "
-                                 f"{getattr(self, low)} and {getattr(self, high)}")
+        self._check_order("low_freq_factor", "high_freq_factor")
+        self._check_order("beta_slow", "beta_fast")
+
+    def _check_order(self, low: str, high: str) -> None:
+        a, b = getattr(self, low), getattr(self, high)
+        if not 0 < a < b < math.inf:
+            raise ValueError(f"{low} must be positive and below {high}, "
+                             f"got {a} and {b}")
 
 # %% ../nbs/07_positions.ipynb #fdc08d46
 def _linear(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
@@ -343,21 +401,23 @@ def _linear(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
 def _ntk(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     if len(frequencies) < 2:
         raise ValueError("ntk scaling needs a rotary width of at least 4")
-    place = torch.linspace(0, 1, len(frequencies), dtype=torch.float64, device="cpu")
+    place = torch.linspace(
+        0, 1, len(frequencies), dtype=torch.float64, device="cpu")
     return frequencies * scaling.factor**-place
 
 def _llama3(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = frequencies * (scaling.original_context_length or 0) / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    length = scaling.original_context_length or 0
+    rotations = frequencies * length / (2 * math.pi)
+    keep = ((rotations - low) / (high - low)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 def _yarn(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     n = len(frequencies)
 
-    def index_with(turns: float) -> float:
-        "The number i, with a fraction, of the pair that makes so many turns."
-        wavelength = (scaling.original_context_length or 0) / turns
+    def index_with(rotations: float) -> float:
+        "The fractional index i of the pair that makes so many rotations."
+        wavelength = (scaling.original_context_length or 0) / rotations
         return n * math.log(wavelength / (2 * math.pi)) / math.log(base)
 
     first = max(math.floor(index_with(scaling.beta_fast)), 0)
@@ -373,17 +433,21 @@ ROPE_SCALINGS: dict[str, Callable[[Tensor, float, RopeScaling], Tensor]] = {
 def alibi_slopes(
     n_heads: int,                  # any number from 1 on
 ) -> Float[Tensor, "H"]:
-    "How fast each head forgets, @eq-positions-slopes: 2^(−8h/H) for a power of two."
-    if n_heads < 1: raise ValueError(f"at least one head is needed, got {n_heads}")
+    """The slope of each head, 2^(−8h/H) for a power of two.
+
+    See @eq-positions-slopes.
+    """
+    if n_heads < 1:
+        raise ValueError(f"at least one head is needed, got {n_heads}")
     whole = 2 ** (n_heads.bit_length() - 1)            # the power of two below
     steps = [*range(2, 2 * whole + 1, 2), *range(1, 2 * (n_heads - whole), 2)]
     return torch.tensor([2 ** (-4 * step / whole) for step in steps])
 
 # %% ../nbs/07_positions.ipynb #3a1e91e6
 class Alibi(nn.Module):
-    """A bias on attention scores that falls with distance, a slope for each head.
+    """ALiBi: a bias on scores that falls with distance, a slope for each head.
 
-    >>> Alibi(8)(1, 3)[:2].tolist()                # one query, the last of three keys
+    >>> Alibi(8)(1, 3)[:2].tolist()          # one query, the last of three keys
     [[[-1.0, -0.5, -0.0]], [[-0.5, -0.25, -0.0]]]
     """
 
@@ -397,35 +461,39 @@ class Alibi(nn.Module):
 
     def forward(
         self,
-        n_queries: int,                            # the last positions among the keys
-        n_keys: int | None = None,                 # None: as many as queries
-        device: torch.device | str | None = None,  # where to; None: the CPU
-        dtype: torch.dtype | None = None,          # None: torch's default
+        n_queries: int,                    # the last positions among the keys
+        n_keys: int | None = None,         # None: as many as queries
+        device: torch.device | str | None = None,  # None: the CPU
+        dtype: torch.dtype | None = None,  # None: torch's default
     ) -> Float[Tensor, "H T S"]:
         "−slope · distance of each query from each key, @eq-positions-alibi."
         n_keys = n_queries if n_keys is None else n_keys
         if not 0 < n_queries <= n_keys:
-            raise ValueError(f"queries are the last of the keys, got {n_queries} queries "
-                             f"and {n_keys} keys")
-        make = _bias if torch.compiler.is_compiling() else _cached_bias      # sizes may vary
-        return make(self.n_heads, n_queries, n_keys, torch.device(device or "cpu"),
+            raise ValueError("queries are the last of the keys, got "
+                             f"{n_queries} queries and {n_keys} keys")
+        compiling = torch.compiler.is_compiling()        # sizes may vary
+        make = _bias if compiling else _cached_bias
+        return make(self.n_heads, n_queries, n_keys,
+                    torch.device(device or "cpu"),
                     dtype or torch.get_default_dtype())
 
     def between(
         self,
-        queries: Int[Tensor, "B T"],               # positions, of each row its own
-        keys: Int[Tensor, "B S"],
-        dtype: torch.dtype | None = None,          # None: torch's default
+        queries: Int[Tensor, "B T"],       # positions, of each row its own
+        keys: Int[Tensor, "B S"],          # in any order
+        dtype: torch.dtype | None = None,  # None: torch's default
     ) -> Float[Tensor, "B H T S"]:
-        "The same where the keys of a row may stand in any order."
+        "The same for any positions of queries and keys."
         distance = (queries[:, :, None] - keys[:, None]).abs()
         slopes = alibi_slopes(self.n_heads).to(queries.device)
         bias = -slopes[:, None, None] * distance[:, None]
         return bias.to(dtype or torch.get_default_dtype())
 
 # %% ../nbs/07_positions.ipynb #033133fc
-def _bias(n_heads: int, n_queries: int, n_keys: int, device: torch.device,
-          dtype: torch.dtype) -> Tensor:
+def _bias(
+    n_heads: int, n_queries: int, n_keys: int, device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
     keys = torch.arange(n_keys, device=device)
     distance = (keys[n_keys - n_queries :, None] - keys).abs()
     slopes = alibi_slopes(n_heads).to(device)
@@ -438,17 +506,20 @@ def _cached_bias(*key: Any) -> Tensor:
 # %% ../nbs/07_positions.ipynb #6038ec52
 @dataclass(frozen=True)
 class PositionScheme:
-    "Where a scheme enters a model: added to embeddings, turning heads, biasing scores."
+    "Where a scheme enters a model: embeddings, queries and keys, or scores."
 
-    embedding: nn.Module | None = None   # positions → vectors to add to the embeddings
-    rotary: Rope | None = None           # turns queries and keys
+    embedding: nn.Module | None = None   # vectors to add to the embeddings
+    rotary: Rope | None = None           # rotates queries and keys
     bias: Alibi | None = None            # is added to the scores
 
-def _rope_scheme(*, d_head: int, context_length: int, rope_base: float = 10_000.0,
-                 rope_layout: str = "half", rope_fraction: float = 1.0,
-                 rope_scaling: RopeScaling | None = None, **_: object) -> PositionScheme:
-    return PositionScheme(rotary=Rope(d_head, rope_base, rope_layout, rope_fraction,
-                                      rope_scaling, context_length=context_length))
+def _rope_scheme(
+    *, d_head: int, context_length: int, rope_base: float = 10_000.0,
+    rope_layout: str = "half", rope_fraction: float = 1.0,
+    rope_scaling: RopeScaling | None = None, **_: object,
+) -> PositionScheme:
+    return PositionScheme(rotary=Rope(
+        d_head, rope_base, rope_layout, rope_fraction, rope_scaling,
+        context_length=context_length))
 
 # %% ../nbs/07_positions.ipynb #59cba1cc
 POSITIONS: dict[str, Callable[..., PositionScheme]] = {
@@ -464,9 +535,13 @@ POSITIONS: dict[str, Callable[..., PositionScheme]] = {
 # %% ../nbs/07_positions.ipynb #10209c65
 def position_scheme(
     name: str,          # one of `POSITIONS`
-    **options: object,  # d_model, n_heads, d_head, context_length, rope_…: as it needs them
+    **options: object,  # d_model, n_heads, d_head, context_length, rope_...
 ) -> PositionScheme:
-    "The scheme of this name; options that it does not need are ignored. ValueError if unknown."
+    """The scheme of this name; options that it does not need are ignored.
+
+    ValueError for an unknown name.
+    """
     if name not in POSITIONS:
-        raise ValueError(f"unknown positions {name!r}: expected one of {', '.join(POSITIONS)}")
+        raise ValueError(f"unknown positions {name!r}: "
+                         f"expected one of {', '.join(POSITIONS)}")
     return POSITIONS[name](**options)

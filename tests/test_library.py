@@ -221,6 +221,14 @@ def test_one_module_for_files():
     assert found == {'cli: difflib.get_close_matches'}             # of a misspelled command, which is no field
 
 
+def test_a_chapter_imports_from_earlier_ones_only():
+    chapters = [p.stem.partition('_')[2] for p in sorted((ROOT/'nbs').glob('[0-9][0-9]_*.ipynb'))]
+    imports = [(chapter, node.module.rpartition('.')[2]) for chapter in chapters for node in ast.walk(tree(chapter))
+               if isinstance(node, ast.ImportFrom) and node.module and (node.level or node.module.startswith('llm_from_scratch.'))]
+    assert ('gpt', 'positions') in imports and ('attention', 'tensors') in imports
+    assert [(one, other) for one, other in imports if other in chapters and chapters.index(other) >= chapters.index(one)] == []
+
+
 PUBLIC = {
     'text': 'CharTokenizer SpacedWordTokenizer Tokenizer WordTokenizer clean deduplicate', 'bpe': 'BPETokenizer GPT2_PATTERN GPT4_PATTERN load_tokenizer',
     'grammar': '', 'storyland': 'Preference SIZES STORIES_VERSION Story Task arithmetic continuations entropy_floor instructions labels log_probability preferences questions stories',

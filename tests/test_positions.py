@@ -43,7 +43,7 @@ def by_definition(x, positions, base=10_000.0, layout='half', fraction=1.0, freq
 # ---- sinusoidal and learned ----
 
 @given(st.integers(0, 40), st.integers(1, 12), st.floats(2, 1e6))
-def test_waves_by_definition(length, half, base):
+def test_sinusoids_by_definition(length, half, base):
     table = sinusoidal(length, 2 * half, base, dtype=torch.float64)
     assert table.shape == (length, 2 * half)
     for t, i in product(range(length), range(half)):
@@ -51,7 +51,7 @@ def test_waves_by_definition(length, half, base):
         assert math.isclose(table[t, 2 * i], math.sin(angle), abs_tol=1e-10) and math.isclose(table[t, 2 * i + 1], math.cos(angle), abs_tol=1e-10)
 
 
-def test_waves_follow_the_dtype_of_their_model():
+def test_sinusoids_follow_the_dtype_of_their_model():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,11 +159,11 @@ def test_a_table_made_while_inferring_serves_training():
     assert x.grad.isfinite().all()
 
 
-def test_models_made_on_the_meta_device_have_true_clocks():
-    with torch.device('meta'): rope, waves = Rope(8), SinusoidalPositions(8)
+def test_models_made_on_the_meta_device_have_true_frequencies():
+    with torch.device('meta'): rope, sinusoids = Rope(8), SinusoidalPositions(8)
     assert torch.equal(rope.inverse_frequencies, rope_frequencies(8))
     assert_near(rope(numbers(1, 1, 4, 8), torch.arange(4)), Rope(8)(numbers(1, 1, 4, 8), torch.arange(4)), 0)
-    assert waves.to_empty(device='cpu')(torch.arange(3)).shape == (3, 8)
+    assert sinusoids.to_empty(device='cpu')(torch.arange(3)).shape == (3, 8)
     assert rope(torch.empty(1, 1, 4, 8, device='meta'), torch.arange(4, device='meta')).is_meta
 
 
@@ -210,7 +210,7 @@ def test_scaling_against_transformers(width, base, trained, factor):
 
 @layouts
 @pytest.mark.parametrize('scaling', [RopeScaling('linear', 4), RopeScaling('ntk', 4), RopeScaling('llama3', 4, 64), RopeScaling('yarn', 4, 64)], ids=lambda s: s.kind)
-def test_scaled_clocks_and_attention_factor_are_used(layout, scaling):
+def test_scaled_frequencies_and_attention_factor_are_used(layout, scaling):
     x, t = numbers(1, 1, 5, 16, dtype=torch.float64), torch.tensor([0, 1, 50, 64, 255])
     rope = Rope(16, layout=layout, scaling=scaling)
     expected = rope.attention_factor * by_definition(x, t, layout=layout, frequencies=rope.inverse_frequencies)
@@ -248,12 +248,12 @@ from llm_from_scratch.positions import Alibi, LearnedPositions, Rope, Sinusoidal
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.waves, self.learned = SinusoidalPositions(8, context_length=64), LearnedPositions(64, 8)
-        self.turn, self.paired, self.alibi = Rope(8, fraction=0.5, context_length=64), Rope(8, layout='interleaved', context_length=64), Alibi(2)
+        self.sinusoids, self.learned = SinusoidalPositions(8, context_length=64), LearnedPositions(64, 8)
+        self.half, self.paired, self.alibi = Rope(8, fraction=0.5, context_length=64), Rope(8, layout='interleaved', context_length=64), Alibi(2)
 
     def forward(self, x, positions):
-        x = x + self.waves(positions) + self.learned(positions)
-        return (self.turn(x, positions) @ self.paired(x, positions).mT + self.alibi(x.shape[2])).softmax(-1) @ x
+        x = x + self.sinusoids(positions) + self.learned(positions)
+        return (self.half(x, positions) @ self.paired(x, positions).mT + self.alibi(x.shape[2])).softmax(-1) @ x
 
 torch.set_num_threads(1)
 model = Model()

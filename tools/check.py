@@ -30,7 +30,6 @@ WAITING = {
     'bpe': 'core, width, diagrams, form, term-byte-pair-encoding, term-reference',
     'storyland': 'core, width, diagrams, form',
     'data': 'core, width, diagrams, form, term-batch, term-teacher-forcing',
-    'positions': 'core, width, diagrams, form, term-alibi, term-context-extension, term-positional-encoding, term-rope-base, term-sinusoidal-encoding',
     'blocks': 'core, width, diagrams, form, term-activation-function, term-double-backward, term-gain, term-mlp, term-transformer-block, term-weight-initialization',
     'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',
     'optim': 'core, width, diagrams, form, term-ablation, term-gradient-clipping, term-gradient-descent, term-learning-rate-schedule, term-moment, term-optimizer',
@@ -913,7 +912,7 @@ def form(book):
 
 def form_faults(stem, cells):
     text = '\n\n'.join(c.prose for c in cells)
-    promise = cells[0].source.partition('\n')[2].strip() if cells else ''
+    promise = plain(cells[0].source).partition('\n')[2].strip() if cells else ''
     if not promise.startswith('After this chapter') or len(re.findall(r'[.!?](?=\s|$)', promise)) != 1:
         yield f'{stem}: cell 0: below the title stands no promise; write one sentence that begins "After this chapter you can"'
     if not any('pipeline(' in c.body for c in cells[1:6]) and not stem.startswith('00'):
@@ -948,15 +947,27 @@ def cure_faults(stem, cells):
 
 def kind_faults(stem, cells):
     "Each exercise says its kind, difficulty and minutes and has a hint and an idea; all four kinds occur."
-    part, kinds, last = section(cells, 'Exercises'), set(), None
-    for cell in part:
-        for number, kind, difficulty, _ in EXERCISE.findall(plain(cell.source)) if cell.kind == 'markdown' else []:
-            kinds.add(kind)
-            last = number
-            if kind not in KINDS or difficulty not in HARD: yield f'{cell.where}: exercise {number} does not begin like `**{number}.** *Implement · medium · 15 min.*`; the kinds are {", ".join(sorted(KINDS))}'
-            elif not re.search(rf'^\*\*{number}\.\*\*.*?title="Hint"', cell.source, re.M | re.S): yield f'{cell.where}: exercise {number} has no hint; add ::: {{.callout-tip collapse="true" title="Hint"}}'
-        if cell.solution and last and not re.search(r'^# Idea: ', cell.body, re.M): yield f'{cell.where}: the solution of exercise {last} does not say its idea; begin with a comment `# Idea: ...`'
-    if part and KINDS - kinds: yield f'{part[0].where}: no exercise of the kind {", ".join(sorted(KINDS - kinds))}; ask all four'
+    part = section(cells, 'Exercises')
+    found = list(told_exercises(part))
+    for where, number, kind, difficulty, text, solutions in found:
+        if kind not in KINDS or difficulty not in HARD: yield f'{where}: exercise {number} does not begin like `**{number}.** *Implement · medium · 15 min.*`; the kinds are {", ".join(sorted(KINDS))}'
+        elif 'title="Hint"' not in text: yield f'{where}: exercise {number} has no hint; add ::: {{.callout-tip collapse="true" title="Hint"}}'
+        for c in solutions:
+            if not re.search(r'^# Idea: ', c.body, re.M): yield f'{c.where}: the solution of exercise {number} does not say its idea; begin with a comment `# Idea: ...`'
+    missing = KINDS - {kind for _, _, kind, *_ in found}
+    if part and missing: yield f'{part[0].where}: no exercise of the kind {", ".join(sorted(missing))}; ask all four'
+
+
+def told_exercises(cells):
+    "Where each exercise stands, its number, kind and difficulty, its text to the next one, and its solutions."
+    told = []
+    for cell in cells:
+        if cell.kind == 'markdown':
+            before, *parts = re.split(r'^(?=\*\*\d+\.\*\*)', plain(cell.source), flags=re.M)
+            if told: told[-1][4] += before
+            for part in parts: told.append([cell.where, *EXERCISE.match(part).groups()[:3], part, []])
+        elif told and cell.solution: told[-1][5].append(cell)
+    return told
 
 
 @rule
