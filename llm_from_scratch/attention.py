@@ -320,7 +320,9 @@ class Rotary(Protocol):
         /,
     ) -> Float[Tensor, "B H T d"]:
         "The same vectors, each rotated by its position."
+        ...
 
+# %% ../nbs/06_attention.ipynb #a7d3c0e3
 @runtime_checkable
 class PositionBias(Protocol):
     """Any object with these two methods, which make a bias for each score.
@@ -339,6 +341,7 @@ class PositionBias(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "H T S"]:
         "The bias where the keys are in order, from position 0 on."
+        ...
 
     def between(
         self,
@@ -348,6 +351,7 @@ class PositionBias(Protocol):
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "B H T S"]:
         "The bias between any positions."
+        ...
 
 # %% ../nbs/06_attention.ipynb #04a6da44
 def _check_heads(

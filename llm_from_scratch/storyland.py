@@ -8,7 +8,7 @@ from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import accumulate, islice, pairwise, permutations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +80,7 @@ class Menu:
     __slots__ = "options", "bounds"
 
     def __init__(self, options: Iterable[Option]):
-        self.options = [_shared(*o) for o in options if o.weight > 0]
+        self.options = [shared(o) for o in options if o.weight > 0]
         total = math.fsum(o.weight for o in self.options)
         # option i owns the interval of [0, 1) that ends at bounds[i]
         self.bounds = array("d", accumulate(o.weight / total for o in self.options))
@@ -98,13 +98,22 @@ class Menu:
         return entropy(self.p)
 
 # %% ../nbs/04_storyland.ipynb #3c1779c0
+class _Shared(Option):
+    "An option of which there is only one, its blanks written as %(A)s."
+    __slots__ = ()
+
+    def _replace(self, /, **changes: Any) -> Option: return Option(*self)._replace(**changes)
+
 _SHARED: dict[Any, Option] = {}
 
-def _shared(weight: float, text: str, facts: Facts, event: str) -> Option:
-    "The one option with this content, its blanks written as %(A)s."
+def shared(option: Option) -> Option:
+    "The one option with this content."
+    if option.__class__ is _Shared: return option
+    weight, text, facts, event = option
     key = weight, text, event, *facts.items()
     if key not in _SHARED:
-        _SHARED[key] = Option(weight, re.sub(r"\{(\w+)\}", r"%(\1)s", text), facts, event)
+        blanks = re.sub(r"\{(\w+)\}", r"%(\1)s", text)
+        _SHARED[key] = _Shared(weight, blanks, facts, event)
     return _SHARED[key]
 
 # %% ../nbs/04_storyland.ipynb #0dc6354d
@@ -261,8 +270,8 @@ def narrator(
     if size not in SIZES:
         raise ValueError(f"no size is called {size!r}; there are {', '.join(SIZES)}")
     chosen = SIZES[size]
-    start = {**START, "rooms": chosen.rooms, "circle": chosen.friends, "depth": chosen.depth}
-    return Narrator(SCENES, start, QUESTIONS, chosen)
+    limits = {"rooms": chosen.rooms, "circle": chosen.friends, "depth": chosen.depth}
+    return Narrator(SCENES, {**START, **limits}, QUESTIONS, chosen)
 
 # %% ../nbs/04_storyland.ipynb #4464dace
 def log_probability(

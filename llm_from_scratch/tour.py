@@ -111,6 +111,8 @@ def sample(
     """
     ids = list(ids)
     if not ids: raise ValueError("a prompt needs at least one token")
+    if temperature < 0 or n < 0:
+        raise ValueError(f"neither temperature ({temperature}) nor n ({n}) can be negative")
     window = model.context_length if context_length is None else context_length
     for _ in range(n):
         logits = model(torch.tensor([ids[-window:]]))[0, -1]

@@ -3,7 +3,7 @@
 A second `make test` runs only what changed. A test whose inputs are, byte for byte, those of its last pass is left out and
 counted (`inputs.py` says what a test depends on); `make test args=--all` runs it anyway. A fresh clone has no memory.
 """
-import json, os, sys
+import json, os, re, sys
 from pathlib import Path
 
 import hypothesis
@@ -115,7 +115,10 @@ def check_shapes():
 def is_inner(f): return '<locals>' in getattr(f, '__qualname__', '') and not isinstance(f, type)
 
 
-def has_shapes(f): return any(isinstance(a, str) or 'jaxtyping' in repr(a) for a in f.__annotations__.values())
+SHAPE = re.compile(r'jaxtyping|\w\[[^\]]*, *["\']')              # in an annotation, which may be a string: Float[Tensor, "B T"]
+
+
+def has_shapes(f): return any(SHAPE.search(a if isinstance(a, str) else repr(a)) for a in f.__annotations__.values())
 
 
 def checked(function):

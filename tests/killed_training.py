@@ -3,11 +3,11 @@
     killed_training.py FOLDER POINTS SEED
 
 Started by test_training_faults.py. One interpreter imports torch and trains once, which brings the parts of torch that are imported late;
-every run is a fork of it, and costs a twentieth of a second. Half of the runs die by their own hand at a random line: the first of them
-in each function that saves, the others in functions of the library drawn at random; the other half are killed from outside, a random
+every run is a fork of it, and costs a twentieth of a second. Two of three runs die by their own hand at a random line: the first of them
+in each function that saves, the others in functions of the library drawn at random; every third is killed from outside, a random
 time after the log has reached a random step, however busy the machine is.
 """
-import json, logging, os, random, shutil, signal, sys, time
+import json, logging, os, random, shutil, signal, sys, time, types
 from collections import Counter
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def live(folder, fuse=None, step=None, delay=0.0):
         finally: os._exit(status)
     ended, status = 0, 0
     while step is not None and not ended and len(read_log(folder/'log.jsonl')) < step:
-        time.sleep(.001)
+        time.sleep(.003)
         ended, status = os.waitpid(pid, os.WNOHANG)
     if step is not None and not ended:
         time.sleep(delay)
@@ -111,6 +111,8 @@ def remains(folder):
 
 
 def main(home, points, seed):
+    # torch imports its compiler with the first optimizer, only to ask it to leave a method alone: a second for nothing
+    sys.modules['torch._dynamo'] = torch._dynamo = types.SimpleNamespace(disable=lambda function, *args, **options: function)
     torch.set_num_threads(1)
     logging.disable()
     draw = random.Random(seed)
@@ -120,11 +122,12 @@ def main(home, points, seed):
     for i in range(points):
         folder, killed, before = home/f'run{i}', True, deaths
         while killed and (deaths == before or draw.random() < .3):       # at least one death for each run
-            name = SAVING[i // 2] if i // 2 < len(SAVING) and deaths == before else draw.choice(sorted(lines))
-            killed = live(folder, fuse=(name, draw.randint(1, lines[name]))) if i % 2 else live(folder, step=draw.randrange(14), delay=draw.random() * seconds / 14)
+            name = SAVING[i - i // 3] if i - i // 3 < len(SAVING) and deaths == before else draw.choice(sorted(lines))
+            outside = i % 3 == 2
+            killed = live(folder, step=draw.randrange(14), delay=draw.random() * seconds / 14) if outside else live(folder, fuse=(name, draw.randint(1, lines[name])))
             deaths += killed
             resumed += killed and latest_checkpoint(folder) is not None
-            if killed and i % 2: where.add(name)
+            if killed and not outside: where.add(name)
         live(folder)
         for what, found, wanted in zip(('step', 'state', 'log', 'weights', 'optimizer'), remains(folder), expected):
             if found != wanted: sys.exit(f'run {i}: another {what} than without interruption')

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from test_training import same_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from llm_from_scratch import training
 from llm_from_scratch.distributed import DataParallel, join_processes
@@ -106,6 +107,28 @@ def sharded(world, folder, one):
     Path(f'{folder}/parts{world.rank}.json').write_text(json.dumps(found))
 
 
+def split_layers(world, folder):
+    "Each of two processes computes half of every layer, by torch's own tensor parallelism: how far is that from one?"
+    torch.set_num_threads(3)                            # one vector's product would be shared out to all
+    config = GPTConfig(32, 16, 32, 2, 4, positions='rope', norm='rmsnorm', feed_forward='swiglu', bias=True, d_ff=4096)
+    model, ids = GPT(config, generator=torch.Generator().manual_seed(0)), torch.arange(24).view(2, 12)
+    expected = model(ids)
+    expected.square().mean().backward()
+    slopes = [block.feed_forward.up.weight.grad for block in model.blocks]
+    model.zero_grad()
+    mesh = init_device_mesh('cpu', (world.size,))
+    plan = {f'attention.{name}': ColwiseParallel() for name in ('query', 'key', 'value')} | {f'feed_forward.{name}': ColwiseParallel() for name in ('gate', 'up')}
+    plan |= {name: RowwiseParallel() for name in ('attention.output', 'feed_forward.down')}
+    for block in model.blocks: parallelize_module(block, mesh, plan)
+    logits = model(ids)
+    logits.square().mean().backward()
+    grads = [block.feed_forward.up.weight.grad.full_tensor() for block in model.blocks]
+    with torch.no_grad(): one = model(ids[:1, :1])                                 # a single vector, as when it writes
+    share = model.blocks[0].feed_forward.up.weight.to_local().shape[0] / config.ff_width
+    worst = max((logits - expected).abs().max(), (one - expected[:1, :1]).abs().max(), *((a - b).abs().max() for a, b in zip(grads, slopes)))
+    Path(f'{folder}/split{world.rank}.json').write_text(json.dumps({'share': share, 'worst': float(worst)}))
+
+
 def full_disk(*args): raise OSError(28, 'No space left on device')
 
 
@@ -172,6 +195,12 @@ def test_a_trainer_takes_a_model_in_parts(found):
     ours, theirs = (load_checkpoint(found[0]/name).tensors for name in ('run', 'one/run'))
     for part in 'model', 'optimizer':
         for n, t in theirs[part].items(): torch.testing.assert_close(ours[part][n], t, rtol=0, atol=1e-5)
+
+
+def test_layers_split_over_two_processes_against_one(found):
+    for rank in '01':
+        each = json.loads((found[0]/f'split{rank}.json').read_text())
+        assert each['share'] == .5 and each['worst'] < 1e-5
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

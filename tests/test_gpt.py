@@ -228,19 +228,6 @@ def test_compiled_is_the_same():
         for p, grad in zip(made.parameters(), expected): torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
 
 
-def test_layers_split_over_two_processes_against_one(tmp_path):
-    import os, subprocess, sys
-    from pathlib import Path
-    here = Path(__file__).parent
-    env = {**os.environ, 'PYTHONPATH': str(here.parent), 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
-    ranks = [[]] if hasattr(os, 'fork') else ['0', '1']                      # one that forks imports torch once
-    started = [subprocess.Popen([sys.executable, here/'two_processes.py', tmp_path/'meeting', *rank], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in ranks]
-    said = [one.communicate(timeout=600) for one in started]
-    assert not any(one.returncode for one in started), said
-    lines = [line.split() for out, _ in said for line in out.splitlines()]
-    assert sorted(rank for rank, *_ in lines) == ['0', '1'] and all(float(share) == 0.5 and float(worst) < 1e-5 for _, share, worst in lines), lines
-
-
 # ---- the chunked loss ----
 
 @settings(max_examples=40)

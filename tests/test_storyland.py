@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from shapes import unchecked
 
-from llm_from_scratch.grammar import FRIENDS, HOURS, KINDS, PEOPLE, PLACES, SCENES, START, THINGS
+from llm_from_scratch.grammar import FRIENDS, HOURS, PEOPLE, PLACES, SCENES, START, THINGS
 from llm_from_scratch.storyland import (
     NUMBERS, REMAINDERS, SIZES, STORIES_VERSION, EntropyFloor, Event, Glass, Menu, Narrator, Option, Preference, Size, State, Step, Story, Task, World,
     arithmetic, can_begin, continuations, cross_entropy_of, entropy, entropy_floor, follow, instructions, kl_divergence, labels, log_probability, narrator, preferences,
@@ -174,7 +174,7 @@ def oddities(tale):
     if 'asleep' in told and end.hour not in ('evening', 'night'): yield 'asleep by day'
     for before, now, s, last, event in zip([states[0], *states], states, sentences, ['', *sentences], tale.events):
         at, was = now.people.get(hero), before.people.get(hero)
-        with_b = next((p for p, place in was and before.people.items() or () if p != hero and place == was), None)
+        with_b = next((p for p, place in before.people.items() if was and p != hero and place == was), None)
         if s == last: yield f'twice the same: {s}'
         if after(s, 'still there'): yield f'still there, but never left: {s}'
         if at != was and event.kind == 'move' and now.hour != 'night' and not now.reached:

@@ -9,7 +9,7 @@ import os, socket, sys
 from pathlib import Path
 
 import torch
-from test_distributed import sharded, together
+from test_distributed import sharded, split_layers, together
 
 from llm_from_scratch.distributed import join_processes
 from llm_from_scratch.training import ProcessGroup
@@ -19,6 +19,7 @@ def meet(folder):
     with join_processes('cpu') as world:
         together(world, folder)
         sharded(world, folder, f'{folder}/one')
+        split_layers(world, folder)
 
 
 def fork(folder, size=2):
