@@ -322,6 +322,7 @@ class Rotary(Protocol):
         "The same vectors, each rotated by its position."
         ...
 
+# %% ../nbs/06_attention.ipynb #a7d3c0e3
 @runtime_checkable
 class PositionBias(Protocol):
     """Any object with these two methods, which make a bias for each score.

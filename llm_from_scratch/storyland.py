@@ -18,7 +18,7 @@ from .files import checksum
 if TYPE_CHECKING: from llm_from_scratch.text import Tokenizer
 
 # %% auto #0
-__all__ = ['STORIES_VERSION', 'SIZES', 'shared', 'log_probability', 'continuations', 'entropy_floor', 'Story', 'stories', 'Task',
+__all__ = ['STORIES_VERSION', 'SIZES', 'log_probability', 'continuations', 'entropy_floor', 'Story', 'stories', 'Task',
            'questions', 'labels', 'instructions', 'arithmetic', 'Preference', 'preferences']
 
 # %% ../nbs/04_storyland.ipynb #414caeb1

@@ -16,7 +16,7 @@ __all__ = ['SelfAttention', 'TinyBlock', 'TinyGPT', 'sample', 'batch', 'train']
 
 # %% ../nbs/00_tour.ipynb #0b10685e
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention: each position gathers from itself and earlier ones.
+    """Causal multi-head self-attention: gather from here and from before.
 
     >>> SelfAttention(d_model=8, n_heads=2)(torch.zeros(1, 3, 8)).shape
     torch.Size([1, 3, 8])
@@ -25,7 +25,7 @@ class SelfAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model)     # queries, keys and values
+        self.qkv = nn.Linear(d_model, 3 * d_model)    # queries, keys and values
         self.output = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:            # (B, T, D) -> (B, T, D)
@@ -36,12 +36,12 @@ class SelfAttention(nn.Module):
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        mixed = weights @ v                            # weighted averages of values
+        mixed = weights @ v                        # weighted averages of values
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 # %% ../nbs/00_tour.ipynb #71ba9621
 class TinyBlock(nn.Module):
-    """One transformer block: attention, then an MLP; each adds to the residual stream.
+    """A transformer block: attention and MLP, added to the residual stream.
 
     >>> TinyBlock(d_model=8, n_heads=2)(torch.zeros(1, 3, 8)).shape
     torch.Size([1, 3, 8])
@@ -49,7 +49,8 @@ class TinyBlock(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.mlp_norm = nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, n_heads)
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(),
                                  nn.Linear(4 * d_model, d_model))
@@ -61,10 +62,10 @@ class TinyBlock(nn.Module):
 
 # %% ../nbs/00_tour.ipynb #2c7a11b7
 class TinyGPT(nn.Module):
-    """A complete GPT: embeddings, blocks, and a head that shares the embedding table.
+    """A complete GPT: embeddings, blocks, and a head with tied weights.
 
-    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_layers=1, n_heads=2)
-    >>> model(torch.tensor([[1, 2, 3]])).shape      # a score for each token, each time
+    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_heads=2)
+    >>> model(torch.tensor([[1, 2, 3]])).shape     # scores for each next token
     torch.Size([1, 3, 10])
     """
 
@@ -72,22 +73,24 @@ class TinyGPT(nn.Module):
                  n_layers: int = 2, n_heads: int = 4) -> None:
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"n_heads must divide d_model, got {n_heads} and {d_model}")
+            raise ValueError("n_heads must divide d_model, "
+                             f"got {n_heads} and {d_model}")
         self.context_length = context_length
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(context_length, d_model)
-        self.blocks = nn.Sequential(*(TinyBlock(d_model, n_heads) for _ in range(n_layers)))
+        blocks = [TinyBlock(d_model, n_heads) for _ in range(n_layers)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
-        self.head.weight = self.token_embedding.weight          # tied: one table for both
+        self.head.weight = self.token_embedding.weight    # tied: one for both
         for p in self.parameters():
             if p.ndim == 2: nn.init.normal_(p, std=0.05)
 
     def forward(self, ids: Tensor) -> Tensor:          # (B, T) -> (B, T, V)
         "Logits. Raises ValueError for more tokens than the context holds."
         if ids.shape[1] > self.context_length:
-            raise ValueError(f"{ids.shape[1]} tokens are longer than the context of "
-                             f"{self.context_length}")
+            raise ValueError(f"{ids.shape[1]} tokens are longer than the "
+                             f"context of {self.context_length}")
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)
         return self.head(self.norm(self.blocks(x)))
@@ -100,19 +103,20 @@ def sample(
     n: int,                                 # how many tokens to add
     *,
     temperature: float = 1.0,               # 0: always the most probable token
-    context_length: int | None = None,      # how far back to look; None: as the model
+    context_length: int | None = None,      # how far back; None: as the model
     generator: torch.Generator | None = None,
 ) -> list[int]:                             # the prompt and what was added
     """Autoregressive sampling: draw the next token, append it, and read again.
 
-    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_layers=1, n_heads=2)
+    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_heads=2)
     >>> len(sample(model, [1, 2], 5))
     7
     """
     ids = list(ids)
     if not ids: raise ValueError("a prompt needs at least one token")
     if temperature < 0 or n < 0:
-        raise ValueError(f"neither temperature ({temperature}) nor n ({n}) can be negative")
+        raise ValueError(f"neither temperature ({temperature}) nor n ({n}) "
+                         "can be negative")
     window = model.context_length if context_length is None else context_length
     for _ in range(n):
         logits = model(torch.tensor([ids[-window:]]))[0, -1]
@@ -127,7 +131,7 @@ def batch(
     rows: int,                              # how many pieces
     length: int,                            # tokens in a piece, T
     *,
-    starts: Tensor | None = None,           # where pieces may begin; None: anywhere
+    starts: Tensor | None = None,      # where pieces may begin; None: anywhere
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:                 # inputs and targets, (rows, T) each
     """Random pieces of a text, and the same pieces shifted by one token.
@@ -139,9 +143,11 @@ def batch(
     if starts is None: starts = torch.arange(len(ids) - length)
     starts = starts[starts + length < len(ids)]
     if not len(starts):
-        raise ValueError(f"{len(ids)} tokens are too few for pieces of {length} + 1")
+        raise ValueError(f"{len(ids)} tokens are too few "
+                         f"for pieces of {length} + 1")
     chosen = starts[torch.randint(len(starts), (rows, 1), generator=generator)]
-    pieces = ids[chosen + torch.arange(length + 1)]      # row i: chosen[i], chosen[i] + 1, …
+    # row i: chosen[i], chosen[i] + 1, …
+    pieces = ids[chosen + torch.arange(length + 1)]
     return pieces[:, :-1], pieces[:, 1:]
 
 # %% ../nbs/00_tour.ipynb #b1cfc4cf
@@ -150,26 +156,28 @@ def train(
     ids: Tensor,                            # the text, (N,)
     steps: int = 700,
     *,
-    starts: Tensor | None = None,           # where pieces may begin; None: anywhere
+    starts: Tensor | None = None,      # where pieces may begin; None: anywhere
     rows: int = 10,                         # pieces of text in a batch
     lr: float = 5e-3,                       # peak learning rate
     generator: torch.Generator | None = None,
-) -> Iterator[tuple[int, float]]:           # after each step: its number, and its loss
-    """Teach the model to guess the next token: AdamW, warm-up, linear decay, clipping.
+) -> Iterator[tuple[int, float]]:      # after each step: its number, its loss
+    """Teach a model to predict the next token: AdamW, warm-up, decay, clipping.
 
-    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_layers=1, n_heads=2)
-    >>> [step for step, loss in train(model, torch.arange(10).repeat(9), steps=3)]
+    >>> model = TinyGPT(vocab_size=10, context_length=8, d_model=16, n_heads=2)
+    >>> ids = torch.arange(10).repeat(9)
+    >>> [step for step, loss in train(model, ids, steps=3)]
     [1, 2, 3]
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95),
+                                  weight_decay=0.1)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 50, 1 - (step - 1) / steps)
         inputs, targets = batch(ids, rows, model.context_length, starts=starts,
                                 generator=generator)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()               # forget the gradients of the last step
-        loss.backward()                     # backpropagation: a gradient for each parameter
+        optimizer.zero_grad()          # forget the gradients of the last step
+        loss.backward()                # backpropagation: all gradients
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         yield step, loss.item()

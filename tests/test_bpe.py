@@ -314,7 +314,7 @@ def test_it_is_a_tokenizer(own):
 
 # Streams of text --------------------------------------------------------------------------------------------------
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(text=texts, data=st.data(), allowed=st.sampled_from([(), ('<|end|>',), 'all']), size=st.sampled_from([1, 4, 30]))
 def test_parts_give_the_ids_of_the_whole(own, text, data, allowed, size):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -386,6 +386,7 @@ def test_work_grows_with_the_length_of_a_piece(n):
     assert n <= tokenizer._cache.ranks.asked <= 4 * n and len(ids) < n / 100 and tokenizer.decode(ids) == 'a' * n
 
 
+@settings(max_examples=50)
 @given(texts=st.lists(texts, max_size=5), allowed=st.sampled_from([(), ('<|end|>',), 'all']))
 def test_batches_are_single_texts(own, texts, allowed):
     assert own.encode_batch(texts, allowed) == [own.encode(text, allowed) for text in texts]

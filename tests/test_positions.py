@@ -236,6 +236,8 @@ def test_the_bias_by_definition(n_heads, n_queries, before):
     expected = [[[-slopes[h].item() * abs(t + before - s) for s in range(n_queries + before)] for t in range(n_queries)] for h in range(n_heads)]
     assert bias.dtype == torch.float64 and torch.equal(bias, torch.tensor(expected, dtype=torch.float64))
     assert Alibi(n_heads)(n_queries).shape == (n_heads, n_queries, n_queries)
+    at, order = torch.arange(n_queries + before), torch.randperm(n_queries + before, generator=torch.Generator().manual_seed(before))
+    assert torch.equal(Alibi(n_heads).between(at[None, before:], at[order][None], torch.float64)[0], bias[..., order])          # in any order
 
 
 # ---- compilers ----
