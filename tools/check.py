@@ -41,7 +41,6 @@ WAITING = {
     'distributed': 'width',
     'figures': 'width',
     'files': 'width',
-    'grammar': 'width',
     'pretrained': 'width',
 }
 
