@@ -186,7 +186,7 @@ def load_corpus(
     """The documents of a corpus. `ValueError` if unknown, `DownloadError` if it cannot be had.
 
     >>> [text[:16] for text in load_corpus("storyland", n=2)]
-    ['Once upon a time', 'Once upon a time']
+    ['Once upon a time', 'In a little hous']
     """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")

@@ -17,15 +17,18 @@ __all__ = []
 # %% ../nbs/grammar.ipynb #34947b0d
 def _pairs(text: str) -> list[tuple[str, str]]:
     "One pair of words from each item between commas."
-    return [(first, second) for first, second in map(str.split, text.split(","))]
+    return [(first, second) for first,
+            second in map(str.split, text.split(","))]
 
 PEOPLE = _pairs(
     "Mia she, Tom he, Anna she, Ben he, Lily she, Sam he, Rosa she, Leo he, "
-    "Zoe she, Max he, Emma she, Finn he, Nora she, Hugo he, Clara she, Oscar he, "
+    "Zoe she, Max he, Emma she, Finn he, Nora she, Hugo he, Clara she, "
+    "Oscar he, "
     "Ruth she, Paul he, Ivy she, Jack he")
 PLACES = _pairs(
     "river by, market at, forest in, bridge on, garden in, mill by, beach on, "
-    "school at, castle in, meadow in, harbor at, tower in, lake by, village in, "
+    "school at, castle in, meadow in, harbor at, tower in, lake by, "
+    "village in, "
     "hill on, station at")
 SIGHTS = {
     "river": "watch the fish", "market": "smell the fresh bread",
@@ -50,13 +53,17 @@ THINGS = {
         ("all the other children had one",
          "Now {A_he} could play with the other children.")],
     "kite": [
-        ("there was always wind {P0_at}", "The wind carried it high over the {P0}."),
+        ("there was always wind {P0_at}",
+         "The wind carried it high over the {P0}."),
         ("{A_he} wanted to see it fly", "It flew high over the house.")],
     "key": [
-        ("the old box would not open", "The box opened, and inside lay a ring."),
-        ("{A_his} diary was locked", "That night {A_he} wrote in {A_his} diary again.")],
+        ("the old box would not open",
+         "The box opened, and inside lay a ring."),
+        ("{A_his} diary was locked",
+         "That night {A_he} wrote in {A_his} diary again.")],
     "lamp": [
-        ("{A_he} was afraid of the dark", "Now {A_he} was not afraid any more."),
+        ("{A_he} was afraid of the dark",
+         "Now {A_he} was not afraid any more."),
         ("the nights were long", "It burned all night.")],
     "book": [
         ("{A_he} liked to read", "{A_He} read until midnight."),
@@ -74,14 +81,18 @@ THINGS |= {
          "{A_He} played it until the whole house danced."),
         ("there would be a parade", "Now the parade could begin.")],
     "map": [
-        ("{A_he} wanted to see the world", "{A_He} looked at it until midnight."),
+        ("{A_he} wanted to see the world",
+         "{A_He} looked at it until midnight."),
         ("{A_he} always lost the way",
          "Now {A_he} would not lose the way any more.")],
     "rope": [
-        ("{A_he} wanted to build a swing", "Soon a swing hung behind the house."),
-        ("the goat always ran away", "Now the goat could not run away any more.")],
+        ("{A_he} wanted to build a swing",
+         "Soon a swing hung behind the house."),
+        ("the goat always ran away",
+         "Now the goat could not run away any more.")],
     "bell": [
-        ("{A_his} cat always ran away", "Now {A_he} could always hear the cat."),
+        ("{A_his} cat always ran away",
+         "Now {A_he} could always hear the cat."),
         ("it had a lovely sound", "It rang until supper.")],
 }
 
@@ -101,18 +112,22 @@ THINGS |= {
         ("there were berries to pick", "Soon it was full of berries."),
         ("the kittens had no bed", "The kittens slept in it all night.")],
     "mirror": [
-        ("{A_he} wanted to catch the sun", "A spot of light danced over the walls."),
+        ("{A_he} wanted to catch the sun",
+         "A spot of light danced over the walls."),
         ("{A_he} had never seen {A_his} own face",
          "{A_He} laughed at {A_his} own face.")],
     "flute": [
-        ("{A_he} wanted to play a song", "{A_He} played until the stars came out."),
+        ("{A_he} wanted to play a song",
+         "{A_He} played until the stars came out."),
         ("there would be a dance", "Now the dance could begin.")],
 }
 
 # %% ../nbs/grammar.ipynb #0e0d1f27
 KINDS = [
-    ("apple", "apples", True, "bake a pie", "Soon the whole house smelled of pie."),
-    ("shell", "shells", False, "make a necklace", "{A_He} wore the necklace in bed."),
+    ("apple", "apples", True, "bake a pie",
+     "Soon the whole house smelled of pie."),
+    ("shell", "shells", False, "make a necklace",
+     "{A_He} wore the necklace in bed."),
     ("nut", "nuts", True, "fill the cellar", "Now the winter could come."),
     ("flower", "flowers", False, "make a garland",
      "Soon the garland hung over the door."),
@@ -129,7 +144,7 @@ START: Facts = {
     "scene": "opening", "goal": "", "why": "", "reason": 0, "need": 0,
     "done": False, "mood": "", "weather": "", "hour": "", "because": "",
     "opened": 0,                   # which opening
-    "plain": True,                 # did the last sentence begin with its subject?
+    "plain": True,                 # did the last sentence begin plainly?
     "she": "", "he": "",           # the role these words mean; "" when unclear
     "at": "", "friend": "",        # where the hero is, who is there
     "company": "",                 # who walks along
@@ -150,7 +165,8 @@ START |= {
     "N": "", "N_one": "", "N_eat": False, "N_use": "", "N_then": "",
     **{f"{role}{form}": "" for role in "ABC" for form in ("", "_at", "_feels")},
     **{f"{role}_{form}": "" for role in "ABC" for form in _FORMS},
-    **{f"{role}_n": 0 for role in "ABC"},      # how many apples (or …) a person has
+    **{f"{role}_n": 0
+       for role in "ABC"},      # how many apples (or …) a person has
     **{f"{x}{form}": "" for x in "TU" for form in ("", "_full", "_at")},
     **{f"P{i}{form}": "" for i in range(5) for form in ("", "_at")},
     **{f"P{i}_no": False for i in range(5)},   # a place where the thing is not
@@ -173,7 +189,7 @@ def _question(f: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
 # %% ../nbs/grammar.ipynb #4d416795
 def _ways(w: Glass, weight: float, texts: str, then: str, event: str = "",
           **facts: Any) -> Told:
-    "Wordings of one event, parted by bars, that share its weight; then a scene."
+    "Wordings of one event, parted by bars, that share its weight."
     told = ("scene", then), *facts.items()
     return _wordings(w.size.wordings, weight, texts, event, *told)
 
@@ -219,9 +235,10 @@ def _people(w: Glass, role: str, tail: str, then: str, event: str,
     used, sex, hero = w.names, w.sex, w.A_he
     for i, (name, he) in enumerate(PEOPLE[:w.size.people]):
         if used >> i & 1 or sex not in ("", he): continue
-        now = "" if hero == he else role       # the hero stands in the same sentence
+        now = "" if hero == he else role    # the hero was named before
         told = {role: name, **_forms(role, he), he: now, "names": used | 1 << i}
-        yield Option(1 / (i + 5), name + tail, {"scene": then, **told, **facts}, event)
+        yield Option(1 / (i + 5), name + tail, {"scene": then, **told, **facts},
+                     event)
 
 # %% ../nbs/grammar.ipynb #12926979
 def _places(w: Glass, role: str, phrase: str, then: str, event: str,
@@ -233,7 +250,8 @@ def _places(w: Glass, role: str, phrase: str, then: str, event: str,
         the, at = f"the {name}", f"{at} the {name}"
         told = {role: name, f"{role}_at": at, "places": used | 1 << i}
         words = phrase.replace("<the>", the).replace("<at>", at)
-        yield Option(1 / (i + 5), words, {"scene": then, **told, **facts}, event)
+        yield Option(1 / (i + 5), words, {"scene": then, **told, **facts},
+                     event)
 
 def _things(w: Glass, role: str, tail: str, then: str, event: str,
             **facts: Any) -> Told:
@@ -248,7 +266,8 @@ def _things(w: Glass, role: str, tail: str, then: str, event: str,
 def _colors(w: Glass, role: str, then: str) -> Told:
     "A color for the thing that comes."
     for i, color in enumerate(COLOR_WORDS[:w.size.colors]):
-        yield Option(1 / (i + 3), color + " ", {"scene": then, f"{role}_full": color})
+        yield Option(1 / (i + 3), color + " ",
+                     {"scene": then, f"{role}_full": color})
 
 def _amount(n: int, more: str = "") -> str:
     "So many of the goods of this story."
@@ -283,7 +302,8 @@ def _hero_name(w: Glass) -> Told:
     tail, then = (".", "goal") if w.known else ("", "home")
     for i, (name, he) in enumerate(PEOPLE[:w.size.people]):
         girl = "girl" if he == "she" else "boy"
-        facts = {"scene": then, "A": name, **_forms("A", he), he: "A", "names": 1 << i}
+        facts = {"scene": then, "A": name, **_forms("A", he), he: "A",
+                 "names": 1 << i}
         yield Option(1 / (i + 5), f"{girl} called {name}{tail}", facts, "open")
 
 @_scene
@@ -292,16 +312,20 @@ def _home(w: Glass) -> Told:
     return _places(w, "P0", after, "goal", "open", known=1, at="P0")
 
 # %% ../nbs/grammar.ipynb #b164dd90
-_WANT = (" {A_He} wanted a | {A_He} wished for a | More than anything {A_he} wanted a |"
+_WANT = (" {A_He} wanted a | {A_He} wished for a |"
+         " More than anything {A_he} wanted a |"
          " For a long time {A_he} had wanted a | All {A_he} wanted was a |"
          " {A_He} often dreamed of a ")
 _LOST = (" The day before, {A_he} had lost {A_his} |"
          " {A_He} was sad because {A_he} had lost {A_his} |"
-         " Last week {A_he} had lost {A_his} | In a storm {A_he} had lost {A_his} |"
-         " At play {A_he} had lost {A_his} | On a walk {A_he} had lost {A_his} ")
+         " Last week {A_he} had lost {A_his} |"
+         " In a storm {A_he} had lost {A_his} |"
+         " At play {A_he} had lost {A_his} |"
+         " On a walk {A_he} had lost {A_his} ")
 _VISIT = (" {A_He} had a friend called | {A_He} missed a friend called |"
           " {A_He} often thought of a friend called ")
-_NEED = " {A_He} needed | {A_He} hoped to find | {A_He} had promised to bring home "
+_NEED = (" {A_He} needed | {A_He} hoped to find |"
+         " {A_He} had promised to bring home ")
 
 @_scene
 def _goal(w: Glass) -> Told:
@@ -354,7 +378,8 @@ def _friend_place(w: Glass) -> Told:
 def _present(w: Glass) -> Told:
     for i, (why, _) in enumerate(_OCCASIONS[:w.size.wordings]):
         facts = {"scene": "want", "why": why, "because": why, "reason": i}
-        words = f" {why[0].upper()}{why[1:]}, so {{A}} wanted to bring {{B_him}} a "
+        words = (f" {why[0].upper()}{why[1:]}, so {{A}} wanted"
+                 " to bring {B_him} a ")
         yield Option(1, words, facts, "want")
 
 # %% ../nbs/grammar.ipynb #4958f725
@@ -362,7 +387,8 @@ def _present(w: Glass) -> Told:
 def _need(w: Glass) -> Told:
     for i, (one, many, eat, use, then) in enumerate(KINDS[:w.size.kinds]):
         why = f"{{A_he}} wanted to {use}"
-        facts = {"scene": "have", "N": many, "N_one": one, "N_eat": eat, "N_use": use,
+        facts = {"scene": "have", "N": many, "N_one": one, "N_eat": eat,
+                 "N_use": use,
                  "N_then": then, "why": why, "because": why}
         for n in range(2, w.size.most + 3):
             words = f"{NUMBERS[n]} {many} to {use}, but {{A_he}} had "
@@ -381,19 +407,23 @@ def _setting(w: Glass) -> Told:
     he = _name(w, "A")
     for sky in [*SKIES][:w.size.skies]:
         for hour in "morning", "afternoon":
-            weight = (3 if sky == "sunny" else 2) * (2 if hour == "morning" else 1)
-            texts = (f" One {sky} {hour} {he} | It was a {sky} {hour} when {he} |"
+            weight = (3 if sky == "sunny" else 2) * (2 if hour == "morning"
+                                                     else 1)
+            texts = (f" One {sky} {hour} {he} |"
+                     f" It was a {sky} {hour} when {he} |"
                      f" On a {sky} {hour} {he} |"
                      f" The next {hour} was {sky}, and {he} |"
                      f" Then came a {sky} {hour}, and {he} |"
                      f" So one {sky} {hour} {he} ")
-            yield from _ways(w, weight, texts, "packing", weather=sky, hour=hour)
+            yield from _ways(w, weight, texts, "packing", weather=sky,
+                             hour=hour)
 
 @_scene
 def _packing(w: Glass) -> Told:
     here = _mention(w, "A")
     if w.goal != "collect" or w.size.depth:
-        yield from _ways(w, 4, "packed |took |put on {A_his} coat, took ", "pack")
+        yield from _ways(w, 4, "packed |took |put on {A_his} coat, took ",
+                         "pack")
     texts = "went to |set out for |walked to |ran to "
     yield from _ways(w, 2, texts, "set_out", **here)
 
@@ -439,7 +469,8 @@ def _to_target(w: Glass) -> Option:
     if w.goal == "deliver":
         facts |= {"scene": "greet", "friend": "B", **_mention(w, "A", "B")}
         return Option(2, "the {P1} to see {B}.", facts, "move")
-    facts |= {"scene": "take", "friend": "", "because": "{A_he} was looking for the {T}"}
+    facts |= {"scene": "take", "friend": "",
+              "because": "{A_he} was looking for the {T}"}
     return Option(2, "the {P1} to look for the {T}.", facts, "move")
 
 # %% ../nbs/grammar.ipynb #c1f171ec
@@ -451,7 +482,8 @@ def _quest(f: Facts) -> str:
     if goal == "collect": return "collect"
     if goal == "deliver": return "give" if f["friend"] == "B" else "deliver"
     if at == "": return "unknown"
-    return "here" if at == f["at"] else "friend" if at == f["friend"] else "away"
+    return ("here" if at == f["at"] else
+            "friend" if at == f["friend"] else "away")
 
 @_question
 def _target(f: Facts) -> str:
@@ -470,7 +502,8 @@ def _journey(f: Facts) -> str:
     target, at = _target(f), f["at"]
     if target and target not in (at, "along"): return target
     wet = _is_wet(f) and f["hour"] != "evening"
-    free = not f["friend"] and (f["goal"] == "collect" or f["T_at"] == "" != f["goal"])
+    free = not f["friend"] and (f["goal"] == "collect" or f["T_at"]
+                                == "" != f["goal"])
     return "home" if wet and free and at != "P0" and not f["done"] else ""
 
 def _shelter(f: Facts, way: str) -> str:
@@ -484,7 +517,8 @@ def _belonging(f: Facts) -> str:
     "Where the other thing is, seen from the hero."
     at = f["U_at"]
     if at in ("", "A"): return "mine" if at else ""
-    return "here" if at == f["at"] else "friend" if at == f["friend"] else "away"
+    return ("here" if at == f["at"] else
+            "friend" if at == f["friend"] else "away")
 
 def _in_hand(f: Facts) -> str:
     "The same, for one who sees only what lies here or is in the hero's hands."
@@ -520,7 +554,8 @@ def _may_feel(f: Facts, friend: str) -> str:
     "What may ail a friend who has not complained yet."
     if f[f"{friend}_feels"]: return "no"
     if f["company"]: return ""
-    return "both" if f["N_eat"] and f["A_n"] and f["goal"] != "collect" else "sad"
+    food = f["N_eat"] and f["A_n"] and f["goal"] != "collect"
+    return "both" if food else "sad"
 
 # %% ../nbs/grammar.ipynb #84763bae
 def _may_give(f: Facts, friend: str, quest: str) -> str:
@@ -552,7 +587,8 @@ _ELSEWHERE = ("P1", "P2", "P3", "P4")       # anywhere but at the hero's home
 def _exits(f: Facts) -> tuple[str, ...]:
     "Where a friend who leaves can go."
     other = f["C_at" if f["friend"] == "B" else "B_at"]
-    return tuple(p for p in _ELSEWHERE[:f["known"] - 1] if p not in (f["at"], other))
+    return tuple(p for p in _ELSEWHERE[:f["known"] - 1]
+                 if p not in (f["at"], other))
 
 @_question
 def _hints(f: Facts) -> tuple[str, ...]:
@@ -585,7 +621,8 @@ QUESTIONS |= dict(
     grateful=_of_friend(lambda f, friend: f["thanks"] == friend),
     was_asked=_of_friend(lambda f, friend: f["asked"] == friend),
     friend_space=_of_friend(lambda f, friend: min(8, 20 - f[f"{friend}_n"])),
-    at_home=lambda f: f["friend"] == "B" and f["goal"] == "deliver" and f["at"] == "P1",
+    at_home=lambda f: (f["friend"] == "B" and f["at"] == "P1"
+                       and f["goal"] == "deliver"),
 )
 
 # %% ../nbs/grammar.ipynb #bfe73d90
@@ -599,7 +636,8 @@ QUESTIONS |= dict(
     here=lambda f: f[f["at"]],
     wet=lambda f: f["weather"] if _is_wet(f) else "",
     late=lambda f: f["hour"] in ("evening", "night"),
-    may_meet=lambda f: f["met"] < f["circle"] and not f["friend"] and f["at"] != "P0",
+    may_meet=lambda f: (f["met"] < f["circle"] and not f["friend"]
+                        and f["at"] != "P0"),
 )
 
 # %% ../nbs/grammar.ipynb #f0804b3c
@@ -607,7 +645,7 @@ class View(NamedTuple):
     "What decides about the next step of the hero."
     quest: str
     untried: bool         # may the thing lie here?
-    new: str              # what to look for in new places: goal, chance, nothing
+    new: str              # what to look for in new places: goal, chance
     way: str              # to the goal or home, if there is reason to go
     in_hand: str
     wants_more: bool
@@ -624,7 +662,8 @@ class View(NamedTuple):
 # %% ../nbs/grammar.ipynb #26743a9a
 def _new(f: Facts, quest: str) -> str:
     "What a hero may look for at a place not seen before."
-    if quest in ("done", "give", "friend") or f["known"] >= f["rooms"]: return ""
+    if quest in ("done", "give", "friend") or f["known"] >= f["rooms"]:
+        return ""
     if f["at"] == "P0" and _is_wet(f): return ""
     return "goal" if quest in ("unknown", "collect") else "chance"
 
@@ -645,11 +684,13 @@ def _view(f: Facts) -> tuple[Any, ...]:
     quest, at, friend = _quest(f), f["at"], f["friend"]
     untried = quest == "unknown" and not f[at + "_no"] and at != "P0"
     way, looked = _way(f), f["looked"] or quest == "give"
-    seen = (quest, untried, _new(f, quest), way, _in_hand(f), _wants_more(f, quest),
+    seen = (quest, untried, _new(f, quest), way, _in_hand(f),
+            _wants_more(f, quest),
             _appetite(f), _shelter(f, way), looked)
     if not friend:
         return *seen, f["met"] < f["circle"] and at != "P0" and quest != "done"
-    return (*seen, False, friend, _object(f, friend), f[friend + "_feels"] == "sad",
+    return (*seen, False, friend, _object(f, friend),
+            f[friend + "_feels"] == "sad",
             f["asked"] == friend, _may_give(f, friend, quest))
 
 @_question
@@ -659,7 +700,8 @@ def _outing(f: Facts) -> tuple[str, str]:
 
 # %% ../nbs/grammar.ipynb #da9ab206
 _WONDERS = (" A bird sang in a tree.| Somewhere a bell rang.| A cat ran by.|"
-            " Far away a dog barked.| A butterfly flew by.| Somebody laughed far away.")
+            " Far away a dog barked.| A butterfly flew by.|"
+            " Somebody laughed far away.")
 
 @_scene
 def _turn(w: Glass) -> Told:
@@ -679,12 +721,15 @@ def _turn(w: Glass) -> Told:
 _LEADS = ["", "Then ", "Soon ", "A little later ", "After a while ", "Next ",
           "Before long "]
 
-def _led(w: Glass, weight: float, first: str, he: str, then: str, told: Facts) -> Told:
+def _led(w: Glass, weight: float, first: str, he: str, then: str,
+         told: Facts) -> Told:
     "A sentence that begins with its subject, or with a connective."
-    return _leads(w.size.wordings, w.plain, weight, first, he, then, *told.items())
+    return _leads(w.size.wordings, w.plain, weight, first, he, then,
+                  *told.items())
 
 @cache
-def _leads(most: int, plain: bool, weight: float, first: str, he: str, then: str,
+def _leads(most: int, plain: bool, weight: float, first: str, he: str,
+           then: str,
            *told: Any) -> list[Option]:
     "The same for every menu in which they stand, so made once."
     options = []
@@ -706,7 +751,8 @@ def _hero_turn(w: Glass) -> Told:
     yield from _led(w, weight, "{A}", "{A}", "hero", facts)
     then = "hero"
     if w.company:
-        he, then, facts = "they", "together", {**facts, **_mention(w, "A", w.company)}
+        he, then, facts = "they", "together", {**facts,
+                                               **_mention(w, "A", w.company)}
         texts = " They | Together they "
         if not w.still: yield from _ways(w, 4 * slow, texts, then, **facts)
     yield from _clock(w, he, {**facts, "still": False, "scene": then})
@@ -718,7 +764,8 @@ def _friend_turn(w: Glass, f: str) -> Told:
     texts = f" {{{f}_He}} | Then {{{f}_he}} "
     if clear: yield from _ways(w, 0.7 * weight, texts, "friend", **facts)
     texts = f" {{{f}}} | Then {{{f}}} "
-    yield from _ways(w, (0.3 if clear else 1) * weight, texts, "friend", **facts)
+    yield from _ways(w, (0.3 if clear else 1) * weight, texts, "friend",
+                     **facts)
 
 # %% ../nbs/grammar.ipynb #566c549d
 _CLOCK = {
@@ -740,18 +787,22 @@ def _clock(w: Glass, he: str, facts: Facts) -> Told:
         if w.still: return
     weight = 9 * w.size.pace
     if hour == "night":
-        yield from _ways(w, weight, _NIGHT, "homecoming", "night", **home, hour=hour)
+        yield from _ways(w, weight, _NIGHT, "homecoming", "night", **home,
+                         hour=hour)
     else:
         facts = {**facts, "hour": hour}
-        yield from _ways(w, weight, _CLOCK[hour].replace("<he>", he), then=facts["scene"],
-                         **{name: fact for name, fact in facts.items() if name != "scene"})
+        yield from _ways(w, weight, _CLOCK[hour].replace("<he>", he),
+                         then=facts["scene"],
+                         **{name: fact for name,
+                            fact in facts.items() if name != "scene"})
 
 # %% ../nbs/grammar.ipynb #5c0c20d5
 @_scene
 def _sky(w: Glass) -> Told:
     for sky in [*SKIES][:w.size.skies]:
         if sky != w.weather:
-            yield Option(1, SKIES[sky], {"scene": "turn", "weather": sky}, "weather")
+            yield Option(1, SKIES[sky], {"scene": "turn", "weather": sky},
+                         "weather")
 
 @_scene
 def _total(w: Glass) -> Told:
@@ -777,11 +828,13 @@ def _goal_step(w: Glass, do: _Doing, view: View) -> Told:
     "Look for the thing, or for somebody who knows."
     if view.quest == "unknown" and view.untried:
         yield from do(1, "saw |spotted |came upon ", "spot", spotted=True)
-        texts = "looked everywhere, |searched for a long time, |looked under every leaf, "
+        texts = ("looked everywhere, |searched for a long time, |"
+                 "looked under every leaf, ")
         if w.size.depth: yield from do(1.5, texts, "search")
     if view.may_meet:
         weight = 4 if view.quest in ("unknown", "collect") else 1.5
-        texts = "met a |ran into a |made friends with a |came across a |got to know a "
+        texts = ("met a |ran into a |made friends with a |came across a |"
+                 "got to know a ")
         yield from do(weight, texts, "meeting")
 
 # %% ../nbs/grammar.ipynb #db55dee2
@@ -794,7 +847,8 @@ def _walking(do: _Doing, new: str, way: str) -> Told:
         texts = "went |walked |hurried |rushed |took the short way |set off "
         yield from do(3 if way == "home" else 10, texts, "go", **_NEW)
     if new:
-        texts = "came to |reached |followed a path to |wandered to |crossed a field to "
+        texts = ("came to |reached |followed a path to |wandered to |"
+                 "crossed a field to ")
         yield from do(5 if new == "goal" else 0.7, texts, "explore", **_NEW)
 
 def _hands(w: Glass, do: _Doing, view: View) -> Told:
@@ -807,7 +861,8 @@ def _hands(w: Glass, do: _Doing, view: View) -> Told:
         yield from do(0.4, "put down |set down |laid down ", "drop")
     if view.wants_more:
         texts = "found |gathered |picked |discovered "
-        yield from do(6 if view.quest == "collect" else 1, texts, "gather", picked=True)
+        yield from do(6 if view.quest == "collect" else 1, texts, "gather",
+                      picked=True)
 
 # %% ../nbs/grammar.ipynb #bdd241d5
 _SUN = "until the sun came out."
@@ -816,15 +871,18 @@ def _body(do: _Doing, view: View) -> Told:
     "Hunger, sleep, and shelter from the rain."
     if view.appetite == "eat": yield from do(8, "ate |happily ate ", "eat")
     if view.appetite == "tired":
-        texts = "sat down and slept for a while.|rested under a tree.|lay down in the grass."
+        texts = ("sat down and slept for a while.|rested under a tree.|"
+                 "lay down in the grass.")
         yield from do(8, texts, "turn", "rest", A_feels="fine")
     if view.appetite == "may eat":
-        yield from do(0.8, "was hungry.|felt hungry.", "turn", "feel", A_feels="hungry")
+        yield from do(0.8, "was hungry.|felt hungry.", "turn", "feel",
+                      A_feels="hungry")
     if view.appetite == "":
         texts = "grew tired.|could hardly walk any more."
         yield from do(0.25, texts, "turn", "feel", A_feels="tired")
     if view.shelter:
-        texts = f"waited {_SUN}|stood under a tree {_SUN}|sat under a tree {_SUN}"
+        texts = (f"waited {_SUN}|stood under a tree {_SUN}|"
+                 f"sat under a tree {_SUN}")
         if view.shelter == "home":
             texts = f"waited {_SUN}|sat at home {_SUN}|waited at home {_SUN}"
         yield from do(2.5, texts, "turn", "weather", weather="sunny")
@@ -840,7 +898,8 @@ def _company(do: _Doing, view: View) -> Told:
         yield from do(8, texts, "play")
     if quest == "friend" and not view.asked:
         please = f"said to {him}, \"Please give me the {{T}}.\""
-        yield from do(8, f"asked {him} for the {{T}}.|{please}", "beg", "ask", asked=f)
+        yield from do(8, f"asked {him} for the {{T}}.|{please}", "beg", "ask",
+                      asked=f)
     if quest == "friend" and view.asked and view.in_hand in ("mine", "kept"):
         yield from do(10, "traded |offered ", "trade")
     if quest == "unknown" and not view.asked:
@@ -868,7 +927,8 @@ def _drop(w: Glass) -> Told:
 
 @_scene
 def _inquire(w: Glass) -> Told:
-    where = "Where is my {T}?" if w.goal == "lost" else "Where can I find a {T}?"
+    lost = w.goal == "lost"
+    where = "Where is my {T}?" if lost else "Where can I find a {T}?"
     seen = f"Have you seen {_a(w)} {{T}}?"
     texts = f" about the {{T}}.|, \"{where}\"|, \"{seen}\""
     return _ways(w, 1, texts, "reply", "ask")
@@ -886,14 +946,18 @@ def _take(w: Glass) -> Told:
         facts = {"T_at": "", f"{w.at}_no": True, "news": ""}
         yield from _ways(w, 4, _GONE, "turn", "search", **facts)
 
-_SEEN = (" <He> picked up the {T}.| Quickly <he> picked it up.| At once <he> took the {T}.|"
+_SEEN = (" <He> picked up the {T}.| Quickly <he> picked it up.|"
+         " At once <he> took the {T}.|"
          " <He> laughed and picked it up.| <He> took the {T} in both hands.|"
          " <He> cleaned the {T} and took it along.")
-_FOUND = (" There it was, and <he> picked it up.| <He> found the {T} under a tree.|"
-          " There lay the {T}, and <he> took it.| <He> saw the {T} and picked it up.|"
+_FOUND = (" There it was, and <he> picked it up.|"
+          " <He> found the {T} under a tree.|"
+          " There lay the {T}, and <he> took it.|"
+          " <He> saw the {T} and picked it up.|"
           " After a short search <he> found the {T}.|"
           " <He> was glad to see the {T} and took it.")
-_GONE = (" But the {T} was gone.| But there was no {T}.| But somebody had taken the {T}.|"
+_GONE = (" But the {T} was gone.| But there was no {T}.|"
+         " But somebody had taken the {T}.|"
          " But the {T} was not there any more.")
 
 # %% ../nbs/grammar.ipynb #ee2856fb
@@ -908,7 +972,8 @@ def _go(w: Glass) -> Told:
     there = next((f for f in FRIENDS[:w.size.friends] if w[f"{f}_at"] == p), "")
     meets = there and not w.company
     then = "greet" if meets else "take" if w.T_at == p else "turn"
-    facts = {"at": p, "friend": w.company or there, "quiet": False, "scene": then}
+    facts = {"at": p, "friend": w.company or there, "quiet": False,
+             "scene": then}
     yield Option(1, f"to the {{{p}}}.", facts, "move")
     if meets:
         facts = {**facts, **_mention(w, "A", there)}
@@ -923,7 +988,8 @@ def _greet(w: Glass) -> Told:
     then = "take" if w.T_at == w.at else "turn"
     f, facts = f"{{{w.friend}}}", _mention(w, w.friend)
     if w.at_home:
-        texts = f" {f} opened the door.| {f} was at home.| {f} was glad to have a guest."
+        texts = (f" {f} opened the door.| {f} was at home.|"
+                 f" {f} was glad to have a guest.")
         return _ways(w, 1, texts, then, "greet", **facts)
     has = ""
     if w.belonging == "friend": has = " with the {U}"
@@ -946,7 +1012,8 @@ def _discover(w: Glass) -> Told:
         texts = (f", and there lay {it}.| and saw {it} in the grass.|"
                  f", and under a tree lay {it}.")
         yield from _ways(w, 2, texts, "take", "see", T_at=w.at, spotted=True)
-    if w.may_meet: yield from _ways(w, 4, " and met a |, where {A_he} met a ", "meeting")
+    if w.may_meet:
+        yield from _ways(w, 4, " and met a |, where {A_he} met a ", "meeting")
 
 @_scene
 def _meeting(w: Glass) -> Told:
@@ -957,7 +1024,8 @@ def _meeting(w: Glass) -> Told:
         yield Option(1, f"{girl} called ", facts, "meet")
 
 @_scene
-def _newcomer(w: Glass) -> Told: return _people(w, w.friend, ".", "turn", "meet")
+def _newcomer(w: Glass) -> Told:
+    return _people(w, w.friend, ".", "turn", "meet")
 
 # %% ../nbs/grammar.ipynb #edfb7356
 @_scene
@@ -992,13 +1060,15 @@ def _eat(w: Glass) -> Told:
     spare = w.A_n - (w.need if w.goal == "collect" else 0)
     told = {"scene": "turn", "A_feels": "fine", "because": "{A_he} was hungry"}
     for n in range(1, min(spare, 3) + 1):
-        yield Option(1 / n, f"{_amount(n)}.", {**told, **_has(w, w.A_n - n)}, "eat")
+        yield Option(1 / n, f"{_amount(n)}.", {**told, **_has(w, w.A_n - n)},
+                     "eat")
 
 def _more(w: Glass, weight: float, event: str, **facts: Any) -> Told:
     "The hero gets some more."
     for n in range(1, min(w.size.most, w.space) + 1):
         words = _amount(n, "more " if w.any else "")
-        yield Option(weight / n, words, {"scene": "got", "gift": n, **facts}, event)
+        yield Option(weight / n, words, {"scene": "got", "gift": n, **facts},
+                     event)
 
 @_scene
 def _gather(w: Glass) -> Told: return _more(w, 1, "gather")
@@ -1028,7 +1098,8 @@ def _give_number(w: Glass) -> Told:
     facts = {"scene": "thank", **_has(w, w.A_n - w.gift), "thanks": f}
     facts[f"{f}_n"] = w[f"{f}_n"] + w.gift
     if w.needs == "food":
-        facts |= {"news": f, f"{f}_feels": "fine", "because": f"{{{f}_he}} was hungry"}
+        facts |= {"news": f, f"{f}_feels": "fine",
+                  "because": f"{{{f}_he}} was hungry"}
         yield Option(5, f" because {_he(w, f)} was hungry.", facts, "give")
     else: yield Option(1, ".", {**facts, "news": facts["news"] or f}, "give")
 
@@ -1044,8 +1115,10 @@ def _play(w: Glass) -> Told:
 @_scene
 def _thank(w: Glass) -> Told:
     f = f"{{{w.friend}}}"
-    texts = f" \"Thank you,\" said {f}.| {f} was happy again.| {f} thanked {{A_him}}."
-    return _ways(w, 1, texts, "turn", "thank", quiet=False, **_mention(w, w.friend))
+    texts = (f" \"Thank you,\" said {f}.| {f} was happy again.|"
+             f" {f} thanked {{A_him}}.")
+    return _ways(w, 1, texts, "turn", "thank", quiet=False,
+                 **_mention(w, w.friend))
 
 @_scene
 def _joy(w: Glass) -> Told:
@@ -1058,12 +1131,14 @@ def _friend(w: Glass) -> Told:
     "What the friend who is here does."
     do, f, me, quest = partial(_ways, w), w.friend, w.me, w.quest
     gives = f"gave {me} |handed {me} "
-    if quest == "friend" and w.grateful: yield from do(15, gives, "friend_gives")
+    if quest == "friend" and w.grateful:
+        yield from do(15, gives, "friend_gives")
     elif w.short or (w.belonging == "friend" and w.stolen):
         yield from do(4, gives, "friend_gives")
     if quest == "unknown": yield from _surprise(w, do, f, me)
     if w.may_feel in ("both", "sad"): yield from _complaint(w, do, f)
-    if w.size.depth > 1 and quest != "give": yield from _comings_and_goings(w, f)
+    if w.size.depth > 1 and quest != "give":
+        yield from _comings_and_goings(w, f)
     texts = ("laughed out loud.|sang a little song.|told a funny story.|"
              "danced in a circle.|clapped with joy.|whistled like a bird.")
     if w.sad: texts = "said nothing.|looked at the sky and said nothing."
@@ -1073,24 +1148,30 @@ def _friend(w: Glass) -> Told:
 def _surprise(w: Glass, do: _Doing, f: str, me: str) -> Told:
     "The friend has the thing all along, or remembers where one lies."
     facts, bag = {"T_at": f}, f"out of {{{f}_his}} bag."
-    first = "had found the {T_full}." if w.goal == "lost" else f"showed {me} a {{T_full}}."
+    first = f"showed {me} a {{T_full}}."
+    if w.goal == "lost": first = "had found the {T_full}."
     inside = f"opened {{{f}_his}} bag, and inside lay {_a(w)} {{T_full}}."
     texts = f"{first}|{inside}|took {_a(w)} {{T_full}} {bag}"
     weight = 4 if w.grateful else 1.5
     if w.goal != "lost": facts |= _mention(w, f, "A")
     if not w.was_asked: yield from do(weight, texts, "turn", "have", **facts)
     if w.grateful and w.knows:
-        that = "that the {T} was " if w.goal == "lost" else "that there was a {T} "
-        yield from do(6, f"remembered {that}", "hint", thanks="", **_mention(w, f))
+        lost = w.goal == "lost"
+        that = "that the {T} was " if lost else "that there was a {T} "
+        yield from do(6, f"remembered {that}", "hint", thanks="",
+                      **_mention(w, f))
 
 def _complaint(w: Glass, do: _Doing, f: str) -> Told:
     "A friend tells what is wrong, once."
-    facts, nobody = {"quiet": True}, f"because {{{f}_he}} had nobody to play with."
-    texts = f"looked sad {nobody}|was sad {nobody}|had been alone all day and was sad."
+    facts = {"quiet": True}
+    nobody = f"because {{{f}_he}} had nobody to play with."
+    texts = (f"looked sad {nobody}|was sad {nobody}|"
+             f"had been alone all day and was sad.")
     yield from do(2, texts, "turn", "feel", **facts, **{f"{f}_feels": "sad"})
     texts = "was hungry.|had had no breakfast."
     if w.may_feel == "both":
-        yield from do(2, texts, "turn", "feel", **facts, **{f"{f}_feels": "hungry"})
+        yield from do(2, texts, "turn", "feel", **facts,
+                      **{f"{f}_feels": "hungry"})
 
 # %% ../nbs/grammar.ipynb #4a097248
 def _comings_and_goings(w: Glass, f: str) -> Told:
@@ -1110,7 +1191,8 @@ def _comings_and_goings(w: Glass, f: str) -> Told:
 @_scene
 def _leave(w: Glass) -> Told:
     for p in w.exits:
-        facts = {"scene": "turn", f"{w.friend}_at": p, "friend": "", "company": ""}
+        facts = {"scene": "turn", f"{w.friend}_at": p, "friend": "",
+                 "company": ""}
         yield Option(1, f"to the {{{p}}}.", facts, "leave")
 
 # %% ../nbs/grammar.ipynb #a564a050
@@ -1125,15 +1207,18 @@ def _friend_gives(w: Glass) -> Told:
         facts = {**facts, "because": "{A_he} had been kind"}
         yield Option(12, f"the {{T}} because {why}.", facts, "give")
     if w.belonging == "friend" and w.stolen:
-        yield Option(1, "the {U} back.", {**both, "U_at": "A", "stolen": ""}, "give")
+        yield Option(1, "the {U} back.", {**both, "U_at": "A", "stolen": ""},
+                     "give")
     if w.short:
         yield from _more(w, 0.5, "give", quiet=True, **{**both, "scene": "got"})
 
 # %% ../nbs/grammar.ipynb #85abadcd
 @_scene
 def _beg(w: Glass) -> Told:
-    f, facts = w.friend, {"T_at": "A", "done": True, **_mention(w, w.friend, "A")}
-    yes = f" {{{f}}} gave it to {{A_him}}.| {{{f}}} smiled and gave it to {{A_him}}."
+    f, facts = w.friend, {"T_at": "A", "done": True,
+                          **_mention(w, w.friend, "A")}
+    yes = (f" {{{f}}} gave it to {{A_him}}.|"
+           f" {{{f}}} smiled and gave it to {{A_him}}.")
     kind = w.grateful or w.goal == "lost"
     yield from _ways(w, 9 if kind else 1, yes, "turn", "give", **facts)
     no = f" {{{f}}} said no.| {{{f}}} shook {{{f}_his}} head."
@@ -1154,7 +1239,8 @@ def _reply(w: Glass) -> Told:
     no = f" {f} did not know.| \"I do not know,\" said {f}."
     yield from _ways(w, 1, no, "turn", "reply", **facts)
     his, it = f"{{{w.friend}_his}}", f"{_a(w)} {{T_full}}"
-    has = (f" {f} took {it} out of {his} bag.| {f} opened {his} bag, and inside lay {it}.|"
+    has = (f" {f} took {it} out of {his} bag.|"
+           f" {f} opened {his} bag, and inside lay {it}.|"
            f" {f} smiled and showed {w.me} {it}.")
     told = {"T_at": w.friend, "asked": "", **_mention(w, w.friend, "A")}
     yield from _ways(w, 1.5, has, "turn", "have", **told)
@@ -1175,7 +1261,8 @@ def _somewhere(w: Glass, phrase: str) -> Told:
     "Where the thing is said to lie."
     for p in w.hints:
         words = phrase.replace("<at>", f"{{{p}_at}}")
-        yield Option(1, words, {"scene": "turn", "T_at": p, "told": True}, "tell")
+        yield Option(1, words, {"scene": "turn", "T_at": p, "told": True},
+                     "tell")
     if w.room:
         p = f"P{w.known}"
         facts = {"known": w.known + 1, "T_at": p, "told": True}
@@ -1198,7 +1285,8 @@ def _homecoming(w: Glass) -> Told:
     texts = (f"{he} went home to the {{P0}} |{he} walked back to the {{P0}} |"
              f"{he} returned to the house {{P0_at}} ")
     if w.company: texts = f"{he} said goodbye and went home to the {{P0}} "
-    if w.at != "P0": return _ways(w, 1, texts, "luggage", "move", at="P0", **facts)
+    if w.at != "P0":
+        return _ways(w, 1, texts, "luggage", "move", at="P0", **facts)
     texts = f"{he} was at home {{P0_at}} |{he} sat at home {{P0_at}} "
     return _ways(w, 1, texts, "luggage", "move", **facts)
 
@@ -1207,7 +1295,8 @@ def _luggage(w: Glass) -> Told:
     things = [_amount(w.A_n)] * (w.A_n > 0)
     things += ["the {U_full}"] * (w.belonging == "mine")
     things += ["the {T_full}"] * (w.T_at == "A")
-    text = " and ".join([", ".join(things[:-1]), *things[-1:]] if things[1:] else things)
+    text = " and ".join([", ".join(things[:-1]), *things[-1:]] if things[1:]
+                        else things)
     text = text or ("a light heart" if w.done else "empty hands")
     return _ways(w, 1, f"with {text}.", "verdict", "arrive")
 
@@ -1258,10 +1347,12 @@ def _payoff(w: Glass) -> Told:
 def _closing(w: Glass) -> Told:
     at, facts = w.U_at, {"scene": "last"}
     if at in FRIENDS:
-        words = f" {{{at}}} {'still had' if w.stolen else 'kept'} the {{U_full}}."
+        had = "still had" if w.stolen else "kept"
+        words = f" {{{at}}} {had} the {{U_full}}."
         yield Option(3, words, facts, "recall")
     elif at not in ("", "A"):
-        yield Option(3, f" The {{U_full}} lay forgotten {{{at}_at}}.", facts, "recall")
+        yield Option(3, f" The {{U_full}} lay forgotten {{{at}_at}}.", facts,
+                     "recall")
     yield from _last(w)
 
 @_scene

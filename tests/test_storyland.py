@@ -135,7 +135,7 @@ def check(tale):
     return reader
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(seeds, sizes)
 def test_against_a_reader_of_the_words_alone(seed, size): check(story(seed, size))
 
