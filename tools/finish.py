@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -120,6 +121,25 @@ def set_math(text: str, typeset_formulas: dict[tuple[str, bool], str]) -> str:
     return MATH.sub(show, WRAPPED.sub(r"\1", text))
 
 
+def clean_search(site: Path, texts: dict[Path, str]) -> None:
+    "Quarto's index holds each formula twice, as characters and as TeX: keep the characters."
+    file = site / "search.json"
+    if not file.exists():
+        return
+    pairs = {}
+    for page, text in texts.items():
+        for m in MATH.finditer(text):
+            tex, shown = html.unescape(m["tex"]), html.unescape(re.sub(r"<annotation.*?</annotation>|<[^>]+>", "", m[0], flags=re.S))
+            pairs.setdefault(page.relative_to(site).as_posix(), {})[shown + tex] = shown
+            pairs[page.relative_to(site).as_posix()][shown + "\n" + tex] = shown
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    for entry in entries:
+        for twice, once in sorted(pairs.get(entry["href"].partition("#")[0], {}).items(), key=lambda p: -len(p[0])):
+            if len(twice) > 3 or "\\" in twice:
+                entry["text"] = entry["text"].replace(twice, once)
+    file.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+
+
 # Notebooks --------------------------------------------------------------------------------------------------------
 
 def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
@@ -147,6 +167,41 @@ def download_links(site: Path) -> str:
     files = sorted(site.glob("*.epub")) + sorted(site.glob("*.pdf"))
     links = " ".join(f'<a href="{file.name}" download>{file.suffix[1:].upper()}</a>' for file in files)
     return f'<p class="notebook-links" data-pagefind-ignore><span>The whole book in one file:</span> {links}</p>' if files else ""
+
+
+# References to whole chapters, which Quarto sends to the page and, on an unnumbered page, names by their titles ---------
+
+TITLE = re.compile(r'<h1 class="title"><span id="(?P<label>sec-[\w-]+)" class="quarto-section-identifier">'
+                   r'(?:<span class="chapter-number">(?P<number>\d+)</span>|(?P<appendix>Appendix [A-Z]) )')
+WHOLE = re.compile(r'(<a href=")([^"#:]+\.html)(" class="quarto-xref">)(?:<span>)?.*?(?:</span>)?</a>', re.S)
+SCROLLS = re.compile(r'<(?:pre(?: class="[^"]*")?|div class="(?:cell-output|table-scroll)[^"]*"|span class="equation-body")(?=>)')     # what may scroll sideways can be reached by keyboard
+
+
+def chapter_names(texts: dict[Path, str]) -> dict[Path, tuple[str, str]]:
+    "The label and the name of each numbered page that Quarto made."
+    found = {page.resolve(): TITLE.search(text) for page, text in texts.items()}
+    return {page: (m["label"], m["appendix"] or f"Chapter {m['number']}") for page, m in found.items() if m}
+
+
+def name_chapters(text: str, page: Path, names: dict[Path, tuple[str, str]]) -> str:
+    def named(match: re.Match[str]) -> str:
+        label, name = names.get((page.parent / match[2]).resolve(), ("", ""))
+        return f"{match[1]}{match[2]}#{label}{match[3]}{name}</a>" if label else match[0]
+    return WHOLE.sub(named, text)
+
+
+# The EPUB that Quarto makes ---------------------------------------------------------------------------------------
+
+def mend_epub(file: Path) -> None:
+    "Drop from each page what EPUB forbids and Quarto leaves: `alt` on a box around a figure."
+    fresh = file.with_suffix(".part")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(fresh, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith(".xhtml"):
+                data = re.sub(r'(<div\b[^>]*?) alt="[^"]*"', r"\1", data.decode()).encode()
+            new.writestr(item, data)
+    os.replace(fresh, file)
 
 
 # How long, and where the core path ends -------------------------------------------------------------------------
@@ -211,6 +266,7 @@ def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool)
     if has_katex and "katex.min.css" not in text:
         lines.append(f'<link rel="stylesheet" href="{site_prefix}assets/katex/katex.min.css">')
     words = html.escape(first_sentence(text) or settings.get("description", ""))
+    text = re.sub(r'<meta (?:name="description"|property="og:description") content="[^"]*">\n?', "", text)      # Quarto says the book's on every page
     facts = {"og:title": html.escape(title), "og:description": words, "og:type": "article", "og:site_name": html.escape(settings.get("title", ""))}
     if '<meta name="description"' not in text:
         lines.append(f'<meta name="description" content="{words}">')
@@ -255,6 +311,7 @@ def finish(site: Path, root: Path, memory: Path) -> None:
     "Do everything to the pages below `site`; doing it twice changes nothing more."
     settings = read_settings(root)
     texts = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    names = chapter_names(texts)
     shown = typeset([f for text in texts.values() for f in formulas(text)], memory)
     assets.copy_fonts(site)
     if shown:
@@ -267,8 +324,12 @@ def finish(site: Path, root: Path, memory: Path) -> None:
             text = add_reading_time(text, root / name)
         elif name == "index.ipynb":
             text = add_below_title(text, download_links(site))
+        text = name_chapters(text, page, names)
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
+        if "site_libs/" in text:                             # Quarto's; the embedded site has a script for this
+            text = SCROLLS.sub(r'\g<0> tabindex="0"', text)
         page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
+    clean_search(site, texts)
     write_copies(site, root, listed_files(root), settings)
     write_sitemap(site, settings)
     write_404(site, settings)
@@ -278,6 +339,8 @@ def finish(site: Path, root: Path, memory: Path) -> None:
 def main() -> int:
     site = Path(os.environ.get("QUARTO_PROJECT_OUTPUT_DIR") or (sys.argv[1] if len(sys.argv) > 1 else ROOT / "_site"))
     site = site if site.is_absolute() else ROOT / site
+    for file in site.glob("*.epub"):
+        mend_epub(file)
     if not (site / "index.html").exists():
         return 0                                             # only the EPUB or the PDF was rendered
     note = assets.ensure()
