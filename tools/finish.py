@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import assets                                                # noqa: E402
 import reading                                               # noqa: E402
 from copies import write_copies                              # noqa: E402
+from dark import both_themes                                 # noqa: E402
+from labels import labels, link_labels                       # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -310,7 +312,8 @@ def write_moved(site: Path) -> None:
 def finish(site: Path, root: Path, memory: Path) -> None:
     "Do everything to the pages below `site`; doing it twice changes nothing more."
     settings = read_settings(root)
-    texts = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    plain = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    texts = dict(plain)
     names = chapter_names(texts)
     shown = typeset([f for text in texts.values() for f in formulas(text)], memory)
     assets.copy_fonts(site)
@@ -328,9 +331,13 @@ def finish(site: Path, root: Path, memory: Path) -> None:
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
         if "site_libs/" in text:                             # Quarto's; the embedded site has a script for this
             text = SCROLLS.sub(r'\g<0> tabindex="0"', text)
+        texts[page] = both_themes(text, page, memory.parent / "dark")
+    clean_search(site, plain)
+    known = labels(texts)
+    for page, text in texts.items():
+        text = link_labels(text, page, known)
         page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
-    clean_search(site, texts)
-    write_copies(site, root, listed_files(root), settings)
+    write_copies(site, root, listed_files(root), settings, {label: name for label, (_, name) in known.items()})
     write_sitemap(site, settings)
     write_404(site, settings)
     write_moved(site)
