@@ -350,7 +350,17 @@ local function resolve_image(image)
   return image
 end
 
-local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image }
+-- A docstring names labels too. On the site they become links (tools/labels.py), in one document words.
+local function resolve_code(code)
+  if context.mode ~= 'book' then return nil end
+  code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
+    local target = context.refs[id]
+    return target and (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
+  end)
+  return code
+end
+
+local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image, CodeBlock = resolve_code }
 
 -- Links of citations lead to the page that holds the references; in one document, only to an entry that is there.
 local function link_citations(doc)

@@ -80,7 +80,7 @@ def both_themes(text: str, page: Path, memory: Path) -> str:
     def twice(match: re.Match[str]) -> str:
         file = page.parent / match[1]
         svg = file.read_text(encoding="utf-8") if file.exists() else ""
-        if "in-light" in match[0] or not MAP.search(svg):
+        if re.search(r"\bin-(light|dark)\b", match[0]) or not MAP.search(svg):
             return match[0]
         file.with_suffix(".dark.svg").write_text(_remembered(svg, memory), encoding="utf-8")
         other = re.sub(r'\s(?:id|class)="[^"]*"', "", match[0]).replace(match[1], match[1][:-4] + ".dark.svg")

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import assets                                                # noqa: E402
 import reading                                               # noqa: E402
+from card import CARD, write_card                            # noqa: E402
 from copies import write_copies                              # noqa: E402
 from dark import both_themes                                 # noqa: E402
 from labels import labels, link_labels                       # noqa: E402
@@ -259,8 +260,12 @@ def first_sentence(text: str) -> str:
     return ""
 
 
-def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool) -> str:
-    "Style sheets of fonts and mathematics, description and social metadata."
+# What Quarto says on every page alike, or with addresses that only the page itself understands.
+STANDARD = re.compile(r'<meta (?:name="description"|(?:property|name)="(?:og:(?:description|image)|twitter:(?:description|image|card))[^"]*") content="[^"]*">\n?')
+
+
+def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool, card: str = "") -> str:
+    "Style sheets of fonts and mathematics, description and social metadata; `card` is the address of the picture for links."
     title = html.unescape(re.search(r"<title>(.*?)</title>", text, re.S)[1].strip())  # type: ignore[index]
     lines = []
     if "assets/fonts/fonts.css" not in text:
@@ -268,27 +273,32 @@ def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool)
     if has_katex and "katex.min.css" not in text:
         lines.append(f'<link rel="stylesheet" href="{site_prefix}assets/katex/katex.min.css">')
     words = html.escape(first_sentence(text) or settings.get("description", ""))
-    text = re.sub(r'<meta (?:name="description"|property="og:description") content="[^"]*">\n?', "", text)      # Quarto says the book's on every page
-    facts = {"og:title": html.escape(title), "og:description": words, "og:type": "article", "og:site_name": html.escape(settings.get("title", ""))}
+    text = STANDARD.sub("", text)
+    facts = {"og:title": html.escape(title), "og:description": words, "og:type": "article", "og:site_name": html.escape(settings.get("title", "")),
+             "og:image": html.escape(card)}
     if '<meta name="description"' not in text:
         lines.append(f'<meta name="description" content="{words}">')
     lines += [f'<meta property="{key}" content="{value}">' for key, value in facts.items() if value and f'property="{key}"' not in text]
-    if "twitter:card" not in text:
-        lines.append('<meta name="twitter:card" content="summary">')
+    lines.append(f'<meta name="twitter:card" content="{"summary_large_image" if card else "summary"}">')
     return text.replace("</head>", "\n".join(lines) + "\n</head>", 1)
 
 
 # The site ---------------------------------------------------------------------------------------------------------
 
+def published(settings: dict[str, str], name: str) -> str:
+    "The address of a file of the published site; nothing where settings.ini names none."
+    host = settings.get("doc_host", "")
+    return f"{host}{settings.get('doc_baseurl', '/')}{name}" if host else ""
+
+
 def write_sitemap(site: Path, settings: dict[str, str]) -> None:
     "Addresses for search engines, from the address that settings.ini gives to the published book."
-    host, base = settings.get("doc_host", ""), settings.get("doc_baseurl", "/")
-    if not host:
+    if not published(settings, ""):
         return
-    urls = "\n".join(f"  <url><loc>{host}{base}{p.relative_to(site).as_posix()}</loc></url>" for p in pages(site))
+    urls = "\n".join(f"  <url><loc>{published(settings, p.relative_to(site).as_posix())}</loc></url>" for p in pages(site))
     (site / "sitemap.xml").write_text(
         f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}\n</urlset>\n', encoding="utf-8")
-    (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {host}{base}sitemap.xml\n", encoding="utf-8")
+    (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {published(settings, 'sitemap.xml')}\n", encoding="utf-8")
 
 
 def write_404(site: Path, settings: dict[str, str]) -> None:
@@ -333,10 +343,10 @@ def finish(site: Path, root: Path, memory: Path) -> None:
             text = SCROLLS.sub(r'\g<0> tabindex="0"', text)
         texts[page] = both_themes(text, page, memory.parent / "dark")
     clean_search(site, plain)
-    known = labels(texts)
+    known, card = labels(texts), published(settings, CARD) if write_card(site, root, settings, memory.parent / "card") else ""
     for page, text in texts.items():
         text = link_labels(text, page, known)
-        page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
+        page.write_text(head(text, settings, up(site, page), 'class="katex' in text, card), encoding="utf-8")
     write_copies(site, root, listed_files(root), settings, {label: name for label, (_, name) in known.items()})
     write_sitemap(site, settings)
     write_404(site, settings)
@@ -353,8 +363,8 @@ def main() -> int:
     note = assets.ensure()
     if note:
         print(note, file=sys.stderr)
-    if os.environ.get("BOOK_PDF"):                           # made beforehand by tools/build.py
-        shutil.copyfile(os.environ["BOOK_PDF"], site / os.environ["BOOK_PDF_NAME"])
+    for name, file in json.loads(os.environ.get("BOOK_DOWNLOADS", "{}")).items():        # made beforehand by tools/build.py
+        shutil.copyfile(file, site / name)
     finish(site, ROOT, ROOT / ".cache" / "katex.json")
     return 0
 

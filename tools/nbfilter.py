@@ -179,7 +179,9 @@ def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, A
     "Sentences made by code link their symbols like those typed."
     data = out.get("data", {})
     if "text/html" in data and "text/markdown" not in data:          # as raw HTML: for text/html Quarto asks a CDN for jquery
-        return {**out, "data": {"text/markdown": ["``````{=html}\n", *"".join(data["text/html"]).splitlines(True), "\n``````\n"]}}
+        text = "".join(data["text/html"])
+        fence = "`" * max(6, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return {**out, "data": {"text/markdown": [f"{fence}{{=html}}\n", *text.splitlines(True), f"\n{fence}\n"]}}
     if "text/markdown" not in data:
         return out
     text = link_symbols("".join(data["text/markdown"]), names)
