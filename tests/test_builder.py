@@ -215,7 +215,7 @@ def built(plain_site, tmp_path):
 def test_chapters_sections_and_appendices_are_numbered(rich):
     assert '<span class="chapter-number">2</span>' in rich.page("nbs/02_two")
     assert re.findall(r'header-section-number">([\d.]+)<', rich.page("nbs/02_two")) == ["2.1", "2.1.1", "2.2"]
-    assert '<span class="chapter-number">A</span>' in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
+    assert '<span class="chapter-number">Appendix\u00a0A</span>\u00a0\u00a0Extra</h1>' in rich.page("nbs/extra") and "<title>Appendix A Extra · " in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
     assert "chapter-number" not in rich.page("nbs/references")
 
 
@@ -706,6 +706,9 @@ def test_chapters_named_by_their_titles_are_named_by_their_numbers(tmp_path):
     one, page = tmp_path / "nbs/one.html", tmp_path / "index.html"
     title = '<h1 class="title"><span id="sec-one" class="quarto-section-identifier"><span class="chapter-number">1</span> One</span></h1>'
     names = finish.chapter_names({one: title, page: "<h1>Start</h1>"})
+    appendix = '<h1 class="title"><span id="sec-a" class="quarto-section-identifier">Appendix A — <span class="chapter-title">Extra</span></span></h1>'
+    assert finish.chapter_names({one: appendix}) == {one: ("sec-a", "Appendix A")}
+    assert '<span class="chapter-number">Appendix\u00a0A</span>\u00a0\u00a0<span class="chapter-title">Extra' in finish.name_chapters(appendix, page, {})
     assert finish.name_chapters('<a href="nbs/one.html" class="quarto-xref"><span>One</span></a>', page, names) == '<a href="nbs/one.html#sec-one" class="quarto-xref">Chapter 1</a>'
 
 @pytest.mark.skipif(shutil.which("quarto") is None, reason="Quarto is not on PATH: its pages are compared where it is")

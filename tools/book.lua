@@ -154,7 +154,8 @@ local function number_heading(header)
   headings[#headings + 1] = { level = header.level, id = header.identifier, number = number, text = pandoc.utils.stringify(header.content) }
   if number ~= '' then
     local class = header.level == 1 and 'chapter-number' or 'header-section-number'
-    header.content:insert(1, pandoc.Span({ pandoc.Str(number) }, { class = class }))
+    local name = (header.level == 1 and chapter.appendix and 'Appendix\u{a0}' or '') .. number
+    header.content:insert(1, pandoc.Span({ pandoc.Str(name) }, { class = class }))
     header.content:insert(2, pandoc.Str(header.level == 1 and '\u{a0}\u{a0}' or '\u{a0}'))
   end
   return header, false

@@ -175,8 +175,9 @@ def download_links(site: Path) -> str:
 # References to whole chapters, which Quarto sends to the page and, on an unnumbered page, names by their titles ---------
 
 TITLE = re.compile(r'<h1 class="title"><span id="(?P<label>sec-[\w-]+)" class="quarto-section-identifier">'
-                   r'(?:<span class="chapter-number">(?P<number>\d+)</span>|(?P<appendix>Appendix [A-Z]) )')
+                   r'(?:<span class="chapter-number">(?P<number>\d+)</span>|(?P<appendix>Appendix [A-Z]))')
 WHOLE = re.compile(r'(<a href=")([^"#:]+\.html)(" class="quarto-xref">)(?:<span>)?.*?(?:</span>)?</a>', re.S)
+APPENDIX = re.compile(r'(class="quarto-section-identifier">)Appendix ([A-Z])\s*—\s*')
 SCROLLS = re.compile(r'<(?:pre(?: class="[^"]*")?|div class="(?:cell-output|table-scroll)[^"]*"|span class="equation-body")(?=>)')     # what may scroll sideways can be reached by keyboard
 
 
@@ -187,10 +188,12 @@ def chapter_names(texts: dict[Path, str]) -> dict[Path, tuple[str, str]]:
 
 
 def name_chapters(text: str, page: Path, names: dict[Path, tuple[str, str]]) -> str:
+    "References to whole chapters by their numbers; the title of an appendix as the embedded builder sets it."
     def named(match: re.Match[str]) -> str:
         label, name = names.get((page.parent / match[2]).resolve(), ("", ""))
         return f"{match[1]}{match[2]}#{label}{match[3]}{name}</a>" if label else match[0]
-    return WHOLE.sub(named, text)
+    titled = APPENDIX.sub('\\1<span class="chapter-number">Appendix\u00a0\\2</span>\u00a0\u00a0', text)
+    return WHOLE.sub(named, titled)
 
 
 # The EPUB that Quarto makes ---------------------------------------------------------------------------------------

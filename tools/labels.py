@@ -17,7 +17,7 @@ XREF = re.compile(rf'<a\b(?=[^>]*class="quarto-xref")(?=[^>]*href="[^"]*#((?:{KI
 PRE = re.compile(r"<pre\b.*?</pre>", re.S)
 NUMBERS = {
     "eq": (r'class="equation-number">\(([\w.]+)\)', "Equation"),
-    "sec": (r'class="(?:header-section-number|chapter-number)">([\w.]+)<|Appendix ([A-Z])\b', "Section"),
+    "sec": (r'class="(?:header-section-number|chapter-number)">([\w.]+)<|Appendix\s([A-Z])\b', "Section"),
     **{kind: (rf"<(?:fig)?caption\b(?:(?!</(?:fig)?caption>).)*?{word}(?:\s|&nbsp;)+([\w.]*\w)", word) for kind, word in (("fig", "Figure"), ("tbl", "Table"), ("lst", "Listing"))},
 }
 

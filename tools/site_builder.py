@@ -54,7 +54,8 @@ def page_values(work: Workshop, parsed: Parsed, body: str, downloads: list[Path]
 
 
 def numbered(parsed: Parsed) -> str:
-    return f"{parsed.page.number} {parsed.title}".strip()
+    page = parsed.page
+    return f"{'Appendix ' * (page.appendix and bool(page.number))}{page.number} {parsed.title}".strip()
 
 
 def neighbours(work: Workshop, page: Page) -> tuple[Parsed | None, Parsed | None]:
