@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from book import BookError
-from pandoc import FILTER, HERE, Parsed, Workshop, run_pandoc
+from pandoc import FILTER, HERE, Parsed, Workshop, words
 
 THEME = HERE / "theme"
 
@@ -21,30 +21,33 @@ def whole_book(work: Workshop) -> dict[str, Any]:
 
 def metadata(work: Workshop) -> dict[str, Any]:
     book = work.book
-    return work.metadata(title=book.title, subtitle=book.subtitle, author=book.authors, description=book.description,
-                         rights="Text: CC BY 4.0. Code: Apache 2.0.")
+    typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}}}
+    facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "description": book.description,
+             "rights": "Text: CC BY 4.0. Code: Apache 2.0.", "identifier": book.name}
+    return work.metadata(**{key: words(value) for key, value in facts.items() if value}, literal=typst)
+
+
+def literal(text: str) -> dict[str, Any]:
+    "A string as typst's code writes it, with its quotes."
+    return {"t": "MetaInlines", "c": [{"t": "RawInline", "c": ["typst", json.dumps(text, ensure_ascii=False)]}]}
 
 
 def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
     "Run pandoc over the whole book unless a result made from the same content is there."
-    document, meta = whole_book(work), metadata(work)
+    document = {**whole_book(work), "meta": metadata(work)}
     facts = {**work.facts(), "mode": "book", "pictures": work.pictures.relative_to(work.book.root).as_posix(), "refs": work.refs}
     styles = [(THEME / name).read_text(encoding="utf-8") for name in theme] + [FILTER.read_text(encoding="utf-8")]
-    sources = [Path(f).read_text(encoding="utf-8") for f in meta["bibliography"]]
-    key = work.key(ending, document, meta, facts, styles, sources, args)
+    key = work.key(ending, document, facts, styles, work.sources(), args)
     target, fresh = work.path(key, ending), work.path(key, f"part.{ending}")
     if not target.exists():
-        work.path(key, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        run_pandoc(["-f", "json", "-s", f"--metadata-file={work.path(key, 'meta.json')}", f"--lua-filter={FILTER}", *args, "-o", str(fresh)],
-                   work.context(key, **facts), json.dumps(document), "the whole book")
+        work.run(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], work.context(key, **facts), json.dumps(document), "the whole book")
         fresh.replace(target)
     return target
 
 
 def build_epub(work: Workshop) -> Path:
     "The EPUB, with MathML and a table of contents two levels deep."
-    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}",
-                 f"--resource-path={work.book.root}", f"--metadata=identifier:{work.book.name}")
+    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}")
 
 
 def build_pdf(work: Workshop) -> Path:

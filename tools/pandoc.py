@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from book import Book, BookError, Page
-from cells import page_markdown
+from cells import attribute, page_markdown
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +86,7 @@ class Workshop:
         ast, labels = self.path(key, "ast.json"), self.path(key, "labels.json")
         if not (ast.exists() and labels.exists()):
             context = self.context(key, mode="labels", labels=str(labels))
-            result = run_pandoc(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
+            result = self.run(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
             ast.write_text(result, encoding="utf-8")
         found = json.loads(labels.read_text(encoding="utf-8"))
         return Parsed(page, json.loads(ast.read_text(encoding="utf-8")), dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), list(found["twice"]))
@@ -143,22 +143,28 @@ class Workshop:
         }
 
     def metadata(self, **more: Any) -> dict[str, Any]:
-        files = [str(self.book.root / f) for f in self.book.bibliography if (self.book.root / f).exists()]
-        return {"bibliography": files, "link-citations": True, "lang": self.book.lang,
-                "nocite": " ".join(f"@{{{name}}}" for name in self.citations), **more}
+        "What pandoc knows of the book, in its own form: nothing of it is read as Markdown. Files are seen from the root of the book."
+        files = [f for f in self.book.bibliography if (self.book.root / f).exists()]
+        return {"bibliography": words(files), "link-citations": {"t": "MetaBool", "c": True}, "lang": words(self.book.lang),
+                "nocite": {"t": "MetaInlines", "c": [citation(name) for name in self.citations]}, **more}
+
+    def sources(self) -> list[str]:
+        return [(self.book.root / f).read_text(encoding="utf-8") for f in self.book.bibliography if (self.book.root / f).exists()]
+
+    def run(self, args: list[str], context: Path, text: str, where: str) -> str:
+        return run_pandoc(args, context, text, where, self.book.root)
 
     def fragment(self, parsed: Parsed) -> str:
         "The body of one page as HTML."
         used = {name: ref for name, ref in self.refs.items() if name in parsed.cited}
         facts = {**self.facts(), "mode": "page", "up": parsed.page.up(), "refs": used}
         meta = self.metadata()
-        bibliography = [Path(f).read_text(encoding="utf-8") for f in meta["bibliography"]] if meta["nocite"] else []
+        bibliography = self.sources() if self.citations else []
         key = self.key("page", parsed.ast, facts, meta, bibliography, FILTER.read_text(encoding="utf-8"))
         result = self.path(key, "html")
         if not result.exists():
-            document = with_metadata(parsed.ast, self.path(key, "meta.json"), meta)
-            args = ["-f", "json", "-t", "html5", "--mathml", f"--metadata-file={document}", f"--lua-filter={FILTER}", "--wrap=none"]
-            text = run_pandoc(args, self.context(key, **facts), json.dumps(parsed.ast), parsed.page.file.as_posix())
+            args = ["-f", "json", "-t", "html5", "--mathml", f"--lua-filter={FILTER}", "--wrap=none"]
+            text = self.run(args, self.context(key, **facts), json.dumps({**parsed.ast, "meta": meta}), parsed.page.file.as_posix())
             result.write_text(text, encoding="utf-8")
         return result.read_text(encoding="utf-8")
 
@@ -166,22 +172,29 @@ class Workshop:
 def wrapped(book: Book, page: Page, text: str) -> str:
     "The Markdown of a page inside the div that tells the filter its place."
     first = next(p for p in book.pages if p.part == page.part)
-    part = f' part="{page.part}"' if page.part and page is first else ""
+    part = attribute("part", page.part) if page.part and page is first else ""
     appendix = ' appendix="true"' if page.appendix else ""
     fence = ":" * (5 + max((len(m) for m in re.findall(r"^:+", text, re.M)), default=0))
-    return f'{fence} {{.chapter number="{page.number}" page="{page.stem}"{appendix}{part}}}\n\n{text}\n\n{fence}\n'
+    return f'{fence} {{.chapter number="{page.number}"{attribute("page", page.stem)}{appendix}{part}}}\n\n{text}\n\n{fence}\n'
 
 
-def with_metadata(ast: dict[str, Any], path: Path, meta: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(meta), encoding="utf-8")
-    return path
+def words(value: str | list[str]) -> dict[str, Any]:
+    "A string, or several, as pandoc's metadata holds words: what looks like markup in them is none."
+    if isinstance(value, list):
+        return {"t": "MetaList", "c": [words(item) for item in value]}
+    return {"t": "MetaInlines", "c": [{"t": "Str", "c": value}]}
 
 
-def run_pandoc(args: list[str], context: Path, text: str, where: str) -> str:
-    "Run pandoc on `text`; what it complains of becomes one sentence."
+def citation(name: str) -> dict[str, Any]:
+    facts = {"citationId": name, "citationPrefix": [], "citationSuffix": [], "citationMode": {"t": "AuthorInText"}, "citationNoteNum": 0, "citationHash": 0}
+    return {"t": "Cite", "c": [[facts], []]}
+
+
+def run_pandoc(args: list[str], context: Path, text: str, where: str, root: Path) -> str:
+    "Run pandoc on `text` in the folder of the book; what it complains of becomes one sentence."
     import pypandoc
     command = [pypandoc.get_pandoc_path(), *args]
-    done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, env={**os.environ, "BOOK_CONTEXT": str(context)})
+    done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, cwd=root, env={**os.environ, "BOOK_CONTEXT": str(context)})
     if done.returncode:
         raise BookError(f"pandoc cannot read {where}: {' '.join(done.stderr.split()) or 'it gave no reason'}")
     return done.stdout
