@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from book import Book, BookError, Page
-from cells import attribute, page_markdown
+from cells import page_markdown
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
@@ -73,6 +73,7 @@ class Workshop:
 
     def parse(self) -> None:
         "Read every page, two at a time."
+        self.pictures.mkdir(parents=True, exist_ok=True)
         try:
             names = symbols(self.book.root / "nbs")
         except SyntaxError as error:
@@ -81,11 +82,11 @@ class Workshop:
             self.parsed = list(pool.map(lambda page: self._parse_page(page, names), self.book.pages))
 
     def _parse_page(self, page: Page, names: dict[str, Symbol]) -> Parsed:
-        text = wrapped(self.book, page, page_markdown(self.book, page, names, self.pictures))
-        key = self.key("parse", text, FILTER.read_text(encoding="utf-8"), self.book.number_depth)
+        text, place = page_markdown(self.book, page, names, self.pictures), placed(self.book, page)
+        key = self.key("parse", READER, text, place, FILTER.read_text(encoding="utf-8"), self.book.number_depth)
         ast, labels = self.path(key, "ast.json"), self.path(key, "labels.json")
         if not (ast.exists() and labels.exists()):
-            context = self.context(key, mode="labels", labels=str(labels))
+            context = self.context(key, mode="labels", labels=str(labels), place=place)
             result = self.run(["-f", READER, "-t", "json", f"--lua-filter={FILTER}"], context, text, page.file.as_posix())
             ast.write_text(result, encoding="utf-8")
         found = json.loads(labels.read_text(encoding="utf-8"))
@@ -169,13 +170,11 @@ class Workshop:
         return result.read_text(encoding="utf-8")
 
 
-def wrapped(book: Book, page: Page, text: str) -> str:
-    "The Markdown of a page inside the div that tells the filter its place."
+def placed(book: Book, page: Page) -> dict[str, str]:
+    "The place of a page in the book, as attributes of the div that the filter puts around it."
     first = next(p for p in book.pages if p.part == page.part)
-    part = attribute("part", page.part) if page.part and page is first else ""
-    appendix = ' appendix="true"' if page.appendix else ""
-    fence = ":" * (5 + max((len(m) for m in re.findall(r"^:+", text, re.M)), default=0))
-    return f'{fence} {{.chapter number="{page.number}"{attribute("page", page.stem)}{appendix}{part}}}\n\n{text}\n\n{fence}\n'
+    facts = {"number": page.number, "page": page.stem, "appendix": "true" * page.appendix, "part": page.part * (page is first)}
+    return {key: value for key, value in facts.items() if value or key == "number"}
 
 
 def words(value: str | list[str]) -> dict[str, Any]:
