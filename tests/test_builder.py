@@ -827,6 +827,7 @@ def test_quartos_own_epub_loses_what_epub_forbids(tmp_path):
 def test_pictures_are_named_in_code_without_being_shown(plain):
     plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n`![](https://h.org/a.png)`"), code("'<img src=//h.org>'", stream("<img src=//h.org>")))
     plain.build()
+    assert "![](https://h.org/a.png)" in plain.text("nbs/01_one") and "<img" not in re.search(r"<main.*?</main>", plain.page("nbs/01_one"), re.S)[0]
 
 
 def test_html_output_is_raw_html_to_quarto():
