@@ -83,15 +83,14 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     BlockingIOError if another one is in it. Makes the folder if it is missing.
 
     >>> import tempfile
-    >>> with alone_in(folder := tempfile.mkdtemp()): is_occupied(folder)
-    True
+    >>> with alone_in(folder := tempfile.mkdtemp()): is_occupied(folder)   # by others
+    False
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = Path(folder, ".lock").resolve()
-    if (me := (os.getpid(), str(lock))) in _HELD:
+    if (me := _place(folder)) in _HELD:
         yield
         return
-    with open(lock, "ab") as file:
+    with open(me[1], "ab") as file:
         if not any(_take(file) or time.sleep(0.02) for _ in range(5)):
             raise BlockingIOError(f"{folder} is in use by another process")
         _HELD.add(me)
@@ -99,11 +98,14 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         finally: _HELD.remove(me)
 
 def is_occupied(folder: str | os.PathLike[str]) -> bool:
-    "Whether some process, perhaps this one, is in a folder."
-    try: file = open(Path(folder, ".lock"), "ab") if Path(folder, ".lock").exists() else None
-    except OSError: return False                # of another user
-    if file is None: return False
-    with file: return not _take(file)           # closed, it is free again
+    "Whether another process is in a folder."
+    if (me := _place(folder)) in _HELD: return False
+    try:
+        with open(me[1], "r+b") as file: return not _take(file)   # closed, it is free
+    except OSError: return False                # no lock, or one of another user
+
+def _place(folder: str | os.PathLike[str]) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(Path(folder, ".lock"))
 
 # %% ../nbs/files.ipynb #0c087a19
 def _take(file: BinaryIO) -> bool:

@@ -7,6 +7,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_from_scratch import files
 from llm_from_scratch.bpe import BPETokenizer
 from llm_from_scratch.data import TokenFile
 from llm_from_scratch.files import (
@@ -146,13 +147,15 @@ def test_another_process_is_kept_out_until_we_leave(tmp_path):
     with alone_in(tmp_path/'run'), alone_in(tmp_path/'run'):
         done = in_another_process(tmp_path/'run')
         assert done.stdout == '' and done.stderr.endswith(f"BlockingIOError: {tmp_path/'run'} is in use by another process\n")
-        assert is_occupied(tmp_path/'run')
-    assert not is_occupied(tmp_path/'run') and in_another_process(tmp_path/'run').stdout == 'in\n'
+        assert not is_occupied(tmp_path/'run')                     # by others
+    assert in_another_process(tmp_path/'run').stdout == 'in\n'
 
 
 def test_a_lock_dies_with_its_process_and_the_file_it_leaves_means_nothing(tmp_path):
     assert in_another_process(tmp_path, 'os._exit(9)').returncode == 9 and (tmp_path/'.lock').exists()
     assert not is_occupied(tmp_path) and not is_occupied(tmp_path/'none')
+    with open(tmp_path/'.lock', 'ab') as other:                    # as another process would have it
+        assert files._take(other) and is_occupied(tmp_path)
     with alone_in(tmp_path): pass
     with pytest.raises(ZeroDivisionError), alone_in(tmp_path): raise ZeroDivisionError
     with alone_in(tmp_path): pass
