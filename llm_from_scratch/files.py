@@ -3,7 +3,7 @@
 # %% ../nbs/files.ipynb #02000b27
 from __future__ import annotations
 
-import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, zlib
+import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, time, zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -72,6 +72,54 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     data = text.encode("utf-8")                 # what cannot be encoded fails before it writes
     with replacing(path) as file: file.write(data)
+
+# %% ../nbs/files.ipynb #5fa804f4
+_HELD: set[tuple[int, str]] = set()             # of processes (a fork is another one), locks
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of a folder until the block ends, or this process does.
+
+    BlockingIOError if another one is in it. Makes the folder if it is missing.
+
+    >>> import tempfile
+    >>> with alone_in(folder := tempfile.mkdtemp()): is_occupied(folder)   # by others
+    False
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if (me := _place(folder)) in _HELD:
+        yield
+        return
+    with open(me[1], "ab") as file:
+        if not any(_take(file) or time.sleep(0.02) for _ in range(5)):
+            raise BlockingIOError(f"{folder} is in use by another process")
+        _HELD.add(me)
+        try: yield
+        finally: _HELD.remove(me)
+
+def is_occupied(folder: str | os.PathLike[str]) -> bool:
+    "Whether another process is in a folder."
+    if (me := _place(folder)) in _HELD: return False
+    try:
+        with open(me[1], "r+b") as file: return not _take(file)   # closed, it is free
+    except OSError: return False                # no lock, or one of another user
+
+def _place(folder: str | os.PathLike[str]) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(Path(folder, ".lock"))
+
+# %% ../nbs/files.ipynb #0c087a19
+def _take(file: BinaryIO) -> bool:
+    "Whether the lock of an open file is ours now; it ends when the file is closed."
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
 
 # %% ../nbs/files.ipynb #49a00def
 def checksum(

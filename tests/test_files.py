@@ -7,9 +7,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_from_scratch import files
 from llm_from_scratch.bpe import BPETokenizer
 from llm_from_scratch.data import TokenFile
-from llm_from_scratch.files import Config, check_checksum, check_fields, checksum, digest, file_checksum, parse_json, read_json, replacing, revived, write_text
+from llm_from_scratch.files import (
+    Config, alone_in, check_checksum, check_fields, checksum, digest, file_checksum, is_occupied, parse_json, read_json, replacing, revived, write_text)
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and permissions of POSIX')
@@ -132,6 +134,39 @@ def test_long_names_and_missing_folders(tmp_path):
     write_text(tmp_path/('é' * 120), 'x')
     with pytest.raises(FileNotFoundError): write_text(tmp_path/'no'/'x', 'x')
     assert len(os.listdir(tmp_path)) == 1
+
+
+# Locks ------------------------------------------------------------------------------------------------------------
+
+def in_another_process(folder, wish='pass'):
+    code = f'import os; from llm_from_scratch.files import alone_in\nwith alone_in({str(folder)!r}): print("in", flush=True); {wish}'
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_another_process_is_kept_out_until_we_leave(tmp_path):
+    with alone_in(tmp_path/'run'), alone_in(tmp_path/'run'):
+        done = in_another_process(tmp_path/'run')
+        assert done.stdout == '' and done.stderr.endswith(f"BlockingIOError: {tmp_path/'run'} is in use by another process\n")
+        assert not is_occupied(tmp_path/'run')                     # by others
+    assert in_another_process(tmp_path/'run').stdout == 'in\n'
+
+
+def test_a_lock_dies_with_its_process_and_the_file_it_leaves_means_nothing(tmp_path):
+    assert in_another_process(tmp_path, 'os._exit(9)').returncode == 9 and (tmp_path/'.lock').exists()
+    assert not is_occupied(tmp_path) and not is_occupied(tmp_path/'none')
+    with open(tmp_path/'.lock', 'ab') as other:                    # as another process would have it
+        assert files._take(other) and is_occupied(tmp_path)
+    with alone_in(tmp_path): pass
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path): raise ZeroDivisionError
+    with alone_in(tmp_path): pass
+
+
+@posix
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    import errno, fcntl
+    def unknown(*_): raise OSError(errno.ENOLCK, 'no locks available')
+    monkeypatch.setattr(fcntl, 'flock', unknown)
+    with alone_in(tmp_path): assert in_another_process(tmp_path).stdout == 'in\n' and not is_occupied(tmp_path)
 
 
 # Checksums --------------------------------------------------------------------------------------------------------
