@@ -7,6 +7,7 @@ import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_origin, get_type_hints
 
@@ -173,3 +174,16 @@ class Config:
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         "A configuration from the fields that JSON gave."
         return cls(**revived(cls, given))
+
+# %% ../nbs/files.ipynb #d7c694a8
+_RESULTS = {"experiments": "nbs/results", "benchmarks": "benchmarks/results"}
+
+def results_folder(kind: str) -> Path:      # "experiments" or "benchmarks"
+    "Where the stored results are: in the installed package, or else in the clone around it."
+    package = Path(str(resources.files("llm_from_scratch")))
+    inside = package / "results" / kind
+    return inside if inside.is_dir() else package.parent / _RESULTS[kind]
+
+def stored_runs(name: str) -> list[dict[str, Any]]:
+    "The runs of an experiment of the book, one for each seed."
+    return read_json(results_folder("experiments") / f"{name}.json")["runs"]

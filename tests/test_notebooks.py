@@ -1,12 +1,19 @@
-"""Each notebook is executed once, in a fork of one warm process, and that run serves every check."""
+"""Each notebook is executed once, in a fork of one warm process and in an empty folder, and that run serves every check.
+
+Some of them, chosen by the commit, are executed once more with nothing but the wheel: without the extras.
+"""
 import json
 import os
+import re
 import time
 
 import forks
 import inputs
 import nb
+import prove
 import pytest
+
+from llm_from_scratch.figures import EXTRAS
 
 NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
 ALLOWANCE = 2              # a slower processor may use this many times the budget
@@ -37,8 +44,50 @@ def test_stored_outputs_are_what_a_fresh_run_gives(notebook, forked, plain):
     assert there, f'{notebook.name} was never executed: make execute n={notebook.stem[:2]}'
     found = nb.differences(stored, fresh, kinds_only=here != there)
     assert not found, '\n'.join([f'stored with {there}, run with {here}', *found])
+    assert not left_out(fresh)                                   # no check is skipped where all extras are
     seconds, allowed = fresh.metadata.seconds, nb.budget(notebook) * ALLOWANCE
     assert not plain or seconds < allowed, f'{seconds:.0f} processor seconds; the budget of {notebook.stem} is {nb.budget(notebook)}: make the long part an experiment'
+
+
+# Where a reader opens it ------------------------------------------------------------------------------------------
+
+SHARES = 6                 # of the notebooks, one is run without extras; `make slow` runs the others
+ALONE = """import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {extras}: raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+for name in [name for name in sys.modules if name.partition('.')[0] in {extras}]: del sys.modules[name]
+sys.meta_path.insert(0, Missing())
+sys.path[:] = [{site!r}, *(place for place in sys.path if place != {root!r})]"""
+
+
+NEEDS_EXTRAS = rf"{'|'.join(EXTRAS)}|use_style|\bplt\.|\bax\b|#\| label: fig-"
+
+
+def share(n):
+    "Notebooks as parameters: those that the commit does not choose are slow."
+    chosen = prove.of_commit(range(n))
+    return [pytest.param(p, id=p.stem, marks=[] if i % n == chosen and p.stem not in nb.BUDGETS else pytest.mark.slow) for i, p in enumerate(NOTEBOOKS)]
+
+
+def left_out(book):
+    "The cells that went without an extra, by number, and what they say."
+    outputs = [(i, ''.join(out.get('data', {}).get('text/markdown', ''))) for i, cell in enumerate(book.cells) if cell.cell_type == 'code' for out in cell.outputs]
+    return {i: text for i, text in outputs if text.startswith('*Left out:*')}
+
+
+@pytest.mark.parametrize('notebook', share(SHARES))
+def test_a_notebook_goes_on_with_nothing_but_the_wheel(notebook, forked, installed, tmp_path):
+    "In an empty folder, with no extra: whatever needs one says so, all else runs."
+    book = json.loads(notebook.read_text(encoding='utf-8'))
+    hide = ALONE.format(extras=set(EXTRAS), site=str(installed), root=str(nb.ROOT))
+    book['cells'].insert(0, {'cell_type': 'code', 'id': 'alone', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': hide})
+    (tmp_path/notebook.name).write_text(json.dumps(book), encoding='utf-8')
+    fresh = nb.run(tmp_path/notebook.name)                       # raises where a cell raises
+    missing = left_out(fresh)
+    assert all("pip install 'llm-from-scratch[" in text for text in missing.values())
+    dragged = [fresh.cells[i].source for i in missing if not re.search(NEEDS_EXTRAS, fresh.cells[i].source)]
+    assert not dragged, 'left out without need: it uses what another cell computes below its first line that draws or imports an extra'
 
 
 @pytest.mark.parametrize('a, b', [('loss 2.31', 'loss 2.32'), ('1.0000e-05', '1.0009e-05'), ('about 1,234.5 tokens', 'about 1,235.0 tokens'), ('x', 'x')])
@@ -110,7 +159,7 @@ def test_a_forked_kernel_is_a_fresh_one(forked, tmp_path):
     book = notebook(tmp_path/'trial.ipynb', 'import os, sys, torch\nprint("forks" in sys.modules, os.getcwd())',
                     'x = torch.ones(400, 400) @ torch.ones(400, 400)\nx.sum().item(), torch.initial_seed()', 'print("llm_from_scratch" in sys.modules)')
     before = forks.spent()
-    said = [''.join(o.get('text', o.get('data', {}).get('text/plain', '')) for o in c.outputs) for c in nb.run(book).cells]
+    said = [''.join(o.get('text', o.get('data', {}).get('text/plain', '')) for o in c.outputs) for c in nb.run(book, tmp_path).cells]
     assert said[0] == f'False {tmp_path}\n' and said[1].startswith('(64000000.0, ') and said[2] == 'False\n'
     assert forks.spent() > before
 
@@ -133,7 +182,7 @@ def test_no_kernel_is_counted_twice(tmp_path, monkeypatch):
 def test_a_kernel_ends_with_the_warm_process_and_the_next_one_starts_another(forked, tmp_path):
     from nbclient.exceptions import DeadKernelError
     lost = notebook(tmp_path/'lost.ipynb', 'import os, signal, time\nopen("pid", "w").write(str(os.getpid()))\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(600)')
-    with pytest.raises(DeadKernelError): nb.run(lost)
+    with pytest.raises(DeadKernelError): nb.run(lost, tmp_path)
     import psutil
     pid, end = int((tmp_path/'pid').read_text()), time.monotonic() + 60
     while psutil.pid_exists(pid) and time.monotonic() < end: time.sleep(0.2)
