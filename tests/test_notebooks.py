@@ -61,7 +61,7 @@ sys.meta_path.insert(0, Missing())
 sys.path[:] = [{site!r}, *(place for place in sys.path if place != {root!r})]"""
 
 
-NEEDS_EXTRAS = rf"{'|'.join(EXTRAS)}|use_style|\bplt\.|\bax\b|#\| label: fig-"
+NEEDS_EXTRAS = rf"{'|'.join(EXTRAS)}|use_style|\bplt\.|\bax\b|\bhf\.|modeling_|Markdown\(|#\| label: fig-"
 
 
 def share(n):
