@@ -145,8 +145,10 @@ def test_one_version_everywhere(wheel):
     settings = ConfigParser(interpolation=None)
     settings.read(ROOT/'settings.ini', encoding='utf-8')
     cited = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
-    latest = re.search(r'^## (\S+)', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]
-    assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], cited['version'], latest] == [version] * 4
+    headings = re.findall(r'^## (\S+) \((.+)\)$', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], headings[0][0]] == [version, version, version.partition('.dev')[0]]
+    released = next((number, date) for number, date in headings if date != 'unreleased')
+    assert (cited['version'], cited['date-released']) == released
 
 
 @pytest.mark.long(12)

@@ -5,13 +5,17 @@ Some of them, chosen by the commit, are executed once more with nothing but the 
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 
+import anywhere
 import forks
 import inputs
 import nb
 import prove
 import pytest
+from finish import read_settings
 
 from llm_from_scratch.figures import EXTRAS
 
@@ -49,6 +53,16 @@ def test_stored_outputs_are_what_a_fresh_run_gives(notebook, forked, plain):
     assert not plain or seconds < allowed, f'{seconds:.0f} processor seconds; the budget of {notebook.stem} is {nb.budget(notebook)}: make the long part an experiment'
 
 
+def notebook(path, *sources):
+    "A notebook with these code cells, in a file."
+    cells = [{'cell_type': 'code', 'id': f'c{i}', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': s} for i, s in enumerate(sources)]
+    path.write_text(json.dumps({'cells': cells, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
+    return path
+
+
+only_with_forks = pytest.mark.skipif(not forks.CAN_FORK, reason='kernels are forked on Linux alone')
+
+
 # Where a reader opens it ------------------------------------------------------------------------------------------
 
 SHARES = 6                 # of the notebooks, one is run without extras; `make slow` runs the others
@@ -61,7 +75,7 @@ sys.meta_path.insert(0, Missing())
 sys.path[:] = [{site!r}, *(place for place in sys.path if place != {root!r})]"""
 
 
-NEEDS_EXTRAS = rf"{'|'.join(EXTRAS)}|use_style|\bplt\.|\bax\b|\bhf\.|modeling_|Markdown\(|#\| label: fig-"
+NEEDS_EXTRAS = rf"{'|'.join(EXTRAS)}|use_style|\bplt\.|\bax\b|\bhf\.|modeling_|download\(|Markdown\(|#\| label: fig-"
 
 
 def share(n):
@@ -88,6 +102,45 @@ def test_a_notebook_goes_on_with_nothing_but_the_wheel(notebook, forked, install
     assert all("pip install 'llm-from-scratch[" in text for text in missing.values())
     dragged = [fresh.cells[i].source for i in missing if not re.search(NEEDS_EXTRAS, fresh.cells[i].source)]
     assert not dragged, 'left out without need: it uses what another cell computes below its first line that draws or imports an extra'
+
+
+GOES_ON = 'from llm_from_scratch.figures import allow_missing_extras; allow_missing_extras()'
+
+
+@only_with_forks
+def test_a_cell_without_its_extra_is_left_out_and_what_builds_on_it(forked, tmp_path):
+    "What comes before the import has run; cells that need neither the extra nor its names run as ever."
+    hide = ALONE.format(extras={'pooch'}, site=str(nb.ROOT), root='')
+    book = notebook(tmp_path/'trial.ipynb', hide, GOES_ON, 'before = 1\nimport pooch\nafter = 2', 'later = after + 1', 'print(later)', 'print(before + 1)')
+    fresh = nb.run(book)
+    assert list(left_out(fresh)) == [2, 3, 4] and all('pooch' in text and '[hub]' in text for text in left_out(fresh).values())
+    assert fresh.cells[5].outputs[0].text == '2\n'
+
+
+@only_with_forks
+@pytest.mark.parametrize('wrong', ['import nunpy', 'undefined', 'from llm_from_scratch.files import nothing'])
+def test_other_errors_are_errors(forked, tmp_path, wrong):
+    from nbclient.exceptions import CellExecutionError
+    hide = ALONE.format(extras={'pooch'}, site=str(nb.ROOT), root='')
+    with pytest.raises(CellExecutionError, match=wrong.split()[-1]): nb.run(notebook(tmp_path/'trial.ipynb', hide, GOES_ON, 'import pooch', wrong))
+
+
+def test_the_first_cell_installs_what_is_missing_and_says_when_it_cannot(monkeypatch):
+    cell, asked, missing = anywhere.first_cell(read_settings(nb.ROOT)), [], True
+    def pip(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, int(offline))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if missing else name)
+    monkeypatch.setattr('subprocess.run', pip)
+    monkeypatch.setattr('llm_from_scratch.figures.allow_missing_extras', lambda: asked.append('goes on'))
+    offline = True
+    with pytest.raises(SystemExit, match='Is there a network'): exec(cell, {})
+    offline = False
+    exec(cell, {})
+    assert asked[1][:5] == [sys.executable, '-m', 'pip', 'install', '-q'] and asked[1][5].startswith('llm-from-scratch[notebooks] @ https://') and asked[2] == 'goes on'
+    missing = False
+    exec(cell, {})
+    assert asked[3:] == ['goes on']                              # never where it can be imported
 
 
 @pytest.mark.parametrize('a, b', [('loss 2.31', 'loss 2.32'), ('1.0000e-05', '1.0009e-05'), ('about 1,234.5 tokens', 'about 1,235.0 tokens'), ('x', 'x')])
@@ -141,16 +194,6 @@ def test_another_capability_is_another_environment(monkeypatch):
     here = nb.environment()
     monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'SSE41')
     assert nb.environment() != here
-
-
-def notebook(path, *sources):
-    "A notebook with these code cells, in a file."
-    cells = [{'cell_type': 'code', 'id': f'c{i}', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': s} for i, s in enumerate(sources)]
-    path.write_text(json.dumps({'cells': cells, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}), encoding='utf-8')
-    return path
-
-
-only_with_forks = pytest.mark.skipif(not forks.CAN_FORK, reason='kernels are forked on Linux alone')
 
 
 @only_with_forks
