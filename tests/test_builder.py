@@ -401,6 +401,8 @@ def test_contents_neighbours_and_notebook_links(rich):
     assert 'aria-current="page"' in page and '<a rel="prev" href="../nbs/01_one.html">' in page and 'rel="next" href="../nbs/references.html"' in page
     assert "colab.research.google.com/github/someone/small/blob/main/nbs/02_two.ipynb" in page
     assert "mybinder.org/v2/gh/someone/small/main?labpath=nbs/02_two.ipynb" in page
+    assert "kaggle.com/kernels/welcome?src=https://github.com/someone/small/blob/main/nbs/02_two.ipynb" in page
+    assert "codespaces.new/someone/small/tree/main" in page
     assert (rich.root / "_site/nbs/02_two.ipynb").exists()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import anywhere                                              # noqa: E402
 import assets                                                # noqa: E402
 import reading                                               # noqa: E402
 from card import CARD, write_card                            # noqa: E402
@@ -149,10 +150,7 @@ def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
     "A line of links: the notebook itself, and where to run it without installing anything."
     links = [f'<a href="{prefix}{name}" download>Download notebook</a>']
     if settings.get("user") and settings.get("repo"):
-        place = f"{settings['user']}/{settings['repo']}"
-        branch = settings.get("branch", "main")
-        links += [f'<a href="https://colab.research.google.com/github/{place}/blob/{branch}/{name}">Open in Colab</a>',
-                  f'<a href="https://mybinder.org/v2/gh/{place}/{branch}?labpath={name}">Open in Binder</a>']
+        links += [f'<a href="{address}">Open in {where}</a>' for where, address in anywhere.addresses(name, settings).items()]
     return f'<p class="notebook-links" data-pagefind-ignore><span>Run this chapter:</span> {" ".join(links)}</p>'
 
 

@@ -11,11 +11,13 @@ Stored outputs are compared word for word only where everything they depend on i
 and packages (`environment`). Elsewhere every cell must run, every assertion hold, and the kinds of output agree: another
 processor rounds otherwise, and after a hundred steps of training no digit is the same.
 """
-import argparse, json, os, platform, re, subprocess, sys
+import argparse, json, os, platform, re, subprocess, sys, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import anywhere
 import grow
+from finish import read_settings
 from machine import processor_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,9 +67,12 @@ def kept(nb):
 
 
 def clean(nb):
-    "Drop execution counts and editor metadata, as nbdev's git hook does."
+    "Drop execution counts and editor metadata, as nbdev's git hook does, and begin with the cell that all notebooks begin with."
     os.chdir(ROOT)
     from nbdev.clean import nbdev_clean
+    book = json.loads(nb.read_text(encoding='utf-8'))
+    anywhere.begin(book, read_settings(ROOT))
+    nb.write_text(json.dumps(book, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
     nbdev_clean(str(nb))
 
 
@@ -127,20 +132,23 @@ def environment():
 
 def kernel_settings():
     "What a kernel finds in its environment: the library of this tree, and nothing that differs between two runs."
+    os.environ.setdefault('LLM_FROM_SCRATCH_DATA', str(ROOT.parent/'shared'/'data'))
     os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
                       MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
 
 
-def run(nb):
-    """The notebook's cells, executed from a clean kernel in `nbs/`, and the processor seconds they used in `metadata.seconds`.
+def run(nb, folder=None):
+    """The notebook's cells, executed from a clean kernel in an empty folder, and the processor seconds they used in `metadata.seconds`.
 
     Raises CellExecutionError where a cell raises.
     """
+    if folder is None:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty: return run(nb, empty)
     import nbformat
     from nbclient import NotebookClient
     kernel_settings()
     book, before = nbformat.read(nb, as_version=4), children_seconds()
-    NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
+    NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(folder)}}).execute()
     for cell in book.cells:
         if cell.cell_type == 'code': cell.outputs = join_streams(cell.outputs)
     book.metadata.seconds = children_seconds() - before
