@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ pytest.importorskip("pypandoc", reason="the book's own packages are not installe
 pytest.importorskip("typst", reason="the book's own packages are not installed (run `make test`)")
 
 import build as builder                                      # noqa: E402
+import dark                                                  # noqa: E402
 import finish                                                # noqa: E402
+import labels                                                # noqa: E402
 import nbfilter                                              # noqa: E402
 from book import BookError, load_book                        # noqa: E402
 from cells import options                                    # noqa: E402
@@ -149,7 +152,7 @@ for i in range(3): print(i)
 ### `area` in a heading is no link
 """
 
-EXPORT = '#| export\ndef area(r: float) -> float:\n    "The area of a circle."\n    return 3 * r * r\n\nclass Shape:\n    "A shape."\n    def grow(self) -> None: "Larger."\n'
+EXPORT = '#| export\ndef area(r: float) -> float:\n    "The area of a circle, @eq-one-sum."\n    return 3 * r * r\n\nclass Shape:\n    "A shape."\n    def grow(self) -> None: "Larger."\n'
 TABLE = '<style scoped>th{color:red}</style><table class="dataframe"><thead><tr><th>x</th></tr></thead><tbody><tr><td>7</td></tr></tbody></table>'
 
 
@@ -212,7 +215,7 @@ def built(plain_site, tmp_path):
 def test_chapters_sections_and_appendices_are_numbered(rich):
     assert '<span class="chapter-number">2</span>' in rich.page("nbs/02_two")
     assert re.findall(r'header-section-number">([\d.]+)<', rich.page("nbs/02_two")) == ["2.1", "2.1.1", "2.2"]
-    assert '<span class="chapter-number">A</span>' in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
+    assert '<span class="chapter-number">Appendix\u00a0A</span>\u00a0\u00a0Extra</h1>' in rich.page("nbs/extra") and "<title>Appendix A Extra · " in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
     assert "chapter-number" not in rich.page("nbs/references")
 
 
@@ -221,6 +224,29 @@ def test_chapters_sections_and_appendices_are_numbered(rich):
     ("Section\u00a01.1", "#sec-one-deep"), ("Appendix\u00a0A", "extra.html#sec-extra"), ("Listing\u00a01.1", "#lst-one-loop")])
 def test_a_reference_is_a_numbered_link_also_across_pages(rich, words, address):
     assert f'<a href="{address}" class="quarto-xref">{words}</a>' in rich.page("nbs/01_one")
+
+
+def test_a_label_in_code_reads_as_in_prose(rich):
+    "On the site it is a link, also to a label that no sentence names; nothing on any page is left as a label."
+    assert 'circle, <a href="#eq-one-sum" class="quarto-xref">Equation\u00a01.1</a>' in rich.page("nbs/01_one")
+    for page in [*(rich.root / "_site").rglob("*.html"), *(rich.root / "_site").rglob("*.md")]:
+        assert not re.search(r"@(eq|fig|tbl|sec|lst)-", page.read_text(encoding="utf-8")), page.name
+
+
+@pytest.mark.parametrize("label, place, name", [
+    ("eq-a", '<span id="eq-a"><span class="equation"><span class="equation-body">x</span><span class="equation-number">(1.2)</span>', "Equation\u00a01.2"),
+    ("sec-a", '<section id="sec-a"><h2><span class="header-section-number">1.3</span> A</h2>', "Section\u00a01.3"),
+    ("sec-a", '<h1 id="sec-a"><span class="chapter-number">7</span> A</h1>', "Chapter\u00a07"),
+    ("sec-a", '<h1 class="title"><span id="sec-a" class="quarto-section-identifier">Appendix B — A</span></h1>', "Appendix\u00a0B"),
+    ("fig-a", '<figure id="fig-a"><img><figcaption><span>Figure\u00a03.1:</span> A.</figcaption></figure>', "Figure\u00a03.1"),
+    ("tbl-a", '<div id="tbl-a"><figure><figcaption id="b">Table&nbsp;3.1: A.</figcaption></figure></div>', "Table\u00a03.1"),
+])
+def test_a_label_that_no_sentence_names_has_its_number_from_its_place(label, place, name):
+    page, other = Path("nbs/a.html"), Path("index.html")
+    texts = {page: f'<p>x</p>{place}<h2 id="sec-b"><span class="header-section-number">9.9</span></h2>', other: f"<pre>see @{label}, @{label}-x and x@{label}</pre>"}
+    known = labels.labels(texts)
+    assert known[label] == (page, name) and known["sec-b"] == (page, "Section\u00a09.9")
+    assert labels.link_labels(texts[other], other, known) == f'<pre>see <a href="nbs/a.html#{label}" class="quarto-xref">{name}</a>, @{label}-x and x@{label}</pre>'
 
 
 def test_references_from_the_root_and_to_panels(rich):
@@ -347,7 +373,7 @@ def test_methods_and_constants_are_symbols():
 def test_symbol_index_says_where_names_are_defined(rich):
     page = nbfilter.symbol_index(rich.root / "nbs")
     entry = page[page.index("[`area`]"):page.index("[`Shape`]")]
-    assert "The area of a circle. [Built in [chapter 1](01_one.ipynb#api-area).]" in entry
+    assert "The area of a circle, @eq-one-sum. [Built in [chapter 1](01_one.ipynb#api-area).]" in entry
     assert "secret" not in page
 
 
@@ -391,9 +417,16 @@ def test_the_core_path_and_what_goes_deeper_are_told_apart(plain):
 def test_plain_text_copies_sitemap_and_metadata(rich):
     site = rich.root / "_site"
     copy = (site / "nbs/01_one.md").read_text(encoding="utf-8")
-    assert "Equation 1.1" in copy.replace("\u00a0", " ") and "@eq-" not in copy and "secret" not in copy and "```python" in copy
+    assert "Equation 1.1" in copy.replace("\u00a0", " ") and "secret" not in copy and "```python" in copy
+    assert "As (Shannon 1948) says" in copy and re.search(r"## Sources\n\n- Shannon, Claude E. 1948. “A Mathematical Theory", copy)
+    assert "# References\n\n- Shannon, Claude E. 1948." in (site / "nbs/references.md").read_text(encoding="utf-8")
+    other = (site / "nbs/02_two.md").read_text(encoding="utf-8")
+    drawing = re.search(r"!\[A blue dot, alone\.\]\(\.\./(pictures/\w+\.svg)\)\n\n\*Figure\u00a02\.1: A dot\? One\.\*", other)
+    assert (site / drawing[1]).read_text(encoding="utf-8") == SVG and "Sources" not in other
     assert "[One](nbs/01_one.md)" in (site / "llms.txt").read_text(encoding="utf-8")
     assert "https://example.org/small/nbs/02_two.html" in (site / "sitemap.xml").read_text(encoding="utf-8")
+    assert '<meta property="og:image" content="https://example.org/small/assets/card.png">' in rich.page("nbs/01_one")
+    assert (site / "assets/card.png").read_bytes()[16:24] == struct.pack(">II", 1200, 630)
     assert 'property="og:title"' in rich.page("index") and '<meta name="description"' in rich.page("nbs/01_one")
     assert (site / "404.html").exists()
 
@@ -405,6 +438,76 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
         for fact in ("Figure 2.1:", "Table 1.1:", "Table 2.1:", "Equation 1.1", "Appendix A", "A Mathematical Theory of Communication", "Only on paper"):
             assert fact in place, fact
         assert ":::" not in place and "Only on the site" not in place
+
+
+def test_what_quarto_says_on_every_page_gives_way(tmp_path):
+    "Its description is the book's, and its picture an address that only the page itself understands."
+    page = ('<head><title>One</title><meta name="description" content="The book."><meta property="og:image" content="a.svg"><meta property="og:image:alt" content="A">'
+            '<meta name="twitter:image" content="a.svg"><meta name="twitter:card" content="summary"></head><main><p>The first words of the page.</p></main>')
+    done = finish.head(page, {}, "", False, "https://example.org/card.png")
+    assert re.findall(r'<meta (?:name|property)="([^"]+)" content="([^"]+)"', done) == [
+        ("description", "The first words of the page."), ("og:title", "One"), ("og:description", "The first words of the page."), ("og:type", "article"),
+        ("og:image", "https://example.org/card.png"), ("twitter:card", "summary_large_image")]
+    assert "image" not in finish.head(page, {}, "", False)               # no address is known: no picture
+
+
+def test_search_holds_each_formula_once_and_as_it_is_seen(rich):
+    import gzip
+    pages = [json.loads(re.search(rb"\{.*", gzip.decompress(f.read_bytes()), re.S)[0]) for f in (rich.root / "_site/pagefind/fragment").iterdir()]
+    words = next(page["content"] for page in pages if page["url"].endswith("01_one.html"))
+    assert words.count("a+b=c") == 1 and "a + b = c" not in words and "qquad" not in words
+
+
+def test_quartos_search_holds_each_formula_once(tmp_path):
+    formula = '<math><semantics><msqrt><mi>d</mi></msqrt><annotation encoding="application/x-tex">\\sqrt d</annotation></semantics></math>'
+    (tmp_path / "search.json").write_text(json.dumps([{"href": "a.html#x", "text": "over d\\sqrt d, and d\n\\sqrt d."}, {"href": "b.html", "text": "d\\sqrt d"}]))
+    finish.clean_search(tmp_path, {tmp_path / "a.html": formula, tmp_path / "b.html": ""})
+    assert [e["text"] for e in json.loads((tmp_path / "search.json").read_text())] == ["over d, and d.", "d\\sqrt d"]
+
+
+# Heat maps --------------------------------------------------------------------------------------------------------
+
+def png(width, *rows):
+    "A picture of RGBA rows, each with the filter it is stored with."
+    import zlib
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, len(rows), 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(bytes([how, *row]) for how, row in rows))) + chunk(b"IEND", b"")
+
+
+def heat_map(picture, color="#222222"):
+    import base64
+    return f'<svg xmlns="http://www.w3.org/2000/svg"><image width="1" href="data:image/png;base64,{base64.b64encode(picture).decode()}"/><g style="fill: {color}"/></svg>'
+
+
+BLUE, WHITE = (9, 30, 90, 255), (250, 250, 250, 255)
+
+
+def test_rows_of_a_picture_are_read_whatever_their_filter():
+    step = [b - a for a, b in zip(BLUE, WHITE)]
+    coded = [(0, (*BLUE, *WHITE)), (1, (*BLUE, *step)), (2, (0,) * 8), (3, [x - x // 2 for x in BLUE] + [w - (b + w) // 2 for b, w in zip(BLUE, WHITE)]), (4, (0,) * 8)]
+    assert [bytes(row) for row in dark.rows(png(2, *((how, [x & 255 for x in row]) for how, row in coded)))] == [bytes((*BLUE, *WHITE))] * 5
+
+
+def test_a_map_that_begins_at_white_begins_at_black_in_the_dark():
+    light, rich_in_color = heat_map(png(2, (0, (*BLUE, *WHITE)))), heat_map(png(2, (0, (*BLUE, 255, 255, 255, 0))))
+    assert f'<image style="{dark.FLIP}"' in dark.dark_drawing(light) and dark.FLIP not in dark.dark_drawing(rich_in_color)
+    assert "fill: #dddddd" in dark.dark_drawing(light) and "fill: #dddddd" in dark.dark_drawing(rich_in_color)      # letters turn, as in every drawing
+
+
+def test_numbers_written_on_colors_that_stay_keep_theirs():
+    stays, turns = (heat_map(png(1, (0, color)), "#f5f5f5") for color in (BLUE, WHITE))
+    assert "fill: #f5f5f5" in dark.dark_drawing(stays) and "fill: #0a0a0a" in dark.dark_drawing(turns)
+
+
+def test_a_page_holds_a_heat_map_for_each_theme(tmp_path):
+    (tmp_path / "a.svg").write_text(heat_map(png(1, (0, BLUE))))
+    (tmp_path / "b.svg").write_text(SVG)
+    page = '<figure><img id="i" src="a.svg" class="x" alt="A map"><img src="b.svg" alt="A dot"><img src="http://h/c.svg"></figure>'
+    done = dark.both_themes(page, tmp_path / "page.html", tmp_path / "memory")
+    assert done == page.replace('class="x" alt="A map">', 'class="in-light x" alt="A map"><img class="in-dark no-flip" data-pagefind-ignore src="a.dark.svg" alt="A map">')
+    assert (tmp_path / "a.dark.svg").read_text() == dark.dark_drawing(heat_map(png(1, (0, BLUE))))
+    assert dark.both_themes(done, tmp_path / "page.html", tmp_path / "memory") == done
 
 
 def test_old_addresses_lead_to_the_new_ones(tmp_path):
@@ -562,6 +665,51 @@ def test_without_node_the_book_is_built_and_says_what_it_lacks(monkeypatch, tmp_
 
 
 # With Quarto ------------------------------------------------------------------------------------------------------
+
+def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
+    "Whatever Quarto renders, both come from the embedded builder: finish.py copies what the environment names."
+    asked = {}
+
+    def render(command, cwd, env):
+        asked.update(command=command, files=json.loads(env["BOOK_DOWNLOADS"]))
+        (Path(command[-1]) / "index.html").write_text("<title>T</title>")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(builder, "parsed_book", lambda book, draft: None)
+    monkeypatch.setattr(builder, "build_epub", lambda work: tmp_path / "x.epub")
+    monkeypatch.setattr(builder, "build_pdf", lambda work: tmp_path / "y.pdf")
+    monkeypatch.setattr(builder.shutil, "which", lambda name: "quarto")
+    monkeypatch.setattr(builder.subprocess, "run", render)
+    builder.build_quarto(load_book(plain.root), ["html", "epub", "pdf"], plain.root / "_site")
+    assert asked["command"][:4] == ["quarto", "render", "--to", "html"]
+    assert asked["files"] == {"small.epub": str(tmp_path / "x.epub"), "small.pdf": str(tmp_path / "y.pdf")}
+
+
+def test_quartos_own_epub_loses_what_epub_forbids(tmp_path):
+    with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
+        book.writestr("mimetype", "application/epub+zip")
+        book.writestr("ch1.xhtml", '<div class="f" alt="A dot"><img src="a.png" alt="A dot"/></div>', zipfile.ZIP_DEFLATED)
+    finish.mend_epub(tmp_path / "book.epub")
+    with zipfile.ZipFile(tmp_path / "book.epub") as book:
+        assert book.read("ch1.xhtml").decode() == '<div class="f"><img src="a.png" alt="A dot"/></div>'
+        assert [(i.filename, i.compress_type) for i in book.infolist()] == [("mimetype", zipfile.ZIP_STORED), ("ch1.xhtml", zipfile.ZIP_DEFLATED)]
+
+
+def test_html_output_is_raw_html_to_quarto():
+    "Quarto asks a CDN for scripts as soon as it sees an output of the kind text/html."
+    sent = nbfilter.filter_notebook({"cells": [code("frame", shown(html="<b>1</b>\n``````\n<i>", text="x"))]}, {})["cells"][0]["outputs"][0]["data"]
+    assert "".join(sent["text/markdown"]).startswith("```````{=html}\n<b>1</b>") and set(sent) == {"text/markdown"}
+
+
+def test_chapters_named_by_their_titles_are_named_by_their_numbers(tmp_path):
+    "As Quarto refers to a whole chapter from a page without a number."
+    one, page = tmp_path / "nbs/one.html", tmp_path / "index.html"
+    title = '<h1 class="title"><span id="sec-one" class="quarto-section-identifier"><span class="chapter-number">1</span> One</span></h1>'
+    names = finish.chapter_names({one: title, page: "<h1>Start</h1>"})
+    appendix = '<h1 class="title"><span id="sec-a" class="quarto-section-identifier">Appendix A — <span class="chapter-title">Extra</span></span></h1>'
+    assert finish.chapter_names({one: appendix}) == {one: ("sec-a", "Appendix A")}
+    assert '<span class="chapter-number">Appendix\u00a0A</span>\u00a0\u00a0<span class="chapter-title">Extra' in finish.name_chapters(appendix, page, {})
+    assert finish.name_chapters('<a href="nbs/one.html" class="quarto-xref"><span>One</span></a>', page, names) == '<a href="nbs/one.html#sec-one" class="quarto-xref">Chapter 1</a>'
 
 @pytest.mark.skipif(shutil.which("quarto") is None, reason="Quarto is not on PATH: its pages are compared where it is")
 def test_both_builders_give_the_same_addresses(rich, tmp_path):

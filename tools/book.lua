@@ -148,7 +148,8 @@ local function number_heading(header)
   headings[#headings + 1] = { level = header.level, id = header.identifier, number = number, text = pandoc.utils.stringify(header.content) }
   if number ~= '' then
     local class = header.level == 1 and 'chapter-number' or 'header-section-number'
-    header.content:insert(1, pandoc.Span({ pandoc.Str(number) }, { class = class }))
+    local name = (header.level == 1 and chapter.appendix and 'Appendix\u{a0}' or '') .. number
+    header.content:insert(1, pandoc.Span({ pandoc.Str(name) }, { class = class }))
     header.content:insert(2, pandoc.Str(header.level == 1 and '\u{a0}\u{a0}' or '\u{a0}'))
   end
   return header, false
@@ -338,7 +339,17 @@ local function resolve_image(image)
   return image
 end
 
-local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image }
+-- A docstring names labels too. On the site they become links (tools/labels.py), in one document words.
+local function resolve_code(code)
+  if context.mode ~= 'book' then return nil end
+  code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
+    local target = context.refs[id]
+    return target and (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
+  end)
+  return code
+end
+
+local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image, CodeBlock = resolve_code }
 
 -- A citation is a link only where the list of references has its entry.
 local function link_citations(doc)

@@ -83,10 +83,15 @@ def parsed_book(book: Book, draft: bool) -> Workshop:
     return work
 
 
+def build_downloads(work: Workshop, formats: list[str]) -> list[Path]:
+    "The book in one file, in each of the formats that is one."
+    return [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
+
+
 def build_embedded(book: Book, formats: list[str], draft: bool, site: Path) -> None:
     "Build beside the old site, then let the new one take its place."
     work = parsed_book(book, draft)
-    downloads = [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
+    downloads = build_downloads(work, formats)
     with staging(book.root) as fresh:
         build_site(work, fresh, downloads)
         swap(fresh, site)
@@ -123,16 +128,14 @@ def swap(fresh: Path, site: Path) -> None:
 # Quarto -----------------------------------------------------------------------------------------------------------
 
 def build_quarto(book: Book, formats: list[str], site: Path) -> None:
-    "Let Quarto render the site and the EPUB; the PDF is typst's, because Quarto sets books with typst only from 1.9 on."
+    "Let Quarto render the site; EPUB and PDF are the embedded builder's, which are the same with every Quarto."
     quarto = shutil.which("quarto")
     if not quarto:
         raise BookError("Quarto is not on PATH: install it, or leave out `--quarto yes` to use the embedded builder")
-    environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
-    if "pdf" in formats:
-        environment |= {"BOOK_PDF": str(build_pdf(parsed_book(book, draft=False))), "BOOK_PDF_NAME": f"{book.name}.pdf"}
-    only = ["--to", formats[0]] if formats in (["html"], ["epub"]) else []
+    downloads = {file.suffix: str(file) for file in build_downloads(parsed_book(book, draft=False), formats)} if formats != ["html"] else {}
+    environment = {**os.environ, "QUARTO_PYTHON": sys.executable, "BOOK_DOWNLOADS": json.dumps({book.name + ending: file for ending, file in downloads.items()})}
     with staging(book.root) as fresh:
-        done = subprocess.run([quarto, "render", *only, "--output-dir", str(fresh)], cwd=book.root, env=environment)
+        done = subprocess.run([quarto, "render", "--to", "html", "--output-dir", str(fresh)], cwd=book.root, env=environment)
         if done.returncode or not (fresh / "index.html").exists():
             raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
         swap(fresh, site)

@@ -136,8 +136,6 @@ def _display(data: dict[str, Any], alt: str, files: Path) -> str:
     for mime in ("text/markdown", "text/latex"):
         if mime in data:
             return _text(data[mime])
-    if "text/html" in data:
-        return _fence(_text(data["text/html"]), "=html")
     return _fence(_text(data.get("text/plain", "")), "")
 
 

@@ -183,6 +183,10 @@ def drawing_title(outputs: list[dict[str, Any]]) -> str:
 def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, Any]:
     "Sentences made by code link their symbols like those typed."
     data = out.get("data", {})
+    if "text/html" in data and "text/markdown" not in data:          # as raw HTML: for text/html Quarto asks a CDN for jquery
+        text = "".join(data["text/html"])
+        fence = "`" * max(6, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return {**out, "data": {"text/markdown": [f"{fence}{{=html}}\n", *text.splitlines(True), f"\n{fence}\n"]}}
     if "text/markdown" not in data:
         return out
     text = link_symbols("".join(data["text/markdown"]), names)
@@ -221,7 +225,7 @@ def symbol_index(folder: Path) -> str:
     entries = [_entry(s) for s in sorted(names.values(), key=lambda s: s.name.lower()) if s.public]
     return "\n".join([
         "# Symbol index {#sec-symbols}", "",
-        "<!-- Written by `python tools/nbfilter.py --symbols`; do not edit. -->", "",
+        "<!-- Written by tools/nbfilter.py (its option symbols); do not edit. -->", "",
         "Every public name of the library: what it does, the chapter that builds it, and the chapters that use it.", "",
         "::: {.symbol-index}", "", *entries, ":::", ""])
 

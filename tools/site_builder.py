@@ -54,7 +54,8 @@ def page_values(work: Workshop, parsed: Parsed, body: str, downloads: list[Path]
 
 
 def numbered(parsed: Parsed) -> str:
-    return f"{parsed.page.number} {parsed.title}".strip()
+    page = parsed.page
+    return f"{'Appendix ' * (page.appendix and bool(page.number))}{page.number} {parsed.title}".strip()
 
 
 def neighbours(work: Workshop, page: Page) -> tuple[Parsed | None, Parsed | None]:
@@ -157,7 +158,7 @@ def copy_pictures(work: Workshop, page: Page, body: str, site: Path) -> None:
 
 def index_for_search(site: Path) -> None:
     "Let pagefind read the finished pages."
-    done = subprocess.run([sys.executable, "-m", "pagefind", "--site", str(site), "--exclude-selectors", ".equation, .katex, a.anchor"],
+    done = subprocess.run([sys.executable, "-m", "pagefind", "--site", str(site), "--exclude-selectors", ".katex-html, .equation-number, annotation, a.anchor"],
                           capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise BookError(f"the search index could not be made ({(done.stderr or done.stdout).strip().splitlines()[-1:]}): reinstall pagefind with `make book`")
