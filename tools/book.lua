@@ -343,7 +343,7 @@ end
 local function resolve_code(code)
   if context.mode ~= 'book' then return nil end
   code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
-    local target = context.refs[id]
+    local target = labels[id]
     return target and (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
   end)
   return code
