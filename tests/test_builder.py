@@ -525,6 +525,35 @@ def test_old_addresses_lead_to_the_new_ones(tmp_path):
     assert {page.relative_to(tmp_path).as_posix() for page in finish.pages(tmp_path)} == {*finish.MOVED.values()}
 
 
+# Any folder, any name ---------------------------------------------------------------------------------------------
+
+ODD = 'He said "$5" \\ *now* #1 @x [a](b) <i>'
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows allows no such name for a folder")
+def test_names_are_no_markup(tmp_path):
+    "Whatever a folder, the book, its authors, its parts and its pictures are called."
+    book = small_book(tmp_path / "it's a--b a*b* $x$ ~b~ 💥 #50% a:b")
+    book.write("index.qmd", "# A small book {.unnumbered}\n\nAs [@shannon1948] says. ![A dot](a%20dot.svg)\n")
+    book.write("a dot.svg", SVG)
+    book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![Another dot](<our dot.svg>)"), code("draw()", shown(svg=SVG)))
+    book.write("nbs/our dot.svg", SVG.replace("9", "8"))
+    book.config("{part: " + json.dumps(ODD) + ", chapters: [nbs/01_one.ipynb]}", "nbs/references.qmd")
+    config = (book.root / "_quarto.yml").read_text(encoding="utf-8")
+    book.write("_quarto.yml", config.replace("A Small Book", json.dumps(ODD)).replace("Nobody", json.dumps([ODD, "O'Neil {c}"])))
+    book.build(("html", "epub", "pdf"))
+    assert f"<title>{html.escape(ODD)}</title>" in book.page("index") and "Shannon 1948" in book.text("index")
+    assert (book.root / "_site/a dot.svg").exists() and (book.root / "_site/nbs/our dot.svg").exists()
+    with zipfile.ZipFile(book.root / "_site/small.epub") as epub:
+        facts = html.unescape(epub.read("EPUB/content.opf").decode())
+        assert f">{ODD}</dc:title>" in facts and f">{ODD}</dc:creator>" in facts and ">O'Neil {c}</dc:creator>" in facts
+        assert len([name for name in epub.namelist() if name.endswith(".svg")]) == 3
+    import pypdfium2
+    with pypdfium2.PdfDocument(book.root / "_site/small.pdf") as paper:
+        assert paper.get_metadata_dict()["Title"] == ODD and paper.get_metadata_dict()["Author"] == f"{ODD}, O'Neil {{c}}"
+    assert pdf_words(book.root / "_site/small.pdf").count(ODD) == 3       # title, author and part
+
+
 # Failures and second runs -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, words", [
@@ -596,7 +625,7 @@ def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
     import pandoc
     runs = []
     real = pandoc.run_pandoc
-    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where: (runs.append(where), real(args, context, text, where))[1])
+    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where, root: (runs.append(where), real(args, context, text, where, root))[1])
     assert plain.build() is True and "nbs/01_one.ipynb" in runs
     runs.clear()
     assert plain.build() is False and not runs

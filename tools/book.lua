@@ -478,7 +478,7 @@ end
 local function part_title(div)
   local title = div.attributes.part
   if not title or context.mode ~= 'book' then return {} end
-  if typst then return { raw(('#part[%s]'):format(title)) } end
+  if typst then return { raw '#part[', pandoc.Plain { pandoc.Str(title) }, raw ']' } end
   return { pandoc.Header(1, { pandoc.Str(title) }, pandoc.Attr(unique('part-' .. div.attributes.number), { 'part' })) }
 end
 

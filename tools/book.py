@@ -85,7 +85,7 @@ def load_book(root: Path) -> Book:
     if not book.get("chapters"):
         raise BookError("_quarto.yml lists no chapters: add them under `book: chapters:`")
     return Book(
-        root=root, title=str(book.get("title", "Untitled")), pages=list(_pages(root, book)), subtitle=str(book.get("subtitle", "")),
+        root=root.resolve(), title=str(book.get("title", "Untitled")), pages=list(_pages(root, book)), subtitle=str(book.get("subtitle", "")),
         authors=_listed(book.get("author")), description=str(book.get("description", "")),
         bibliography=_listed(config.get("bibliography")), lang=str(config.get("lang", "en")),
         name=str(book.get("output-file", "book")), settings=read_settings(root),

@@ -60,7 +60,7 @@ def code_cell(cell: Cell, page: Page, files: Path) -> str:
 
 def _shown_code(code: str, opts: dict[str, Any]) -> str:
     label = f"#{opts['lst-label']} " if "lst-label" in opts else ""
-    caption = _attribute("lst-cap", opts.get("lst-cap"))
+    caption = attribute("lst-cap", opts.get("lst-cap"))
     return _fence(code, f"{label}.python .cell-code{caption}")
 
 
@@ -68,10 +68,10 @@ def _fold(opts: dict[str, Any]) -> str:
     fold = opts.get("code-fold", False)
     if fold is False:
         return ""
-    return f' code-fold="{str(fold).lower()}"' + _attribute("code-summary", opts.get("code-summary", "Code"))
+    return f' code-fold="{str(fold).lower()}"' + attribute("code-summary", opts.get("code-summary", "Code"))
 
 
-def _attribute(name: str, value: Any) -> str:
+def attribute(name: str, value: Any) -> str:
     if value is None:
         return ""
     quoted = str(value).replace("\\", "\\\\").replace('"', '\\"')
@@ -87,7 +87,7 @@ def _labelled(opts: dict[str, Any], outs: list[str]) -> list[str]:
     parts = opts.get(f"{kind}-subcap") or []
     if parts:
         outs = [_div(f"#{label}-{i}", out, str(cap)) for i, (out, cap) in enumerate(zip(outs, parts), 1)]
-    columns = _attribute("layout-ncol", opts.get("layout-ncol"))
+    columns = attribute("layout-ncol", opts.get("layout-ncol"))
     return [_div(f"#{label}{columns}", *outs, str(opts.get(f"{kind}-cap", "")))]
 
 
@@ -132,7 +132,7 @@ def _display(data: dict[str, Any], alt: str, files: Path) -> str:
     for mime, ending in IMAGES.items():
         if mime in data:
             name = _picture(data[mime], ending, files)
-            return f"![](pictures/{name}){{{_attribute('fig-alt', alt or None)} .output-picture}}"
+            return f"![](pictures/{name}){{{attribute('fig-alt', alt or None)} .output-picture}}"
     for mime in ("text/markdown", "text/latex"):
         if mime in data:
             return _text(data[mime])

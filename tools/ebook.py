@@ -5,36 +5,48 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from book import BookError
-from pandoc import FILTER, HERE, Workshop, joined, run_pandoc
+from pandoc import FILTER, HERE, Workshop, joined, run_pandoc, words
 
 THEME = HERE / "theme"
+
+
+def metadata(work: Workshop) -> dict[str, Any]:
+    book = work.book
+    typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}}}
+    facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "description": book.description,
+             "rights": "Text: CC BY 4.0. Code: Apache 2.0.", "identifier": book.name}
+    return work.metadata(**{key: words(value) for key, value in facts.items() if value}, literal=typst)
+
+
+def literal(text: str) -> dict[str, Any]:
+    "A string as typst's code writes it, with its quotes."
+    return {"t": "MetaInlines", "c": [{"t": "RawInline", "c": ["typst", json.dumps(text, ensure_ascii=False)]}]}
 
 
 def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
     "Run pandoc over the whole book unless a result made from the same content is there."
     book = work.book
-    meta = work.metadata(title=book.title, subtitle=book.subtitle, author=book.authors, description=book.description,
-                         rights="Text: CC BY 4.0. Code: Apache 2.0.")
+    meta = metadata(work)
     context = {"mode": "book", "number_depth": book.number_depth, "pictures": work.pictures.relative_to(book.root).as_posix(),
                "first_ids": {p.page.file.as_posix(): next((h["id"] for h in p.headings), "") for p in work.parsed}}
     styles = [(THEME / name).read_text(encoding="utf-8") for name in theme]
-    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, work.bibliography_texts(), args)
+    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, work.bibliography(), args)
 
     def make() -> bytes:
         "The whole book as one document: every page inside its div, in reading order."
         document = joined(work.map(work.tree), meta)
         fresh = work.cache / f"{key}.part.{ending}"
-        run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book")
+        run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
         return fresh.read_bytes()
     return work.remembered(key, ending, make)
 
 
 def build_epub(work: Workshop) -> Path:
     "The EPUB, with MathML and a table of contents two levels deep."
-    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}",
-                 f"--resource-path={work.book.root}", f"--metadata=identifier:{work.book.name}")
+    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}")
 
 
 def build_pdf(work: Workshop) -> Path:

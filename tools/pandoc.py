@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from book import Book, BookError, Page
-from cells import page_markdown
+from cells import attribute, page_markdown
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +27,7 @@ FILTER = HERE / "book.lua"
 CODE = "".join((HERE / name).read_text(encoding="utf-8") for name in ("cells.py", "nbfilter.py", "pandoc.py"))    # what runs, whatever is saved meanwhile
 READER = "markdown+lists_without_preceding_blankline+mark"
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
+HTML = ("-t", "html5", "--mathml", "--wrap=none")
 KINDS = tuple(f"{kind}-" for kind in NAMES)
 MARK = re.compile("\ue000(-?)([\\w-]+)\ue001")
 ADDRESS = re.compile(r'(?<= href=")([^":#]*)(?:#([^"]*))?(?=")')
@@ -106,7 +107,7 @@ class Workshop:
 
     def _parse_page(self, page: Page) -> Parsed:
         context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up()}
-        path = self.remembered(self.page_key(page), "page.html", lambda: self._read(page, context, "-t", "html5", "--mathml", "--wrap=none", f"--lua-filter={FILTER}"))
+        path = self.remembered(self.page_key(page), "page.html", lambda: self._read(page, context, *HTML, f"--lua-filter={FILTER}"))
         facts, _, body = path.read_text(encoding="utf-8").partition("\n")
         found = json.loads(facts)
         return Parsed(page, body, dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), json.loads(found["cites"]), list(found["twice"]))
@@ -125,7 +126,8 @@ class Workshop:
     def _read(self, page: Page, context: dict[str, Any], *args: str) -> str:
         text = page_markdown(self.book, page, self.names, self.pictures)
         colons = ":" * (5 + max((len(m) for m in re.findall(r"^:+", text, re.M)), default=0))
-        return run_pandoc(["-f", READER, *args], context, f"{colons} {fence(self.book, page)}\n\n{text}\n\n{colons}\n", page.file.as_posix())
+        wrapped = f"{colons} {fence(self.book, page)}\n\n{text}\n\n{colons}\n"
+        return run_pandoc(["-f", READER, *args], context, wrapped, page.file.as_posix(), self.book.root)
 
     # What the book knows ------------------------------------------------------------------------------------------
 
@@ -155,19 +157,16 @@ class Workshop:
                     found.append((stem, name, f"defines @{name} a second time, after {refs[name]['page']}: rename one of them"))
         return found
 
-    def bibliography_files(self) -> list[Path]:
-        return [self.book.root / name for name in self.book.bibliography if (self.book.root / name).exists()]
+    def bibliography(self) -> dict[str, str]:
+        "The files of sources, seen from the root of the book, with what stands in them."
+        return {name: (self.book.root / name).read_text(encoding="utf-8") for name in self.book.bibliography if (self.book.root / name).exists()}
 
     def bibliography_keys(self) -> list[str]:
-        return re.findall(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", "\n".join(self.bibliography_texts()), re.M)
+        return re.findall(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", "\n".join(self.bibliography().values()), re.M)
 
-    def bibliography_texts(self) -> list[str]:
-        return [file.read_text(encoding="utf-8") for file in self.bibliography_files()]
-
-    def metadata(self, **more: str | list[str]) -> dict[str, Any]:
-        "Metadata for a syntax tree: every string is taken as it is, never read as Markdown."
-        texts = {"bibliography": [str(file) for file in self.bibliography_files()], "lang": self.book.lang, **more}
-        return {"link-citations": {"t": "MetaBool", "c": True}, **{name: meta_value(value) for name, value in texts.items()}}
+    def metadata(self, **more: Any) -> dict[str, Any]:
+        "What pandoc knows of the book, in its own form: nothing of it is read as Markdown."
+        return {"bibliography": words(list(self.bibliography())), "link-citations": {"t": "MetaBool", "c": True}, "lang": words(self.book.lang), **more}
 
     # Putting pages together ---------------------------------------------------------------------------------------
 
@@ -177,8 +176,8 @@ class Workshop:
         document = joined([parsed.cites for parsed in self.parsed], self.metadata())
         cites = list(dict.fromkeys(map(json.dumps, document["blocks"])))
         document["blocks"] = list(map(json.loads, cites))
-        path = self.remembered(self.key(document, self.bibliography_texts()), "citations.html", lambda: run_pandoc(
-            ["-f", "json", "-t", "html5", "--mathml", "--citeproc", "--wrap=none"], {}, json.dumps(document), "the citations"))
+        path = self.remembered(self.key(document, self.bibliography()), "citations.html", lambda: run_pandoc(
+            ["-f", "json", *HTML, "--citeproc"], {}, json.dumps(document), "the citations", self.book.root))
         shown, start, entries = path.read_text(encoding="utf-8").partition('<div id="refs"')
         return dict(zip(cites, re.findall(r"^<p>(.*)</p>$", shown, re.M))), (start + entries).rstrip()
 
@@ -186,7 +185,7 @@ class Workshop:
         "The body of one page as HTML, its marks and addresses filled in."
         page, (shown, entries) = parsed.page, self.citations
 
-        def words(match: re.Match[str]) -> str:
+        def shown_as(match: re.Match[str]) -> str:
             if match[2].isdigit():
                 return shown[json.dumps(parsed.cites["blocks"][int(match[2])])]
             target = self.refs.get(match[2])
@@ -203,7 +202,7 @@ class Workshop:
             return page.way(stem, place) if stem else match[0]
 
         text = REFERENCES.sub(lambda _: entries if page.stem == self.references_page else "", parsed.body)
-        return ADDRESS.sub(address, MARK.sub(words, text))
+        return ADDRESS.sub(address, MARK.sub(shown_as, text))
 
     @cached_property
     def stems(self) -> dict[str, str]:
@@ -213,9 +212,9 @@ class Workshop:
 def fence(book: Book, page: Page) -> str:
     "The attributes of the div around a page, which tell the filter its place."
     first = next(p for p in book.pages if p.part == page.part)
-    part = f' part="{page.part}"' if page.part and page is first else ""
+    part = attribute("part", page.part) if page.part and page is first else ""
     appendix = ' appendix="true"' if page.appendix else ""
-    return f'{{.chapter number="{page.number}" page="{page.stem}"{appendix}{part}}}'
+    return f'{{.chapter number="{page.number}"{attribute("page", page.stem)}{appendix}{part}}}'
 
 
 def joined(documents: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
@@ -223,15 +222,18 @@ def joined(documents: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, A
     return {**documents[0], "meta": meta, "blocks": [block for document in documents for block in document["blocks"]]}
 
 
-def meta_value(value: str | list[str]) -> dict[str, Any]:
-    return {"t": "MetaString", "c": value} if isinstance(value, str) else {"t": "MetaList", "c": list(map(meta_value, value))}
+def words(value: str | list[str]) -> dict[str, Any]:
+    "A string, or several, as pandoc's metadata holds words: what looks like markup in them is none."
+    if isinstance(value, list):
+        return {"t": "MetaList", "c": [words(item) for item in value]}
+    return {"t": "MetaInlines", "c": [{"t": "Str", "c": value}]}
 
 
-def run_pandoc(args: list[str], context: dict[str, Any], text: str, where: str) -> str:
-    "Run pandoc on `text`; what it complains of becomes one sentence."
+def run_pandoc(args: list[str], context: dict[str, Any], text: str, where: str, root: Path) -> str:
+    "Run pandoc on `text` in the folder of the book; what it complains of becomes one sentence."
     import pypandoc
     command = [pypandoc.get_pandoc_path(), *args]
-    done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, env={**os.environ, "BOOK_CONTEXT": json.dumps(context)})
+    done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, cwd=root, env={**os.environ, "BOOK_CONTEXT": json.dumps(context)})
     if done.returncode:
         raise BookError(f"pandoc cannot read {where}: {' '.join(done.stderr.split()) or 'it gave no reason'}")
     return done.stdout

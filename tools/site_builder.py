@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import unquote
 
 from book import Book, BookError, Page
 from finish import finish
@@ -147,7 +148,7 @@ def toc_link(entry: dict[str, Any]) -> str:
 def copy_pictures(work: Workshop, page: Page, body: str, site: Path) -> None:
     "Copy every local picture that a page shows; a picture that is not there is an error."
     for source in re.findall(r'<(?:img|source)\b[^>]*\bsrc(?:set)?="([^":]+)"', body):
-        target = (site / page.file.parent / html.unescape(source)).resolve()
+        target = (site / page.file.parent / unquote(html.unescape(source))).resolve()
         name = target.relative_to(site.resolve())
         origin = work.pictures / name.name if name.parts[0] == "pictures" else work.book.root / name
         if not origin.exists():
