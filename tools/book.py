@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,12 @@ class Page:
     def up(self) -> str:
         "The way from this page to the root of the site."
         return "../" * (len(self.file.parts) - 1)
+
+    def way(self, stem: str, place: str) -> str:
+        "The way from this page to a place on a page of the book."
+        if stem == self.stem:
+            return f"#{place}"
+        return posixpath.relpath(f"{stem}.html", posixpath.dirname(self.stem) or ".") + (f"#{place}" if place else "")
 
 
 @dataclass

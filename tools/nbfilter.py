@@ -39,6 +39,11 @@ class Symbol:
     public: bool = True             # part of the library's interface, not only of its code
     used: list[str] = field(default_factory=list)
 
+    @property
+    def address(self) -> str:
+        "Where it is defined, seen from another notebook."
+        return f"{self.page}.ipynb#{self.anchor}"
+
 
 # Cells ------------------------------------------------------------------------------------------------------------
 
@@ -139,7 +144,7 @@ def link_symbols(text: str, names: dict[str, Symbol], prefix: str = "") -> str:
 
 def _link(match: re.Match[str], names: dict[str, Symbol], prefix: str) -> str:
     symbol = names.get(match[1])
-    return f"[{match[0]}]({prefix}{symbol.page}.ipynb#{symbol.anchor}){{.symbol}}" if symbol else match[0]
+    return f"[{match[0]}]({prefix}{symbol.address}){{.symbol}}" if symbol else match[0]
 
 
 # The filter -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def build_site(work: Workshop, site: Path, downloads: list[Path]) -> None:
     "Write the whole site into the empty folder `site`."
     template = Template((THEME / "page.html").read_text(encoding="utf-8"))
     for parsed in work.parsed:
-        body = work.fragment(parsed)
+        body = work.body(parsed)
         target = site / parsed.page.url
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
