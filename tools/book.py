@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Iterator
 import yaml
 
 from finish import read_settings
-from nbfilter import source
+from nbfilter import read, source
 
 
 class BookError(Exception):
@@ -135,7 +134,7 @@ def _must_exist(root: Path, file: Path) -> None:
 def read_notebook(root: Path, file: Path) -> dict[str, Any]:
     "A notebook as JSON."
     try:
-        return json.loads((root / file).read_text(encoding="utf-8"))
+        return read(root / file)
     except ValueError as error:
         raise BookError(f"{file.as_posix()} is not a notebook ({error}): restore it from git or save it again") from None
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from nbfilter import directives, drawing_title, source
+from nbfilter import directives, drawing_title, read, source
 
 HIDDEN = {"default_exp", "hide"}
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
@@ -103,9 +102,10 @@ def outside_code(text: str, change) -> str:
 
 def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries: dict[str, str]) -> str:
     "The Markdown copy of one page, whose finished form is `page`."
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in json.loads(text)["cells"])))
+        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in read(path)["cells"])))
+    else:
+        text = path.read_text(encoding="utf-8")
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)
     text = cite(text, page)
     text = re.sub(r"^(#+ .*?)\s*\{[#.][^}]*\}$", r"\1", text, flags=re.M)

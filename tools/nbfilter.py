@@ -14,6 +14,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -47,6 +48,16 @@ class Symbol:
 
 # Cells ------------------------------------------------------------------------------------------------------------
 
+def read(path: Path) -> dict[str, Any]:
+    "A notebook as JSON, for looking only: one that has not changed is not read again."
+    return _loaded(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=128)
+def _loaded(text: str) -> dict[str, Any]:
+    return json.loads(text)
+
+
 def source(cell: Cell) -> str:
     "The text of a cell, which notebooks store as a string or as a list of lines."
     return "".join(cell["source"])
@@ -68,9 +79,14 @@ def directives(text: str) -> tuple[set[str], str]:
     return found, "\n".join(kept)
 
 
-def definitions(text: str) -> Iterator[tuple[str, str]]:
+@lru_cache(maxsize=8192)
+def definitions(text: str) -> tuple[tuple[str, str], ...]:
     "Each public name that a cell defines (functions, classes, constants), with its docstring; methods as `Class.method`."
-    for node in ast.parse(text).body:
+    return tuple(_definitions(ast.parse(text)))
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if not node.name.startswith("_") and not grows(node):
                 yield node.name, _first_line(node)
@@ -115,7 +131,7 @@ def symbols(folder: Path) -> dict[str, Symbol]:
     "Every public name that the notebooks of `folder` export; the first definition wins."
     found: dict[str, Symbol] = {}
     for path in notebooks(folder):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for cell in read(path)["cells"]:
             marks, text = directives(source(cell)) if cell["cell_type"] == "code" else (set(), "")
             if not marks & DEFINES:
                 continue
@@ -211,7 +227,7 @@ def count_uses(names: dict[str, Symbol], folder: Path) -> None:
 
     A method is used where its class is imported and it is named; `forward` is run by calling the module."""
     for path in notebooks(folder):
-        imported, attributes = uses(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        imported, attributes = uses(read(path)["cells"])
         for symbol in names.values():
             owner, _, method = symbol.name.partition(".")
             if path.stem != symbol.page and owner in imported and method in attributes | {"", "forward"}:

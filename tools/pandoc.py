@@ -30,7 +30,7 @@ NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "l
 HTML = ("-t", "html5", "--mathml", "--wrap=none")
 KINDS = tuple(f"{kind}-" for kind in NAMES)
 MARK = re.compile("\ue000(-?)([\\w-]+)\ue001")
-ADDRESS = re.compile(r'(?<= href=")([^":#]*)(?:#([^"]*))?(?=")')
+ADDRESS = re.compile(r'(?<= href=")(?!#cb\d)([^":#]*)(?:#([^"]*))?(?=")')             # not the lines of code, which are many
 REFERENCES = re.compile(r'<div id="refs"[^>]*>\s*</div>')
 
 
