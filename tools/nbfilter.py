@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
+from safe import closed, outside_code, printable
+
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(\s+[^:]*)?$")       # `#| export`; cell options have a colon
 DROPPED = {"default_exp", "hide"}                            # cells that no reader sees
 PUBLIC = {"export", "exports"}                               # cells whose names are the library's interface
@@ -167,6 +169,7 @@ def _link(match: re.Match[str], names: dict[str, Symbol], prefix: str) -> str:
 
 def filter_notebook(notebook: dict[str, Any], names: dict[str, Symbol]) -> dict[str, Any]:
     "The notebook as the book shows it."
+    notebook = printable(notebook)
     cells = [_filter_cell(cell, names) for cell in notebook["cells"]]
     return {**notebook, "cells": [cell for cell in cells if cell is not None]}
 
@@ -200,13 +203,18 @@ def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, A
     "Sentences made by code link their symbols like those typed."
     data = out.get("data", {})
     if "text/html" in data and "text/markdown" not in data:          # as raw HTML: for text/html Quarto asks a CDN for jquery
-        text = "".join(data["text/html"])
+        text = closed("".join(data["text/html"]))
         fence = "`" * max(6, 1 + max(map(len, re.findall("`+", text)), default=0))
         return {**out, "data": {"text/markdown": [f"{fence}{{=html}}\n", *text.splitlines(True), f"\n{fence}\n"]}}
     if "text/markdown" not in data:
         return out
-    text = link_symbols("".join(data["text/markdown"]), names)
+    text = link_symbols(outside_code("".join(data["text/markdown"]), _without_headings), names)
     return {**out, "data": {**data, "text/markdown": text.splitlines(True)}}
+
+
+def _without_headings(text: str) -> str:
+    "A heading in an output is no section of the book."
+    return re.sub(r"^#{1,6} +(.+?)(?: +#+)?(?: *\{[^}]*\})?$", r"**\1**", text, flags=re.M)
 
 
 # The symbol index -------------------------------------------------------------------------------------------------

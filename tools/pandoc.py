@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 from book import Book, BookError, Page
-from cells import attribute, page_markdown
+from cells import page_markdown
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
 FILTER = HERE / "book.lua"
-CODE = "".join((HERE / name).read_text(encoding="utf-8") for name in ("cells.py", "nbfilter.py", "pandoc.py"))    # what runs, whatever is saved meanwhile
+CODE = "".join((HERE / name).read_text(encoding="utf-8") for name in ("cells.py", "nbfilter.py", "pandoc.py", "safe.py"))    # what runs, whatever is saved meanwhile
 READER = "markdown+lists_without_preceding_blankline+mark"
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
 HTML = ("-t", "html5", "--mathml", "--wrap=none")
@@ -98,6 +98,7 @@ class Workshop:
 
     def parse(self) -> None:
         "Make the HTML of every page that changed, as many at a time as there are processors."
+        self.pictures.mkdir(parents=True, exist_ok=True)
         self.parsed = self.map(self._parse_page)
 
     def map(self, make: Callable[[Page], Any]) -> list[Any]:
@@ -106,7 +107,7 @@ class Workshop:
             return list(pool.map(make, self.book.pages))
 
     def _parse_page(self, page: Page) -> Parsed:
-        context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up()}
+        context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up(), "place": placed(self.book, page)}
         path = self.remembered(self.page_key(page), "page.html", lambda: self._read(page, context, *HTML, f"--lua-filter={FILTER}"))
         facts, _, body = path.read_text(encoding="utf-8").partition("\n")
         found = json.loads(facts)
@@ -116,18 +117,17 @@ class Workshop:
         "What a page is made from: its file, its place in the book, and the addresses of the names that it mentions."
         text = self.book.read(page)
         linked = {name: self.names[name].address for name in re.findall(r"`([A-Za-z_][\w.]*)", text) if name in self.names}
-        return self.key(text, linked, fence(self.book, page), self.book.number_depth)
+        return self.key(text, linked, placed(self.book, page), self.book.number_depth)
 
     def tree(self, page: Page) -> dict[str, Any]:
-        "The syntax tree of a page."
+        "The syntax tree of a page, inside the div that tells the filter its place."
         path = self.remembered(self.page_key(page), "tree.json", lambda: self._read(page, {}, "-t", "json"))
-        return json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return {**tree, "blocks": [{"t": "Div", "c": [["", ["chapter"], list(placed(self.book, page).items())], tree["blocks"]]}]}
 
     def _read(self, page: Page, context: dict[str, Any], *args: str) -> str:
         text = page_markdown(self.book, page, self.names, self.pictures)
-        colons = ":" * (5 + max((len(m) for m in re.findall(r"^:+", text, re.M)), default=0))
-        wrapped = f"{colons} {fence(self.book, page)}\n\n{text}\n\n{colons}\n"
-        return run_pandoc(["-f", READER, *args], context, wrapped, page.file.as_posix(), self.book.root)
+        return run_pandoc(["-f", READER, *args], context, text, page.file.as_posix(), self.book.root)
 
     # What the book knows ------------------------------------------------------------------------------------------
 
@@ -209,12 +209,11 @@ class Workshop:
         return {page.file.as_posix(): page.stem for page in self.book.pages}
 
 
-def fence(book: Book, page: Page) -> str:
-    "The attributes of the div around a page, which tell the filter its place."
+def placed(book: Book, page: Page) -> dict[str, str]:
+    "The place of a page in the book, as attributes of the div around it."
     first = next(p for p in book.pages if p.part == page.part)
-    part = attribute("part", page.part) if page.part and page is first else ""
-    appendix = ' appendix="true"' if page.appendix else ""
-    return f'{{.chapter number="{page.number}"{attribute("page", page.stem)}{appendix}{part}}}'
+    facts = {"number": page.number, "page": page.stem, "appendix": "true" * page.appendix, "part": page.part * (page is first)}
+    return {key: value for key, value in facts.items() if value or key == "number"}
 
 
 def joined(documents: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
