@@ -805,8 +805,7 @@ def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(builder, "parsed_book", lambda book, draft: None)
-    monkeypatch.setattr(builder, "build_epub", lambda work: tmp_path / "x.epub")
-    monkeypatch.setattr(builder, "build_pdf", lambda work: tmp_path / "y.pdf")
+    monkeypatch.setattr(builder, "DOWNLOADS", {"epub": lambda work: tmp_path / "x.epub", "pdf": lambda work: tmp_path / "y.pdf"})
     monkeypatch.setattr(builder.shutil, "which", lambda name: "quarto")
     monkeypatch.setattr(builder.subprocess, "run", render)
     builder.build_quarto(load_book(plain.root), ["html", "epub", "pdf"], plain.root / "_site")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -17,6 +18,12 @@ from safe import printable
 
 class BookError(Exception):
     "Something a person has to put right: one sentence that names the cause and the remedy."
+
+
+def busy(words: str) -> None:
+    "Say on the terminal what is being done, in one line that the next one replaces."
+    if sys.stderr.isatty():
+        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

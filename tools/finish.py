@@ -323,10 +323,11 @@ def write_moved(site: Path) -> None:
             (site / old).write_text(text.replace("{{there}}", there), encoding="utf-8")
 
 
-def finish(site: Path, root: Path, memory: Path) -> None:
-    "Do everything to the pages below `site`; doing it twice changes nothing more."
+def finish(site: Path, root: Path, memory: Path, source: Path | None = None) -> None:
+    "Do everything to the pages of a site, which lie in `source` where that is given; doing it twice changes nothing more."
     settings = read_settings(root)
-    plain = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    source = source or site
+    plain = {site / page.relative_to(source): page.read_text(encoding="utf-8") for page in pages(source)}
     texts = dict(plain)
     names = chapter_names(texts)
     shown = typeset([f for text in texts.values() for f in formulas(text)], memory)

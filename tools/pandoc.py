@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Callable
 
-from book import Book, BookError, Page
+from book import Book, BookError, Page, busy
 from cells import page_markdown
 from nbfilter import Symbol, symbols
 
@@ -67,8 +68,8 @@ class Workshop:
     # Results by content -------------------------------------------------------------------------------------------
 
     def key(self, *parts: Any) -> str:
-        text = json.dumps([CODE, FILTER.read_text(encoding="utf-8"), *parts], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        text = json.dumps([CODE, FILTER.read_text(encoding="utf-8"), *parts], sort_keys=True, default=str, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
     def remembered(self, key: str, ending: str, make: Callable[[], str | bytes]) -> Path:
         "The file with a result, which is made where it is not there yet."
@@ -76,7 +77,7 @@ class Workshop:
         self.used.add(key)
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
-            result, part = make(), path.with_suffix(".part")
+            result, part = make(), path.with_suffix(f".{os.getpid()}-{get_ident()}.part")
             part.write_bytes(result if isinstance(result, bytes) else result.encode())
             part.replace(path)
         return path
@@ -99,12 +100,16 @@ class Workshop:
     def parse(self) -> None:
         "Make the HTML of every page that changed, as many at a time as there are processors."
         self.pictures.mkdir(parents=True, exist_ok=True)
-        self.parsed = self.map(self._parse_page)
+        assert self.names is not None                        # found once, before the threads ask for them
+        self.parsed = self._each_page(self._parse_page, "Reading the pages")
 
-    def map(self, make: Callable[[Page], Any]) -> list[Any]:
-        assert self.names is not None                        # once, before the threads ask for it
+    def _each_page(self, make: Callable[[Page], Any], words: str) -> list[Any]:
+        results: list[Any] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(make, self.book.pages))
+            for result in pool.map(make, self.book.pages):
+                results.append(result)
+                busy(f"{words}: {len(results)} of {len(self.book.pages)}")
+        return results
 
     def _parse_page(self, page: Page) -> Parsed:
         context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up(), "place": placed(self.book, page)}
@@ -119,7 +124,12 @@ class Workshop:
         linked = {name: self.names[name].address for name in re.findall(r"`([A-Za-z_][\w.]*)", text) if name in self.names}
         return self.key(text, linked, placed(self.book, page), self.book.number_depth)
 
-    def tree(self, page: Page) -> dict[str, Any]:
+    @cached_property
+    def trees(self) -> list[dict[str, Any]]:
+        "The syntax tree of every page, for the book in one file."
+        return self._each_page(self._tree, "Reading the pages for the book in one file")
+
+    def _tree(self, page: Page) -> dict[str, Any]:
         "The syntax tree of a page, inside the div that tells the filter its place."
         path = self.remembered(self.page_key(page), "tree.json", lambda: self._read(page, {}, "-t", "json"))
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -231,7 +241,7 @@ def words(value: str | list[str]) -> dict[str, Any]:
 def run_pandoc(args: list[str], context: dict[str, Any], text: str, where: str, root: Path) -> str:
     "Run pandoc on `text` in the folder of the book; what it complains of becomes one sentence."
     import pypandoc
-    command = [pypandoc.get_pandoc_path(), *args]
+    command = [pypandoc.get_pandoc_path(), *args, "+RTS", "-A8m", "-H1m", "-RTS"]          # a small heap: less memory to clear at each start
     done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, cwd=root, env={**os.environ, "BOOK_CONTEXT": json.dumps(context)})
     if done.returncode:
         raise BookError(f"pandoc cannot read {where}: {' '.join(done.stderr.split()) or 'it gave no reason'}")
