@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from contextlib import suppress
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import build as builder                                      # noqa: E402
 import dark                                                  # noqa: E402
 import finish                                                # noqa: E402
 import labels                                                # noqa: E402
+import safe                                                  # noqa: E402
 import nbfilter                                              # noqa: E402
 from book import BookError, load_book                        # noqa: E402
 from cells import options                                    # noqa: E402
@@ -556,6 +558,99 @@ def test_names_are_no_markup(tmp_path):
     assert pdf_words(book.root / "_site/small.pdf").count(ODD) == 3       # title, author and part
 
 
+# What a page may hold ---------------------------------------------------------------------------------------------
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+RAW = """# One {#sec-one}
+
+Bold <b>that never ends, a <span class=x>span, two<br>lines, H<sub>2</sub>O, <b><i>crossed</b></i>.
+
+Not opened </i> *here*. Signs \x00 \x1b \x0c \ufffe, half a pair \ud800, and ``code \x08``.
+
+![In the text](data:image/png;base64,%s) ![Pasted](attachment:image.png)
+
+<div>
+
+The last words.
+""" % PNG
+
+
+@pytest.fixture(scope="module")
+def unruly(tmp_path_factory):
+    "A chapter of all that outputs and slips of the pen bring along."
+    book = plain_book(tmp_path_factory.mktemp("unruly"))
+    book.notebook("nbs/01_one.ipynb", markdown(RAW) | {"attachments": {"image.png": {"image/png": PNG}}}, code("print('\x01')", stream("\x00 \x1b[31mred\x1b[0m \udfff\n")),
+                  code("page", shown(html=f'<div><b>open<p>x</span></div></div></main><img alt="In an output" src="data:image/png;base64,{PNG}">', text="x")),
+                  code("draw()", shown(svg=SVG.replace("<circle", "<desc>\x01</desc><circle"))), code("say()", shown(md="# Result {#sec-result}\n\n```\n# no heading\n```")))
+    book.build(("html", "epub", "pdf"))
+    return book
+
+
+class Nesting(HTMLParser):
+    "Whether each tag is closed where it was opened."
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.wrong = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in safe.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append((self.getpos(), tag, self.open[-1:]))
+
+    def handle_startendtag(self, tag, attributes):
+        "It is closed."
+
+
+def test_every_tag_of_a_page_is_closed(unruly):
+    page = Nesting(unruly.page("nbs/01_one").replace("<p>x</div>", "</div>"))
+    assert not page.wrong and not page.open
+    assert "The last words." in unruly.text("nbs/01_one") and ":::" not in unruly.text("nbs/01_one")
+
+
+def test_an_epub_is_well_formed_whatever_it_holds(unruly):
+    from xml.dom.minidom import parseString
+    with zipfile.ZipFile(unruly.root / "_site/small.epub") as book:
+        pages = {name: book.read(name) for name in book.namelist() if name.endswith(("xhtml", "opf", "ncx", "svg"))}
+    assert [parseString(text) for text in pages.values()]
+    words = b"".join(pages.values()).decode()
+    assert "H<sub>2</sub>O" in words and "two<br />lines" in words.replace("\n", "") and "image/" not in words.partition("<body")[2].partition("</body")[0]
+
+
+def test_what_xml_forbids_is_shown_as_a_sign(unruly):
+    text = unruly.text("nbs/01_one")
+    for sign in ("Signs ␀ ␛ ␌ \ufffd, half a pair \ufffd, and code ␈ .", "␀ red \ufffd"):
+        assert sign in text, text
+    assert not safe.FORBIDDEN.search(unruly.page("nbs/01_one") + (unruly.root / "_site/nbs/01_one.md").read_text(encoding="utf-8"))
+
+
+def test_pictures_in_the_text_and_pasted_ones_are_shown(unruly):
+    page = unruly.page("nbs/01_one")
+    pasted = re.search(r'src="../(pictures/\w+\.png)" alt="Pasted"', page)
+    assert (unruly.root / "_site" / pasted[1]).exists() and page.count("data:image/png") == 2
+    with zipfile.ZipFile(unruly.root / "_site/small.epub") as book:
+        assert len([name for name in book.namelist() if name.endswith(".png")]) >= 1
+
+
+def test_a_heading_in_an_output_is_no_section(unruly):
+    page = unruly.page("nbs/01_one")
+    assert "<strong>Result</strong>" in page and "# no heading" in page and "sec-result" not in page
+
+
+@pytest.mark.parametrize("text", ["", "<p>a<p>b", "<ul><li>a<li>b</ul>", "a<br>b<hr/>", "<!-- <b> -->x", "<script>if (a<b) '</i>'</script><b>x</b>", "<svg><path d='M0'/></svg>"])
+def test_html_whose_tags_are_closed_stays_as_it_is(text):
+    assert safe.closed(text) == text
+
+
+@pytest.mark.parametrize("text, whole", [("<b>a", "<b>a</b>"), ("a</div>b", "ab"), ("<b><i>a</b>c&amp;d&#33;</i>", "<b><i>a</i></b>c&amp;d&#33;"), ("<div class=x><!-- </div> -->&lt;", "<div class=x><!-- </div> -->&lt;</div>")])
+def test_html_is_closed(text, whole):
+    assert safe.closed(text) == whole
+
+
 # Failures and second runs -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, words", [
@@ -592,6 +687,11 @@ def test_a_label_stands_only_once(plain):
     (lambda b: b.write("_quarto.yml", "book: {title: x}"), "lists no chapters"),
     (lambda b: b.write("nbs/01_one.ipynb", "{ half a notebook"), "is not a notebook"),
     (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![](gone.png)")), "shows gone.png"),
+    (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![](https://h.org/a.png)")), "nbs/01_one.ipynb, cell m0, shows https://h.org/a.png"),
+    (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code("x", shown(html="<b><img src=//h.org/a.png></b>"))), "nbs/01_one.ipynb, cell c1, shows //h.org/a.png"),
+    (lambda b: b.write("nbs/01_one.ipynb", '{"nbformat": 3, "worksheets": []}'), "a notebook of format 3"),
+    (lambda b: b.write("nbs/01_one.ipynb", "[1]"), "JSON, but no notebook"),
+    (lambda b: (b.root / "index.qmd").write_bytes(b"# caf\xe9"), "index.qmd is not UTF-8 from byte 5 on"),
     (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code("#| fig-cap: a: b: c\nx")), "are not valid options"),
 ])
 def test_a_failed_build_keeps_the_old_site(built, capsys, damage, words):
@@ -707,8 +807,7 @@ def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(builder, "parsed_book", lambda book, draft: None)
-    monkeypatch.setattr(builder, "build_epub", lambda work: tmp_path / "x.epub")
-    monkeypatch.setattr(builder, "build_pdf", lambda work: tmp_path / "y.pdf")
+    monkeypatch.setattr(builder, "DOWNLOADS", {"epub": lambda work: tmp_path / "x.epub", "pdf": lambda work: tmp_path / "y.pdf"})
     monkeypatch.setattr(builder.shutil, "which", lambda name: "quarto")
     monkeypatch.setattr(builder.subprocess, "run", render)
     builder.build_quarto(load_book(plain.root), ["html", "epub", "pdf"], plain.root / "_site")
@@ -724,6 +823,12 @@ def test_quartos_own_epub_loses_what_epub_forbids(tmp_path):
     with zipfile.ZipFile(tmp_path / "book.epub") as book:
         assert book.read("ch1.xhtml").decode() == '<div class="f"><img src="a.png" alt="A dot"/></div>'
         assert [(i.filename, i.compress_type) for i in book.infolist()] == [("mimetype", zipfile.ZIP_STORED), ("ch1.xhtml", zipfile.ZIP_DEFLATED)]
+
+
+def test_pictures_are_named_in_code_without_being_shown(plain):
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n`![](https://h.org/a.png)`"), code("'<img src=//h.org>'", stream("<img src=//h.org>")))
+    plain.build()
+    assert "![](https://h.org/a.png)" in plain.text("nbs/01_one") and "<img" not in re.search(r"<main.*?</main>", plain.page("nbs/01_one"), re.S)[0]
 
 
 def test_html_output_is_raw_html_to_quarto():
@@ -746,7 +851,8 @@ def test_chapters_named_by_their_titles_are_named_by_their_numbers(tmp_path):
 def test_both_builders_give_the_same_addresses(rich, tmp_path):
     shutil.copytree(rich.root, tmp_path / "q", ignore=shutil.ignore_patterns("_site", ".cache"))
     (tmp_path / "q/tools").mkdir()
-    shutil.copy(ROOT / "tools/nbfilter.py", tmp_path / "q/tools/nbfilter.py")
+    for name in ("nbfilter.py", "safe.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "q/tools" / name)
     subprocess.run(["quarto", "render", "--to", "html"], cwd=tmp_path / "q", check=True)
     for page in sorted((rich.root / "_site").rglob("*.html")):
         if page.name == "404.html":

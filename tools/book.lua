@@ -1,9 +1,9 @@
 -- Quarto's Markdown dialect on plain pandoc: numbers, cross-references, callouts, tabsets, folds, margin notes.
 --
 -- The document is a list of `.chapter` divs (one for a page of the site, all of them for the EPUB and the PDF), each with
--- its `number` and its `page`. BOOK_CONTEXT says how to show it: in the mode "book" everything is
--- resolved here; in the mode "page" marks stand for what other pages decide, and the first line says what the page
--- defines and what it refers to (tools/pandoc.py puts both together).
+-- its `number` and its `page`. BOOK_CONTEXT says how to show it: in the mode "book" everything is resolved here; in the mode
+-- "page" the filter puts that div around the page, marks stand for what other pages decide, and the first line says what the
+-- page defines and what it refers to (tools/pandoc.py puts both together).
 
 local html = FORMAT:match 'html' ~= nil
 local epub = FORMAT:match 'epub' ~= nil
@@ -74,20 +74,65 @@ local function is_shown(div)
   return (yes or false) == div.classes:includes 'content-visible'
 end
 
+local VOID = pandoc.List { 'area', 'base', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'track', 'wbr' }
+local OPTIONAL = pandoc.List { 'p', 'li', 'dt', 'dd', 'tr', 'td', 'th', 'thead', 'tbody', 'tfoot', 'colgroup', 'option' }
+
+-- Which elements of a list hold a tag whose partner is not in the list.
+local function unpaired(list)
+  local open, lost = pandoc.List {}, {}
+  for i, element in ipairs(list) do
+    local is_html = (element.tag == 'RawInline' or element.tag == 'RawBlock') and element.format == 'html'
+    local text = is_html and not element.text:match '<s[ct][ry][il][pe]' and element.text:gsub('<!%-%-.-%-%->', '') or ''
+    for slash, name, rest in text:gmatch '<(/?)(%a[%w-]*)([^>]*)>' do
+      name = name:lower()
+      local alone = VOID:includes(name) or OPTIONAL:includes(name) or rest:match '/$'
+      if slash == '' and not alone then
+        open:insert { name, i }
+      elseif not alone and #open > 0 and open[#open][1] == name then
+        open:remove()
+      elseif not alone then
+        lost[i] = true
+      end
+    end
+  end
+  for _, tag in ipairs(open) do lost[tag[2]] = true end
+  return lost
+end
+
+-- A tag that is never closed would swallow what follows it, and make an EPUB unreadable.
+local function drop_unpaired(list)
+  local lost = unpaired(list)
+  return next(lost) and list:filter(function(_, i) return not lost[i] end) or nil
+end
+
 -- HTML that an author wrote by hand is for the site: in a book it may not be well-formed, and its pictures would be missing.
 local function drop_html(block)
   if not html and context.mode == 'book' and block.format == 'html' then return {} end
 end
 
-local function drop_comment(inline)
-  if inline.format == 'html' and inline.text:match '^<!%-%-' then return {} end
+-- In a book, of the tags within a sentence, those that are sure to be well-formed.
+local function keep_simple(inline)
+  if inline.format ~= 'html' then return nil end
+  if inline.text:match '^<!%-%-' then return {} end
+  if html or context.mode ~= 'book' then return nil end
+  if inline.text:match '^<[bB][rR]' then return pandoc.LineBreak() end
+  return inline.text:match '^</?%l+>$' and inline or {}
 end
 
 local outputs = { Div = function(div) return div.classes:includes 'cell-output' and read_output(div) or nil end }
 
+local function has_unpaired(content)
+  local found = false
+  local function look(element) found = found or next(unpaired { element }) ~= nil end
+  content:walk { RawBlock = look, RawInline = look }
+  return found
+end
+
+local paired = { Inlines = drop_unpaired, Blocks = drop_unpaired }
+
 local normalize = {
   RawBlock = drop_html,
-  RawInline = drop_comment,
+  RawInline = keep_simple,
   Div = function(div)
     if div.classes:includes 'panel-tabset' then return split_tabs(div) end
     if callout_type(div) then
@@ -326,8 +371,20 @@ local function resolve_link(link)
   return link
 end
 
+-- typst wants a file where a picture stands in the text itself.
+local function stored(image)
+  local mime, content = pandoc.mediabag.fetch(image.src)
+  local name = context.pictures .. '/' .. pandoc.utils.sha1(content):sub(1, 16) .. '.' .. (mime:match '^image/(%a+)' or 'png')
+  local file = assert(io.open(name, 'wb'))
+  file:write(content)
+  file:close()
+  image.src = '/' .. name
+  return image
+end
+
 -- Pictures of cells lie in one folder; others are seen from the page's folder. The whole book sees all from the root.
 local function resolve_image(image)
+  if typst and image.src:match '^data:' then return stored(image) end
   if image.src:match '^%a+:' then return nil end
   local name = image.src:match '^pictures/(.*)$'
   if context.mode == 'page' then
@@ -495,10 +552,14 @@ local function findings(doc)
 end
 
 function Pandoc(doc)
+  if context.mode == 'page' then
+    doc.blocks = pandoc.Blocks { pandoc.Div(doc.blocks, pandoc.Attr('', { 'chapter' }, context.place)) }
+  end
   local untouched, contents, blocks = doc:clone(), {}, pandoc.Blocks {}
   for i, div in ipairs(doc.blocks) do
     enter(div)
-    contents[i] = div.content:walk(outputs):walk(normalize):walk(number)
+    local content = div.content:walk(outputs)
+    contents[i] = (has_unpaired(content) and content:walk(paired) or content):walk(normalize):walk(number)
   end
   for i, div in ipairs(doc.blocks) do                        -- only now is every label known
     enter(div)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -12,11 +12,18 @@ from typing import Any, Iterator
 import yaml
 
 from finish import read_settings
-from nbfilter import source
+from nbfilter import read, source
+from safe import printable
 
 
 class BookError(Exception):
     "Something a person has to put right: one sentence that names the cause and the remedy."
+
+
+def busy(words: str) -> None:
+    "Say on the terminal what is being done, in one line that the next one replaces."
+    if sys.stderr.isatty():
+        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,10 @@ class Book:
     toc_depth: int = 3
 
     def read(self, page: Page) -> str:
-        return (self.root / page.file).read_text(encoding="utf-8")
+        try:
+            return printable((self.root / page.file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise BookError(f"{page.file.as_posix()} is not UTF-8 from byte {error.start} on: save it again as UTF-8") from None
 
 
 def load_book(root: Path) -> Book:
@@ -135,9 +145,13 @@ def _must_exist(root: Path, file: Path) -> None:
 def read_notebook(root: Path, file: Path) -> dict[str, Any]:
     "A notebook as JSON."
     try:
-        return json.loads((root / file).read_text(encoding="utf-8"))
+        notebook = read(root / file)
     except ValueError as error:
         raise BookError(f"{file.as_posix()} is not a notebook ({error}): restore it from git or save it again") from None
+    if not isinstance(notebook, dict) or "cells" not in notebook:
+        kind = f"a notebook of format {notebook['nbformat']}" if isinstance(notebook, dict) and "nbformat" in notebook else "JSON, but no notebook"
+        raise BookError(f"{file.as_posix()} is {kind}, and the book reads format 4: open it in Jupyter and save it")
+    return notebook
 
 
 def is_unnumbered(root: Path, file: Path) -> bool:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from nbfilter import directives, drawing_title, source
+from nbfilter import directives, drawing_title, read, source
+from safe import outside_code, printable
 
 HIDDEN = {"default_exp", "hide"}
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
@@ -21,7 +21,6 @@ CITED = re.compile(r'<span class="citation" data-cites="([^"]*)">(.*?)</span>(?!
 ENTRY = re.compile(r'<div id="ref-([^"]+)"[^>]*>(.*?)</div>\s*(?=<div id="ref-|</div>|$)', re.S)
 CITATION = re.compile(r"\[[^\[\]\n]*(?<!\w)@[A-Za-z][\w:.-]*\w[^\[\]]*\](?!\()|(?<![\w@/`])@[A-Za-z][\w:.-]*\w")
 KEY = re.compile(r"(?<!\w)@([A-Za-z][\w:.-]*\w)")
-CODE = re.compile(r"^(`{3,}|~{3,})[^\n]*\n.*?^\1[ \t]*$|(`+)(?!`).+?(?<!`)\2(?!`)", re.M | re.S)
 
 
 def plain(text: str) -> str:
@@ -64,8 +63,7 @@ def output_markdown(out: dict, alt: str, pictures: Path) -> str:
         if mime in data:
             return f"![{alt}](../{pictures.name}/{picture(''.join(data[mime]), ending, pictures)})"
     text = "".join(out.get("text", data.get("text/plain", out.get("traceback", ""))))
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip()
-    return f"```text\n{text}\n```" if text else ""
+    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
 def picture(text: str, ending: str, pictures: Path) -> str:
@@ -92,20 +90,12 @@ def cite(text: str, page: str) -> str:
     return outside_code(text, lambda prose: CITATION.sub(words, prose))
 
 
-def outside_code(text: str, change) -> str:
-    "The text with everything but its code changed."
-    done, at = [], 0
-    for code in CODE.finditer(text):
-        done += [change(text[at:code.start()]), code[0]]
-        at = code.end()
-    return "".join([*done, change(text[at:])])
-
-
 def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries: dict[str, str]) -> str:
     "The Markdown copy of one page, whose finished form is `page`."
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in json.loads(text)["cells"])))
+        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in printable(read(path)["cells"]))))
+    else:
+        text = path.read_text(encoding="utf-8")
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)
     text = cite(text, page)
     text = re.sub(r"^(#+ .*?)\s*\{[#.][^}]*\}$", r"\1", text, flags=re.M)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from book import BookError
+from book import BookError, busy
 from pandoc import FILTER, HERE, Workshop, joined, run_pandoc, words
 
 THEME = HERE / "theme"
@@ -37,7 +37,8 @@ def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
 
     def make() -> bytes:
         "The whole book as one document: every page inside its div, in reading order."
-        document = joined(work.map(work.tree), meta)
+        document = joined(work.trees, meta)
+        busy(f"Writing the {ending}")
         fresh = work.cache / f"{key}.part.{ending}"
         run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
         return fresh.read_bytes()
@@ -56,6 +57,7 @@ def build_pdf(work: Workshop) -> Path:
     if not target.exists():
         renamed = re.sub(r"\b(times|dot)\.circle\b", r"\1.o", source.read_text(encoding="utf-8"))    # typst's newer names
         source.write_text(renamed, encoding="utf-8")
+        busy("Setting the pdf")
         target.write_bytes(compile_typst(source, work.book.root))
     return target
 

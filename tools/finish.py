@@ -25,6 +25,7 @@ import assets                                                # noqa: E402
 import reading                                               # noqa: E402
 from card import CARD, write_card                            # noqa: E402
 from copies import write_copies                              # noqa: E402
+from nbfilter import read                                    # noqa: E402
 from dark import both_themes                                 # noqa: E402
 from labels import labels, link_labels                       # noqa: E402
 
@@ -243,7 +244,7 @@ def add_reading_time(text: str, notebook: Path) -> str:
     "Put into a page what its notebook takes to read; a page that has it stays as it is."
     if 'class="reading-time"' in text:
         return text
-    core, deeper = reading.lengths(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    core, deeper = reading.lengths(read(notebook)["cells"])
     text, place = mark_deeper(text, deeper.minutes) if deeper else (text, "")
     return add_below_title(text, reading_line(core, deeper, place))
 
@@ -320,10 +321,11 @@ def write_moved(site: Path) -> None:
             (site / old).write_text(text.replace("{{there}}", there), encoding="utf-8")
 
 
-def finish(site: Path, root: Path, memory: Path) -> None:
-    "Do everything to the pages below `site`; doing it twice changes nothing more."
+def finish(site: Path, root: Path, memory: Path, source: Path | None = None) -> None:
+    "Do everything to the pages of a site, which lie in `source` where that is given; doing it twice changes nothing more."
     settings = read_settings(root)
-    plain = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    source = source or site
+    plain = {site / page.relative_to(source): page.read_text(encoding="utf-8") for page in pages(source)}
     texts = dict(plain)
     names = chapter_names(texts)
     shown = typeset([f for text in texts.values() for f in formulas(text)], memory)

@@ -16,21 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Callable
 
-from book import Book, BookError, Page
-from cells import attribute, page_markdown
+from book import Book, BookError, Page, busy
+from cells import page_markdown
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
 FILTER = HERE / "book.lua"
-CODE = "".join((HERE / name).read_text(encoding="utf-8") for name in ("cells.py", "nbfilter.py", "pandoc.py"))    # what runs, whatever is saved meanwhile
+CODE = "".join((HERE / name).read_text(encoding="utf-8") for name in ("cells.py", "nbfilter.py", "pandoc.py", "safe.py"))    # what runs, whatever is saved meanwhile
 READER = "markdown+lists_without_preceding_blankline+mark"
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
 HTML = ("-t", "html5", "--mathml", "--wrap=none")
 KINDS = tuple(f"{kind}-" for kind in NAMES)
 MARK = re.compile("\ue000(-?)([\\w-]+)\ue001")
-ADDRESS = re.compile(r'(?<= href=")([^":#]*)(?:#([^"]*))?(?=")')
+ADDRESS = re.compile(r'(?<= href=")(?!#cb\d)([^":#]*)(?:#([^"]*))?(?=")')             # not the lines of code, which are many
 REFERENCES = re.compile(r'<div id="refs"[^>]*>\s*</div>')
 
 
@@ -67,8 +68,8 @@ class Workshop:
     # Results by content -------------------------------------------------------------------------------------------
 
     def key(self, *parts: Any) -> str:
-        text = json.dumps([CODE, FILTER.read_text(encoding="utf-8"), *parts], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        text = json.dumps([CODE, FILTER.read_text(encoding="utf-8"), *parts], sort_keys=True, default=str, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
     def remembered(self, key: str, ending: str, make: Callable[[], str | bytes]) -> Path:
         "The file with a result, which is made where it is not there yet."
@@ -76,7 +77,7 @@ class Workshop:
         self.used.add(key)
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
-            result, part = make(), path.with_suffix(".part")
+            result, part = make(), path.with_suffix(f".{os.getpid()}-{get_ident()}.part")
             part.write_bytes(result if isinstance(result, bytes) else result.encode())
             part.replace(path)
         return path
@@ -98,15 +99,20 @@ class Workshop:
 
     def parse(self) -> None:
         "Make the HTML of every page that changed, as many at a time as there are processors."
-        self.parsed = self.map(self._parse_page)
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        assert self.names is not None                        # found once, before the threads ask for them
+        self.parsed = self._each_page(self._parse_page, "Reading the pages")
 
-    def map(self, make: Callable[[Page], Any]) -> list[Any]:
-        assert self.names is not None                        # once, before the threads ask for it
+    def _each_page(self, make: Callable[[Page], Any], words: str) -> list[Any]:
+        results: list[Any] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(make, self.book.pages))
+            for result in pool.map(make, self.book.pages):
+                results.append(result)
+                busy(f"{words}: {len(results)} of {len(self.book.pages)}")
+        return results
 
     def _parse_page(self, page: Page) -> Parsed:
-        context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up()}
+        context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up(), "place": placed(self.book, page)}
         path = self.remembered(self.page_key(page), "page.html", lambda: self._read(page, context, *HTML, f"--lua-filter={FILTER}"))
         facts, _, body = path.read_text(encoding="utf-8").partition("\n")
         found = json.loads(facts)
@@ -116,18 +122,22 @@ class Workshop:
         "What a page is made from: its file, its place in the book, and the addresses of the names that it mentions."
         text = self.book.read(page)
         linked = {name: self.names[name].address for name in re.findall(r"`([A-Za-z_][\w.]*)", text) if name in self.names}
-        return self.key(text, linked, fence(self.book, page), self.book.number_depth)
+        return self.key(text, linked, placed(self.book, page), self.book.number_depth)
 
-    def tree(self, page: Page) -> dict[str, Any]:
-        "The syntax tree of a page."
+    @cached_property
+    def trees(self) -> list[dict[str, Any]]:
+        "The syntax tree of every page, for the book in one file."
+        return self._each_page(self._tree, "Reading the pages for the book in one file")
+
+    def _tree(self, page: Page) -> dict[str, Any]:
+        "The syntax tree of a page, inside the div that tells the filter its place."
         path = self.remembered(self.page_key(page), "tree.json", lambda: self._read(page, {}, "-t", "json"))
-        return json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return {**tree, "blocks": [{"t": "Div", "c": [["", ["chapter"], list(placed(self.book, page).items())], tree["blocks"]]}]}
 
     def _read(self, page: Page, context: dict[str, Any], *args: str) -> str:
         text = page_markdown(self.book, page, self.names, self.pictures)
-        colons = ":" * (5 + max((len(m) for m in re.findall(r"^:+", text, re.M)), default=0))
-        wrapped = f"{colons} {fence(self.book, page)}\n\n{text}\n\n{colons}\n"
-        return run_pandoc(["-f", READER, *args], context, wrapped, page.file.as_posix(), self.book.root)
+        return run_pandoc(["-f", READER, *args], context, text, page.file.as_posix(), self.book.root)
 
     # What the book knows ------------------------------------------------------------------------------------------
 
@@ -209,12 +219,11 @@ class Workshop:
         return {page.file.as_posix(): page.stem for page in self.book.pages}
 
 
-def fence(book: Book, page: Page) -> str:
-    "The attributes of the div around a page, which tell the filter its place."
+def placed(book: Book, page: Page) -> dict[str, str]:
+    "The place of a page in the book, as attributes of the div around it."
     first = next(p for p in book.pages if p.part == page.part)
-    part = attribute("part", page.part) if page.part and page is first else ""
-    appendix = ' appendix="true"' if page.appendix else ""
-    return f'{{.chapter number="{page.number}"{attribute("page", page.stem)}{appendix}{part}}}'
+    facts = {"number": page.number, "page": page.stem, "appendix": "true" * page.appendix, "part": page.part * (page is first)}
+    return {key: value for key, value in facts.items() if value or key == "number"}
 
 
 def joined(documents: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +241,7 @@ def words(value: str | list[str]) -> dict[str, Any]:
 def run_pandoc(args: list[str], context: dict[str, Any], text: str, where: str, root: Path) -> str:
     "Run pandoc on `text` in the folder of the book; what it complains of becomes one sentence."
     import pypandoc
-    command = [pypandoc.get_pandoc_path(), *args]
+    command = [pypandoc.get_pandoc_path(), *args, "+RTS", "-A8m", "-H1m", "-RTS"]          # a small heap: less memory to clear at each start
     done = subprocess.run(command, input=text, text=True, encoding="utf-8", capture_output=True, cwd=root, env={**os.environ, "BOOK_CONTEXT": json.dumps(context)})
     if done.returncode:
         raise BookError(f"pandoc cannot read {where}: {' '.join(done.stderr.split()) or 'it gave no reason'}")

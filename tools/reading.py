@@ -13,6 +13,7 @@ from typing import Any, Iterable
 from nbfilter import DROPPED, Cell, directives, source
 
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 12
+WORD = re.compile(r"\S*?[^\W_]\S*")
 FORMULA = 10                                                 # a displayed formula takes as long as so many words
 DEEPER = re.compile(r"^## Going deeper[ \t]*(?:\{[^}\n]*\})?[ \t]*$", re.M)
 SECTION, GUARD = re.compile(r"^(?=## )", re.M), "\0"
@@ -65,7 +66,7 @@ def prose_length(text: str) -> tuple[int, int]:
     text = FENCE.sub(" ", text)
     for pattern, instead in NO_WORDS:
         text = pattern.sub(instead, text)
-    return sum(any(c.isalnum() for c in word) for word in text.split()), lines
+    return len(WORD.findall(text)), lines
 
 
 def code_length(cell: Cell) -> tuple[int, int]:
