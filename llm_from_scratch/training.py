@@ -1272,7 +1272,8 @@ class Checkpoints(Callback):
         seconds: float | None = None,      # save by the clock as well
     ) -> None:
         self.every, self.keep, self.seconds, self.saved = every, keep, seconds, 0
-        self.clock = self.cost = 0.0       # of the run; seconds that saving took
+        self.clock = 0.0                   # of the run, at the last checkpoint
+        self.cost = self.took = 0.0        # seconds that saving took: all know, or rank 0
 
     def begin(self, trainer: Trainer) -> None: self.clock = trainer.seconds
 
@@ -1290,9 +1291,10 @@ class Checkpoints(Callback):
         self.saved, self.clock = trainer.step, trainer.seconds
         if trainer.folder is None: return
         start = time.perf_counter()
-        if _is_good(trainer): self.write(trainer)
-        took = time.perf_counter() - start if trainer.world.is_main else 0.0
-        self.cost, = trainer.world.reduce(took)
+        ruined, self.cost = trainer.world.reduce(_is_ruined(trainer), self.took)
+        if ruined: return _say_ruined(trainer)
+        self.write(trainer)
+        self.took = time.perf_counter() - start if trainer.world.is_main else 0.0
 
     def write(self, trainer: Trainer) -> None:
         "Write a checkpoint; all processes call this."
@@ -1312,8 +1314,8 @@ class Checkpoints(Callback):
 
 # %% ../nbs/11_training.ipynb #2c748fec
 @torch.no_grad()
-def _is_good(trainer: Trainer) -> bool:
-    "Whether the weights give a finite loss on the next batch; if not, says so."
+def _is_ruined(trainer: Trainer) -> bool:
+    "Whether the weights give no finite loss on the next batch."
     model, rows = trainer.model, trainer.config.micro_batch_size
     batch = [t[:rows] for t in trainer.batches.at(trainer.train.step)[1]]
     states = generator_states(model)
@@ -1321,13 +1323,14 @@ def _is_good(trainer: Trainer) -> bool:
     with trainer.precision.autocast(): loss = float(trainer.loss(model, batch))
     trainer.ready.train()
     restore_generators(model, states)
-    ruined = count_targets(batch[1]) > 0 and not math.isfinite(loss)
-    if not trainer.world.reduce(float(ruined))[0]: return True
+    return count_targets(batch[1]) > 0 and not math.isfinite(loss)
+
+def _say_ruined(trainer: Trainer) -> None:
+    "Warn; at the end of a run, when no further step can tell, it is why the run ended."
     message = (f"step {trainer.step}: its weights give no finite loss and are not saved; "
                f"{_last_saved(trainer)}")
     _log.warning(message)
     if trainer.ending.now: trainer.stop("nan", message, agreed=True)
-    return False
 
 def _set_aside(path: Path) -> None:
     "Rename a checkpoint of an abandoned future: nobody shall resume from it."
