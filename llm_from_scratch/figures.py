@@ -588,6 +588,7 @@ def allow_missing_extras() -> None:
     from IPython import get_ipython
     from IPython.display import Markdown, display
     shell = get_ipython()
+    if shell is None or NameError in shell.custom_exceptions: return    # no notebook, or again
     lost: dict[str, str] = {}
 
     def explain(shell: Any, kind: type, error: BaseException, trace: Any,
