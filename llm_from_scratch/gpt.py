@@ -27,7 +27,7 @@ from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .costs import count_parameters, estimate_memory, flops_per_token
 from .figures import SVG, count_weights, model_svg, parts_of
 from llm_from_scratch.files import (
-    Config, check_fields, checksum, parse_json, replacing, revived,
+    Config, check_fields, checksum, parse_json, reading, replacing, revived,
 )
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
@@ -677,11 +677,9 @@ def _read_model(
             raise FileNotFoundError(f"{folder} has no {name}: a model is saved as "
                                     f"{' and '.join(_FILES)}")
     text, weights = (folder / name for name in _FILES)
-    try:
+    with reading(text, "the configuration of a model"):
         written = text.read_text(encoding="utf-8")
         config, renamed = _understood(parse_json(written))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
     with torch.device("meta"): model = kind(config)              # no number is drawn
     try: tensors = renamed(model, tensors)

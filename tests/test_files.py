@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_from_scratch.bpe import BPETokenizer
 from llm_from_scratch.data import TokenFile
-from llm_from_scratch.files import Config, check_checksum, check_fields, checksum, digest, file_checksum, parse_json, read_json, replacing, revived, write_text
+from llm_from_scratch.files import Config, check_checksum, check_fields, checksum, digest, file_checksum, parse_json, read_json, reading, replacing, revived, write_text
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and permissions of POSIX')
@@ -191,6 +191,14 @@ def test_unknown_fields_are_refused_wherever_they_are_given():
     with pytest.raises(ValueError, match="has no part 'b': expected one of xyz"): check_fields(['xyz'], ['b'], 'no part')
     with pytest.raises(ValueError, match='expected a JSON object, got int'): revived(Outer, 3)
     check_fields([f.name for f in fields(Outer)], ['size', 'inner'])
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"size": {}}', '{"size": [], "rates": 3}', '{"other": 1}', '{"size": 1e999}', '[' * 100_000])
+def test_wrong_content_is_told_with_the_name_of_the_file(tmp_path, text):
+    (tmp_path/'x.json').write_text(text)
+    with pytest.raises(ValueError, match='x.json is not a size: '), reading(tmp_path/'x.json', 'a size'):
+        int(read_json(tmp_path/'x.json')['size'] + 0)
+    with pytest.raises(FileNotFoundError), reading('x', 'a size'): open(tmp_path/'none')
 
 
 def test_json_files(tmp_path):

@@ -383,7 +383,8 @@ def test_folders_of_earlier_versions_are_read(tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('', ''), ('[]', 'expected a JSON object'), ('{}', ''), ('{"n_layer": 2}', "did you mean 'n_layers'"),
-    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0')])
+    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0'),
+    ('{"vocab_size": 9, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4, "norm_eps": 1' + '0' * 400 + '}', '')])
 def test_configurations_that_are_none(tmp_path, text, words):
     model().save_pretrained(tmp_path)
     (tmp_path/'config.json').write_text(text, encoding='utf-8')
