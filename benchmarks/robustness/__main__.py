@@ -106,7 +106,7 @@ def machine():
 
 def campaign(parts, size):
     "Run what has not been run yet, and store what came of it."
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = json.loads(RESULTS.read_text(encoding='utf-8')) if RESULTS.exists() else {}
     store = Store(KEPT, {'state': state(), 'size': size})
     for part in parts:
         for name, _ in pieces(part, size):
@@ -132,13 +132,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('parts', nargs='*', default=PARTS, help=f'which of {", ".join(PARTS)}; all of them if none is named')
     parser.add_argument('--size', type=float, default=1.0, help='a share of the whole; smaller ones are not stored')
+    parser.add_argument('--check', action='store_true', help='store nothing; exit status 1 where there is a fault')
     parser.add_argument('--piece', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.piece: return inside(args.piece, args.size)
     if unknown := set(args.parts) - set(PARTS): parser.error(f'there is no part {", ".join(sorted(unknown))}; there are {", ".join(PARTS)}')
     found = campaign(args.parts, args.size)
-    if args.size == 1: write_json(RESULTS, found)
-    for line in faults(found): print(line)
+    if args.size == 1 and not args.check: write_json(RESULTS, found)
+    for line in (wrong := [*faults(found)]): print(line)
+    return int(args.check and bool(wrong))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': sys.exit(main())

@@ -436,7 +436,7 @@ def note(tally, form, row, number):
     tally.fault({'other': 'another value in spite of a checksum', 'unnamed': 'the error names no file'}.get(outcome, f'raises {outcome}'), where)
 
 
-def run(n, seed, formats=None, done=lambda name, tally: None):
+def run(n, seed, formats=None):
     "`n` damaged files of each format; a tally for each."
     import torch
     from llm_from_scratch import bpe, cli, data, gpt, pretrained, text, training    # noqa: F401
@@ -446,7 +446,6 @@ def run(n, seed, formats=None, done=lambda name, tally: None):
         for form in FORMATS:
             if formats is not None and form.name not in formats: continue
             found[form.name] = attempt(form, folder, n, seed)
-            done(form.name, found[form.name])
     return found
 
 

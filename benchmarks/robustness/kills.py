@@ -331,23 +331,19 @@ def compare(trial, folder, tally, way):
     if left := leftovers(folder): tally.add('leftovers that stay'); tally.fault('temporary files stay', f'{trial.name}, {way}: {[p.name for p in left]}')
 
 
-def run(n, seed, rounds=1, done=lambda tallies: None):
-    "Kill `n` times, in rounds; a tally for each command."
+def run(n, seed, only=None):
+    "Kill `n` times; a tally for each command."
     with scratch() as home:
         prepare(home)
-        found = trials(home)
-        for trial, _ in found: trial.measure(home)
+        found = [(trial, share) for trial, share in trials(home) if only is None or trial.name in only]
         number, total = 0, {}
-        for i in range(rounds):
-            for trial, share in found:
-                tally, draw = Tally(), random.Random(f'{seed} {i} {trial.name}')
-                wanted = max(1, round(n / rounds * share / sum(s for _, s in found)))
-                while tally.counts['kills'] < wanted:
-                    once(trial, home, number, draw, tally)
-                    number += 1
-                total[trial.name] = total.get(trial.name, Tally())
-                total[trial.name] += tally
-            done(total)
+        for trial, share in found:
+            trial.measure(home)
+            tally, draw = Tally(), random.Random(f'{seed} {trial.name}')
+            while tally.counts['kills'] < max(1, round(n * share / sum(s for _, s in found))):
+                once(trial, home, number, draw, tally)
+                number += 1
+            total[trial.name] = tally
     return total
 
 
