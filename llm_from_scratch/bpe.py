@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import regex
 
-from .files import digest, read_json, write_text
+from .files import digest, finish_replacing, read_json, write_text
 from llm_from_scratch.text import (
     CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens,
     tokenizer_file,
@@ -782,7 +782,9 @@ def model_folder(source: _Path) -> Path:
     "The folder of a model: one in `EMBEDDED` by its name, any other by its path."
     if source in EMBEDDED:
         return Path(str(resources.files("llm_from_scratch"))) / "models" / source
-    if (folder := Path(source)).is_dir(): return folder
+    if (folder := Path(source)).is_dir():
+        finish_replacing(folder)
+        return folder
     raise FileNotFoundError(f"there is no model {os.fspath(source)!r}: expected a folder, "
                             f"or one of {', '.join(EMBEDDED)}")
 
@@ -796,6 +798,7 @@ def load_tokenizer(source: _Path) -> Tokenizer:
     """
     path, known = Path(source), source in EMBEDDED
     if known or path.is_dir(): path = model_folder(source) / "tokenizer.json"
+    else: finish_replacing(path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer {os.fspath(source)!r}: expected a "
                                 f"file, a folder with tokenizer.json, or {', '.join(EMBEDDED)}")

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import Int64, Integer, UInt64
 
-from .files import check_checksum, checksum, digest, replacing
+from llm_from_scratch.files import (
+    check_checksum, checksum, digest, finish_replacing, replacing,
+)
 from .text import Tokenizer, clean, pydoc_corpus
 
 if TYPE_CHECKING: from torch import Tensor
@@ -425,6 +427,7 @@ class TokenFile:
     ) -> TokenFile:
         "Map a token file. `ValueError`: truncated, damaged, or another tokenizer's."
         path = Path(path)
+        finish_replacing(path.parent)
         with open(path, "rb") as file:
             header = read_header(file, path.name)
             if tokenizer is not None: header.check_tokenizer(tokenizer, path.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_origin, get_type_hints
 
@@ -40,10 +41,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with open(beside, "x+b") as file:
             yield file
             file.flush(); os.fsync(file.fileno())
-        if place.exists(): shutil.copymode(place, beside)
-        os.replace(beside, place)
+        _take_place(beside, place)
         sync_folder(place.parent)
+    except OSError as e:                        # of the file that was asked for, not of ours
+        if e.filename and os.fspath(e.filename) == str(beside):
+            e.filename, e.filename2 = os.fspath(path), None
+        raise
     finally: beside.unlink(missing_ok=True)
+
+def _take_place(new: Path, place: Path) -> None:
+    "Rename a file to `place`, with the permissions of what was there."
+    if place.exists(): shutil.copymode(place, new)
+    os.replace(new, place)
 
 # %% ../nbs/files.ipynb #ad15e822
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -56,7 +65,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 def _is_special(path: str | os.PathLike[str]) -> bool:
     "Whether this is a pipe or a device. IsADirectoryError for a folder."
     try: mode = os.stat(path).st_mode
-    except OSError: return False                # nothing there, yet
+    except FileNotFoundError: return False      # nothing there, yet
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     return not stat.S_ISREG(mode)
@@ -72,6 +81,46 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     data = text.encode("utf-8")                 # what cannot be encoded fails before it writes
     with replacing(path) as file: file.write(data)
+
+# %% ../nbs/files.ipynb #77f1356b
+_COMPLETE = ".complete"      # holds new files that are whole, on their way to their places
+
+@contextmanager
+def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder for new files, which take their places in `folder` when the block ends.
+
+    All of them, or none if the block raises. Readers call `finish_replacing` first."""
+    folder, made = Path(folder), not os.path.lexists(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_replacing(folder)
+    beside = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+    try:
+        yield beside
+        for new in beside.iterdir(): _is_special(folder / new.name)   # no folder in the way
+        sync_folder(beside)
+        os.rename(beside, folder / _COMPLETE)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            if made: folder.rmdir()
+        raise
+    finish_replacing(folder)
+
+def finish_replacing(folder: str | os.PathLike[str]) -> None:
+    "Move the files that `replacing_together` has completed, where it could not finish."
+    complete = Path(folder, _COMPLETE)
+    if not complete.is_dir(): return
+    for new in sorted(complete.iterdir()):
+        with suppress(FileNotFoundError): _move(new, Path(folder, new.name))
+    with suppress(FileNotFoundError): complete.rmdir()     # another process may have been here
+    sync_folder(folder)
+
+def _move(new: Path, path: Path) -> None:
+    "Rename a file; copy it where a link, a pipe or a device is in its place."
+    if not path.is_symlink() and not _is_special(path): return _take_place(new, path)
+    with open(new, "rb") as source, replacing(path) as file: shutil.copyfileobj(source, file)
+    new.unlink()
 
 # %% ../nbs/files.ipynb #49a00def
 def checksum(
@@ -185,3 +234,18 @@ class Config:
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         "A configuration from the fields that JSON gave."
         return cls(**revived(cls, given))
+
+# %% ../nbs/files.ipynb #30b2b9cd
+def json_text(content: Any, **layout: Any) -> str:
+    """JSON that every reader takes: a number that is not finite becomes `null`.
+
+    >>> json_text({"loss": float("nan"), "steps": (1, 2)})
+    '{"loss": null, "steps": [1, 2]}'
+    """
+    return json.dumps(_finite(content), allow_nan=False, **layout)
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float): return content if isfinite(content) else None
+    if isinstance(content, Mapping): return {k: _finite(v) for k, v in content.items()}
+    if isinstance(content, (list, tuple)): return [*map(_finite, content)]
+    return content

@@ -179,6 +179,19 @@ def test_a_folder_that_cannot_be_written(call, data, tmp_path):
         assert (out, status) == ('', 1) and re.fullmatch(r'llmfs: not a directory: .*file.*\n', err.splitlines(True)[-1]), err
 
 
+def test_data_that_cannot_be_made_leaves_what_was_there(call, tmp_path):
+    "A text too short for a validation part, and documents of another tokenizer: the old four files stay, and no folder is made."
+    (tmp_path/'tiny.txt').write_text('ab')
+    call('tokenizer', 'train', '--kind', 'chars', '--corpus', '-', '--out', 't.json', given='ab' * 99)
+    assert call('data', '--corpus', 'tiny.txt', '--tokenizer', 't.json', '--out', 'new')[2] == 1 and not (tmp_path/'new').exists()
+    assert call('data', '--n', 5)[2] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path/'data').iterdir()}
+    assert sorted(before) == ['test.tok', 'tokenizer.json', 'train.tok', 'validation.tok']
+    out, err, status = call('data', '--corpus', 'tiny.txt', '--tokenizer', 't.json', '--out', 'data')
+    assert (out, status) == ('', 1) and 'too short to have a validation part' in err
+    assert {path.name: path.read_bytes() for path in (tmp_path/'data').iterdir()} == before
+
+
 @pytest.mark.parametrize('text, said', [('{"steps": 3, "batchsize": 4}', "a configuration has no field 'batchsize': did you mean 'batch_size'?"),
                                         ('{"steps": -3}', 'steps must be a whole number of at least 1, got -3'),
                                         ('[3]', 'settings.json: expected a JSON object, got list'), ('{', 'settings.json: not JSON: ')])

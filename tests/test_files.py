@@ -7,9 +7,10 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_from_scratch.bpe import BPETokenizer
+from llm_from_scratch.bpe import BPETokenizer, load_tokenizer, model_folder
 from llm_from_scratch.data import TokenFile
-from llm_from_scratch.files import Config, check_checksum, check_fields, checksum, digest, file_checksum, parse_json, read_json, reading, replacing, revived, write_text
+from llm_from_scratch.files import (Config, check_checksum, check_fields, checksum, digest, file_checksum, finish_replacing, json_text, parse_json, read_json, reading, replacing,
+                                    replacing_together, revived, write_text)
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and permissions of POSIX')
@@ -134,6 +135,94 @@ def test_long_names_and_missing_folders(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
+@posix
+def test_a_hard_link_is_a_backup_that_stays(tmp_path):
+    (tmp_path/'a').write_text('old'); os.link(tmp_path/'a', tmp_path/'backup')
+    write_text(tmp_path/'a', 'new')
+    assert ((tmp_path/'a').read_text(), (tmp_path/'backup').read_text()) == ('new', 'old')
+
+
+@posix
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path/'file').write_text('x'); (tmp_path/'loop').symlink_to('loop'); (tmp_path/'link').symlink_to('no/where')
+    for name in 'none/x', 'file/x', 'loop', 'link', 'x' * 300:
+        with pytest.raises(OSError) as raised: write_text(tmp_path/name, 'new')
+        assert (raised.value.filename, raised.value.filename2) == (str(tmp_path/name), None)
+    assert (tmp_path/'loop').is_symlink() and sorted(os.listdir(tmp_path)) == ['file', 'link', 'loop']
+
+
+# Several files together -------------------------------------------------------------------------------------------
+
+def write_both(folder, word):
+    with replacing_together(folder) as beside:
+        for name in 'ab': write_text(beside/name, word)
+
+
+def test_several_files_take_their_places_together_or_not_at_all(tmp_path):
+    folder = tmp_path/'deep'/'pair'
+    with pytest.raises(ZeroDivisionError), replacing_together(folder): raise ZeroDivisionError
+    assert not folder.exists()
+    write_both(folder, 'old'); (folder/'mine').write_text('kept')
+    with pytest.raises(ZeroDivisionError), replacing_together(folder) as beside:
+        write_text(beside/'a', 'new'); raise ZeroDivisionError
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {'a': 'old', 'b': 'old', 'mine': 'kept'}
+    write_both(folder, 'new')
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {'a': 'new', 'b': 'new', 'mine': 'kept'}
+    (folder/'a').unlink(); (folder/'a').mkdir()
+    with pytest.raises(IsADirectoryError): write_both(folder, 'third')
+    assert (folder/'b').read_text() == 'new' and sorted(os.listdir(folder)) == ['a', 'b', 'mine']
+
+
+@posix
+def test_files_of_a_folder_keep_links_pipes_and_permissions(tmp_path):
+    write_both(tmp_path, 'old')
+    (tmp_path/'a').rename(tmp_path/'there'); (tmp_path/'a').symlink_to('there'); (tmp_path/'b').chmod(0o600)
+    write_both(tmp_path, 'new')
+    assert (tmp_path/'a').is_symlink() and (tmp_path/'there').read_text() == 'new' == (tmp_path/'b').read_text() and mode(tmp_path/'b') == 0o600
+    assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'there']
+
+
+def killed_at(step, do):
+    "Run `do` in a child that dies, with nothing cleaned up, at its call number `step` of the system; whether it lived to the end."
+    child = os.fork()
+    if child: return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    count = iter(range(1000))
+    def dying(call):
+        def called(*a, **k):
+            if next(count) == step: os._exit(9)
+            return call(*a, **k)
+        return called
+    for name in 'open', 'mkdir', 'rename', 'replace', 'unlink', 'rmdir', 'fsync': setattr(os, name, dying(getattr(os, name)))
+    try: do(); os._exit(0)
+    finally: os._exit(1)
+
+
+@posix
+def test_a_kill_between_any_two_steps_leaves_all_old_or_all_new(tmp_path):
+    seen, lived, step = set(), False, 0
+    while not lived:
+        write_both(tmp_path, 'old')
+        lived = killed_at(step, lambda: write_both(tmp_path, 'new'))
+        finish_replacing(tmp_path)
+        seen.add(words := tuple((tmp_path/name).read_text() for name in 'ab'))
+        assert words in {('old', 'old'), ('new', 'new')} and not (tmp_path/'.complete').exists(), step
+        step += 1
+    assert len(seen) == 2 and step > 12
+
+
+@posix
+def test_readers_finish_what_a_kill_interrupted(tmp_path):
+    "A token file, a tokenizer and the folder of a model: whichever is opened first."
+    for reader in (lambda: TokenFile.open(tmp_path/'x.tok').close(), lambda: load_tokenizer(tmp_path/'tokenizer.json'), lambda: model_folder(tmp_path)):
+        with replacing_together(tmp_path) as beside:
+            token_file(beside/'x.tok'); BPETokenizer.train('low lower', 258).save(beside/'tokenizer.json')
+        os.mkdir(tmp_path/'.complete')
+        write_text(tmp_path/'.complete'/'note', 'new')
+        reader()
+        assert (tmp_path/'note').read_text() == 'new' and not (tmp_path/'.complete').exists()
+        (tmp_path/'note').unlink()
+
+
 # Checksums --------------------------------------------------------------------------------------------------------
 
 def test_the_published_check_value():
@@ -199,6 +288,13 @@ def test_wrong_content_is_told_with_the_name_of_the_file(tmp_path, text):
     with pytest.raises(ValueError, match='x.json is not a size: '), reading(tmp_path/'x.json', 'a size'):
         int(read_json(tmp_path/'x.json')['size'] + 0)
     with pytest.raises(FileNotFoundError), reading('x', 'a size'): open(tmp_path/'none')
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
+def test_json_is_json(content):
+    def strict(word): raise ValueError(word)
+    read = json.loads(json_text(content), parse_constant=strict)
+    assert read == json.loads(json.dumps(content), parse_constant=lambda word: None)
 
 
 def test_json_files(tmp_path):
