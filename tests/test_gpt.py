@@ -1,5 +1,6 @@
 "Chapter 9 beyond its chapter: counts, memory, compilation."
-import copy, math, pickle
+import copy, math, os, pickle
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -354,6 +355,23 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
     for n in range(0, len(whole), 13):
         weights.write_bytes(whole[:n])
         with unchecked(), pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
+
+
+def test_a_save_that_dies_between_two_files_leaves_the_old_model_or_the_new(tmp_path, monkeypatch):
+    old, new, rename = GPT(GPTConfig(3, 2, 2, 1, 1)), GPT(GPTConfig(3, 2, 4, 1, 1)), os.replace
+    for fatal in range(8):
+        old.save_pretrained(tmp_path)
+        left = [fatal]
+
+        def dying(a, b):
+            left[0] -= 1
+            if left[0] < 0: raise SystemExit
+            rename(a, b)
+        with monkeypatch.context() as m, suppress(SystemExit):
+            for name in 'rename', 'replace': m.setattr(os, name, dying)
+            new.save_pretrained(tmp_path)
+        found = GPT.from_pretrained(tmp_path)
+        assert found.config == (old if fatal < 3 else new).config
 
 
 @pytest.mark.parametrize('change, words', [
