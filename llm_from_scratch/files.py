@@ -235,6 +235,18 @@ def parse_json(text: str) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found
 
+# %% ../nbs/files.ipynb #2956484b
+_WRONG_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                  RecursionError)
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    "ValueError that names the file, where the block finds that it is not `what`."
+    try: yield
+    except _WRONG_CONTENT as e:
+        told = e if isinstance(e, ValueError) else repr(e)
+        raise ValueError(f"{os.fspath(path)} is not {what}: {told}") from e
+
 # %% ../nbs/files.ipynb #06d2d045
 def revived(kind: type, given: Any) -> dict[str, Any]:
     "The fields of a dataclass as JSON gave them, with tuples and dataclasses put back."

@@ -27,7 +27,8 @@ from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .costs import count_parameters, estimate_memory, flops_per_token
 from .figures import SVG, count_weights, model_svg, parts_of
 from llm_from_scratch.files import (
-    Config, check_fields, checksum, parse_json, replacing, revived,
+    Config, check_fields, checksum, parse_json, reading, replacing,
+    replacing_together, revived,
 )
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
@@ -614,14 +615,12 @@ def write_model(
     config: str,                            # the text of config.json
     tensors: Mapping[str, Tensor],          # name -> tensor
 ) -> None:
-    "Both files are written whole before either takes its name."
-    folder.mkdir(parents=True, exist_ok=True)
+    "Both files replace older ones together, or not at all."
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     marks = {"crc32": _model_checksum(config, tensors), "format": "pt"}
-    text, weights = (folder / name for name in _FILES)
-    with replacing(text) as first, replacing(weights) as second:
-        first.write(config.encode())
-        second.write(_as_bytes(tensors, marks))
+    with replacing_together(folder) as beside:
+        for name, data in zip(_FILES, (config.encode(), _as_bytes(tensors, marks))):
+            with replacing(beside / name) as file: file.write(data)
 
 # %% ../nbs/09_gpt.ipynb #2f281076
 def complain(what: str, names: Sequence[str]) -> None:
@@ -677,11 +676,9 @@ def _read_model(
             raise FileNotFoundError(f"{folder} has no {name}: a model is saved as "
                                     f"{' and '.join(_FILES)}")
     text, weights = (folder / name for name in _FILES)
-    try:
+    with reading(text, "the configuration of a model"):
         written = text.read_text(encoding="utf-8")
         config, renamed = _understood(parse_json(written))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
     with torch.device("meta"): model = kind(config)              # no number is drawn
     try: tensors = renamed(model, tensors)

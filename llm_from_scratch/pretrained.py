@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .bpe import BPETokenizer
-from .files import replacing_together, write_text
+from .files import reading, replacing_together, write_text
 from .gpt import GPT, PRESETS, GPTConfig, complain, write_model
 from .text import SpacedWordTokenizer, Tokenizer
 
@@ -433,8 +433,9 @@ def read_llama2c(
     data = Path(path).read_bytes()
     if len(data) < 28: raise ValueError(f"{path} has {len(data)} bytes, and no header of 28")
     D, F, L, H, K, V, T = np.frombuffer(data, "<i4", 7).tolist()
-    config = replace(PRESETS["llama-260k"], vocab_size=abs(V), context_length=T, d_model=D,
-                     n_layers=L, n_heads=H, n_kv_heads=K, d_ff=F, tie_embeddings=V > 0)
+    with reading(path, "a checkpoint of llama2.c"):
+        config = replace(PRESETS["llama-260k"], vocab_size=abs(V), context_length=T, d_model=D,
+                         n_layers=L, n_heads=H, n_kv_heads=K, d_ff=F, tie_embeddings=V > 0)
     shapes = _llama2c_shapes(config)
     expected = 28 + 4 * sum(math.prod(shape) for _, shape in shapes)
     if len(data) != expected:

@@ -1208,9 +1208,10 @@ def read_log(
     try: text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError: return []
     for line in text.splitlines():
-        with suppress(ValueError): records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)
-            and (until is None or r["step"] <= until)]
+        with suppress(ValueError, KeyError, TypeError):
+            record = parse_json(line)
+            if until is None or record["step"] <= until: records.append(record)
+    return records
 
 def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     "Put a log back to these records."
@@ -1563,8 +1564,8 @@ _FORMAT = "llm-from-scratch: model, optimizer, step"
 def _read_saved(data: bytes, name: str) -> dict[str, Any]:
     "The state in a file that `save` wrote, if every byte of it is there."
     length = int.from_bytes(data[:8], "little")
-    try: about = json.loads(data[8:8 + length]).get("__metadata__", {})
-    except (ValueError, AttributeError, RecursionError):
+    try: about = dict(parse_json(data[8:8 + length].decode()).get("__metadata__", {}))
+    except (ValueError, TypeError):
         raise DamagedCheckpoint(f"{name} is damaged, or was not written by `save`: "
                                 "it has no readable header") from None
     if about.get("format") != _FORMAT:

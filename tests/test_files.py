@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm_from_scratch import files
 from llm_from_scratch.bpe import BPETokenizer, load_tokenizer, model_folder
 from llm_from_scratch.data import TokenFile
-from llm_from_scratch.files import (Config, alone_in, check_checksum, check_fields, checksum, digest, file_checksum, finish_replacing, is_occupied, json_text, parse_json, read_json,
+from llm_from_scratch.files import (Config, alone_in, check_checksum, check_fields, checksum, digest, file_checksum, finish_replacing, is_occupied, json_text, parse_json, read_json, reading,
                                     replacing, replacing_together, revived, write_text)
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
 
@@ -312,6 +312,14 @@ def test_unknown_fields_are_refused_wherever_they_are_given():
     with pytest.raises(ValueError, match="has no part 'b': expected one of xyz"): check_fields(['xyz'], ['b'], 'no part')
     with pytest.raises(ValueError, match='expected a JSON object, got int'): revived(Outer, 3)
     check_fields([f.name for f in fields(Outer)], ['size', 'inner'])
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"size": {}}', '{"size": [], "rates": 3}', '{"other": 1}', '{"size": 1e999}', '[' * 100_000])
+def test_wrong_content_is_told_with_the_name_of_the_file(tmp_path, text):
+    (tmp_path/'x.json').write_text(text)
+    with pytest.raises(ValueError, match='x.json is not a size: '), reading(tmp_path/'x.json', 'a size'):
+        int(read_json(tmp_path/'x.json')['size'] + 0)
+    with pytest.raises(FileNotFoundError), reading('x', 'a size'): open(tmp_path/'none')
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))

@@ -419,7 +419,8 @@ class TestSaveAndLoad:
         torch.save(model.state_dict(), tmp_path/'model.pt')
         safetensors.torch.save_file(model.state_dict(), tmp_path/'model.safetensors')
         (tmp_path/'list').write_bytes((2).to_bytes(8, 'little') + b'[]')
-        for name, words in (('model.pt', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
+        (tmp_path/'words').write_bytes((23).to_bytes(8, 'little') + b'{"__metadata__": [1, 2]}')
+        for name, words in (('model.pt', 'no readable header'), ('words', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
             with pytest.raises(DamagedCheckpoint, match=f'{name} .*{words}'): load(tmp_path/name, model, optimizers)
         with pytest.raises(FileNotFoundError): load(tmp_path/'none', model)
 
