@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 import regex
 
-from .files import digest, finish_replacing, read_json, write_text
+from .files import (
+    digest, finish_replacing, plain, read_json, write_text)
 from llm_from_scratch.text import (
     CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens,
     tokenizer_file,
@@ -331,6 +332,7 @@ class BPETokenizer:
         ids, known = list(ids), self._bytes
         try: return b"".join([known[i] for i in ids])
         except (KeyError, TypeError):
+            ids = [plain(i) for i in ids]
             at = next(n for n, i in enumerate(ids) if not isinstance(i, int) or i not in known)
             raise ValueError(f"id {ids[at]!r} at position {at} is not in the vocabulary "
                              f"(0 to {self.vocab_size - 1})") from None

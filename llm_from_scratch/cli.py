@@ -64,25 +64,26 @@ _HIDDEN = {"vocab_size", "rope_scaling", "layers", "options"}
 def _flags(kind: Any, given: Mapping[str, Any]) -> Any:
     "A dataclass with the fields of `kind` that can be given as flags, `given` as defaults."
     hints, notes, rows = get_type_hints(kind), _comments(kind), []
+    constrained = get_type_hints(kind, include_extras=True)
     for f in fields(kind):
         if f.name in _HIDDEN: continue
         value = given.get(f.name, f.default if f.default_factory is MISSING
                           else f.default_factory())
         note = notes.get(f.name, "")
-        hint: Any = _plain(hints[f.name], note, sys.modules[kind.__module__])
+        hint: Any = _plain(hints[f.name], getattr(constrained[f.name], "__metadata__", ()))
         if hint == dict[int, float]: value = dict(value)
-        rows.append((f.name, _flag(hint, value, re.sub("^a name in .*", "", note)),
+        rows.append((f.name, _flag(hint, value, note),
                      field(default_factory=lambda v=value: v)))
     return make_dataclass(kind.__name__, rows)
 
-def _plain(hint: Any, note: str, module: Any) -> Any:
+def _plain(hint: Any, constraints: Sequence[Any]) -> Any:
     "The type of a field, as it can be typed on a line; of names, which there are."
+    for constraint in constraints:
+        if names := getattr(constraint, "names", ()): return Literal[tuple(names)]
     text = str(hint)
     if "Mapping[int, float]" in text: return dict[int, float]
     if match := re.fullmatch(r".*Sequence\[(int|str)\]", text):
         return tuple[{"int": int, "str": str}[match[1]], ...]
-    if match := re.search(r"a name in `(\w+)`", note):
-        return Literal[tuple(getattr(module, match[1]))]
     return hint
 
 # %% ../nbs/command.ipynb #7b6c2b7b

@@ -315,7 +315,7 @@ def test_ids_may_be_of_any_whole_numbers(make):
     model = opinionated()
     with unchecked():
         assert generate(model, [make(ids) for ids in RAGGED], 4, WARM, seed=np.int64(1)) == generate(model, RAGGED, 4, WARM, seed=1)
-        assert generate(model, [make([1, 2])], 4, WARM, seed=[np.int64(5)]) == generate(model, [[1, 2]], 4, WARM, seed=[5])
+        assert generate(model, [make([1, 2])], 4, WARM, seed=make([5])) == generate(model, [[1, 2]], 4, WARM, seed=[5])
         assert beam_search(model, make([1, 2, 3]), 3, 4) == beam_search(model, [1, 2, 3], 3, 4)
         for wrong in (make([1, 2]), [1.5], [[1.5]], [None]):
             with pytest.raises(TypeError, match='list of lists'): generate(model, wrong, 3)
