@@ -1261,7 +1261,7 @@ class Checkpoints(Callback):
     def write(self, trainer: Trainer) -> None:
         "Write a checkpoint; all processes call this."
         tensors, state = split_parts(trainer.state_dict())
-        if not trainer.world.is_main: return
+        if trainer.folder is None or not trainer.world.is_main: return
         best = trainer.best[1] if trainer.best else None
         state = {"about": _about(trainer), "parts": state}
         try: save_checkpoint(trainer.folder, trainer.step, tensors, state,
