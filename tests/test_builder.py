@@ -168,7 +168,8 @@ def write_features(book):
                   code("#| output: false\nnoisy()", stream("never shown")), code("#| include: false\nunseen()"),
                   code("frame", shown(html=TABLE, text="   x\n0  7")))
     book.notebook("nbs/02_two.ipynb", markdown("# Two {#sec-two}\n\nBack to @eq-one-sum, @fig-two-panels and `area`.\n\n## First\n\n### Deeper\n\n## Second\n"),
-                  code('#| label: fig-two-dot\n#| fig-cap: "A dot? One."\n#| fig-alt: "A blue dot, alone."\ndraw()', shown(svg=SVG, text="<Figure>")),
+                  code('#| code-fold: true\n#| code-summary: "The script"\nwidget()'),
+                  code('#| label: fig-two-dot\n#| fig-cap: "A dot? One."\n#| fig-alt: "A blue dot, alone."\n#| code-fold: true\n#| code-summary: "Code for this figure"\ndot()', shown(svg=SVG, text="<Figure>")),
                   code('#| label: fig-two-panels\n#| fig-cap: "Two dots."\n#| fig-subcap: ["left dot", "right dot"]\n#| layout-ncol: 2\ndraw()',
                        shown(svg=SVG), shown(svg=SVG.replace("9", "8"))),
                   code('#| label: tbl-two-counts\n#| tbl-cap: "Counts."\n#| echo: false\nframe', shown(html=TABLE)),
@@ -510,6 +511,22 @@ def test_a_page_holds_a_heat_map_for_each_theme(tmp_path):
     assert done == page.replace('class="x" alt="A map">', 'class="in-light x" alt="A map"><img class="in-dark no-flip" data-pagefind-ignore src="a.dark.svg" alt="A map">')
     assert (tmp_path / "a.dark.svg").read_text() == dark.dark_drawing(heat_map(png(1, (0, BLUE))))
     assert dark.both_themes(done, tmp_path / "page.html", tmp_path / "memory") == done
+
+
+def test_on_paper_solutions_are_unfolded_and_the_code_of_figures_is_left_out(rich):
+    paper = pdf_words(rich.root / "_site/small.pdf")
+    assert "Solution answer = 42" in paper and "dot()" not in paper and "Code for this figure" not in paper
+    assert "The script: in the notebook." in paper and "widget()" not in paper
+    assert "dot()" in rich.text("nbs/02_two").replace(" ", "") and "widget()" in rich.text("nbs/02_two").replace(" ", "")
+
+
+def test_code_on_paper_is_as_large_as_eighty_characters_allow(rich):
+    import pypdfium2
+    from pypdfium2 import raw
+    with pypdfium2.PdfDocument(rich.root / "_site/small.pdf") as paper:
+        texts = [page.get_textpage() for page in paper]
+        sizes = {round(raw.FPDFText_GetFontSize(text, text.get_text_range().index(words)), 1) for words in ("answer = 42", "oops") for text in texts if words in text.get_text_range()}
+    assert sizes == {8.5}
 
 
 def test_old_addresses_lead_to_the_new_ones(tmp_path):

@@ -469,9 +469,18 @@ local function show_tabset(div)
   return out
 end
 
+-- On paper nothing opens: of what is folded, solutions are printed, the code of figures is left out, the rest is named.
+local function leave_out(div, summary)
+  local shown = div.content:filter(function(block) return block.tag ~= 'CodeBlock' end)
+  if not summary:match 'figure' then shown:insert(1, pandoc.Div({ pandoc.Plain { pandoc.Str(summary .. ': in the notebook.') } }, { class = 'fold-title' })) end
+  div.content = shown
+  return div
+end
+
 local function show_fold(div)
   local summary, state = div.attributes['code-summary'] or 'Code', div.attributes['code-fold']
   div.attributes['code-summary'], div.attributes['code-fold'] = nil, nil
+  if typst and state == 'true' and summary ~= 'Solution' then return leave_out(div, summary) end
   for i, block in ipairs(div.content) do
     if block.tag == 'CodeBlock' then
       if html then
@@ -485,6 +494,12 @@ local function show_fold(div)
       return div
     end
   end
+end
+
+-- On paper a bar marks what was printed; figures, tables and sentences stand as those of the author.
+local function show_output(div)
+  local printed = div.content:find_if(function(block) return block.tag == 'CodeBlock' end)
+  return printed and typst_call('output', {}, div.content) or div.content
 end
 
 local function show_margin(div)
@@ -510,7 +525,7 @@ local present = {
     if div.classes:includes 'panel-tabset' then return show_tabset(div) end
     if div.classes:includes 'column-margin' then return show_margin(div) end
     if div.attributes['code-fold'] then return show_fold(div) end
-    if typst and div.classes:includes 'cell-output' then return typst_call('output', {}, div.content) end
+    if typst and div.classes:includes 'cell-output' then return show_output(div) end
     if typst and div.classes:includes 'fold-title' then return typst_call('fold', div.content[1].content, {}) end
     return show_grid(div)
   end,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from book import BookError, busy
+from card import PICTURE
 from pandoc import FILTER, HERE, Workshop, joined, run_pandoc, words
 
 THEME = HERE / "theme"
@@ -16,9 +17,10 @@ THEME = HERE / "theme"
 def metadata(work: Workshop) -> dict[str, Any]:
     book = work.book
     typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}}}
+    front = {"front": words(f"/{PICTURE.as_posix()}")} if (book.root / PICTURE).exists() else {}
     facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "description": book.description,
              "rights": "Text: CC BY 4.0. Code: Apache 2.0.", "identifier": book.name}
-    return work.metadata(**{key: words(value) for key, value in facts.items() if value}, literal=typst)
+    return work.metadata(**{key: words(value) for key, value in facts.items() if value}, literal=typst, **front)
 
 
 def literal(text: str) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
         busy(f"Writing the {ending}")
         fresh = work.cache / f"{key}.part.{ending}"
         run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
-        return fresh.read_bytes()
+        result = fresh.read_bytes()
+        fresh.unlink()
+        return result
     return work.remembered(key, ending, make)
 
 
