@@ -10,10 +10,11 @@ import hashlib
 import html
 import re
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 from nbfilter import directives, drawing_title, read, source
-from safe import outside_code, printable
+from safe import outside_code
 
 HIDDEN = {"default_exp", "hide"}
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
@@ -78,6 +79,7 @@ def picture(text: str, ending: str, pictures: Path) -> str:
 
 # Pages ------------------------------------------------------------------------------------------------------------
 
+@lru_cache(maxsize=128)
 def cite(text: str, page: str) -> str:
     "Each citation as the page shows it; where it shows none, it stays as it is."
     shown = defaultdict(list)
@@ -93,7 +95,7 @@ def cite(text: str, page: str) -> str:
 def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries: dict[str, str]) -> str:
     "The Markdown copy of one page, whose finished form is `page`."
     if path.suffix == ".ipynb":
-        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in printable(read(path)["cells"]))))
+        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in read(path)["cells"])))
     else:
         text = path.read_text(encoding="utf-8")
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)

@@ -43,7 +43,9 @@ def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
         busy(f"Writing the {ending}")
         fresh = work.cache / f"{key}.part.{ending}"
         run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
-        return fresh.read_bytes()
+        result = fresh.read_bytes()
+        fresh.unlink()
+        return result
     return work.remembered(key, ending, make)
 
 

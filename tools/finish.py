@@ -25,7 +25,6 @@ import assets                                                # noqa: E402
 import reading                                               # noqa: E402
 from card import CARD, write_card                            # noqa: E402
 from copies import write_copies                              # noqa: E402
-from nbfilter import read                                    # noqa: E402
 from dark import both_themes                                 # noqa: E402
 from labels import labels, link_labels                       # noqa: E402
 
@@ -244,7 +243,7 @@ def add_reading_time(text: str, notebook: Path) -> str:
     "Put into a page what its notebook takes to read; a page that has it stays as it is."
     if 'class="reading-time"' in text:
         return text
-    core, deeper = reading.lengths(read(notebook)["cells"])
+    core, deeper = reading.notebook_lengths(notebook.read_text(encoding="utf-8"))
     text, place = mark_deeper(text, deeper.minutes) if deeper else (text, "")
     return add_below_title(text, reading_line(core, deeper, place))
 

@@ -51,13 +51,13 @@ class Symbol:
 # Cells ------------------------------------------------------------------------------------------------------------
 
 def read(path: Path) -> dict[str, Any]:
-    "A notebook as JSON, for looking only: one that has not changed is not read again."
-    return _loaded(path.read_text(encoding="utf-8"))
+    "A notebook as JSON with printable characters only, to look at and not to change."
+    return parsed(path.read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=128)
-def _loaded(text: str) -> dict[str, Any]:
-    return json.loads(text)
+def parsed(text: str) -> dict[str, Any]:
+    return printable(json.loads(text))
 
 
 def source(cell: Cell) -> str:
@@ -169,7 +169,6 @@ def _link(match: re.Match[str], names: dict[str, Symbol], prefix: str) -> str:
 
 def filter_notebook(notebook: dict[str, Any], names: dict[str, Symbol]) -> dict[str, Any]:
     "The notebook as the book shows it."
-    notebook = printable(notebook)
     cells = [_filter_cell(cell, names) for cell in notebook["cells"]]
     return {**notebook, "cells": [cell for cell in cells if cell is not None]}
 
@@ -268,7 +267,7 @@ def _page_name(page: str) -> str:
 def main(argv: list[str]) -> int:
     "Filter stdin to stdout, or write the symbol index."
     if not argv:
-        notebook = filter_notebook(json.load(sys.stdin), symbols(Path.cwd()))
+        notebook = filter_notebook(parsed(sys.stdin.read()), symbols(Path.cwd()))
         sys.stdout.buffer.write(json.dumps(notebook).encode())
         return 0
     if argv == ["--symbols"]:

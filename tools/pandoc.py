@@ -14,7 +14,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import get_ident
 from typing import Any, Callable
@@ -25,7 +25,7 @@ from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
 FILTER = HERE / "book.lua"
-CODE = "".join((HERE / name).read_text(encoding="utf-8") for name in ("cells.py", "nbfilter.py", "pandoc.py", "safe.py"))    # what runs, whatever is saved meanwhile
+CODE = [hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in ("cells.py", "nbfilter.py", "pandoc.py", "safe.py")]    # what runs, whatever is saved meanwhile
 READER = "markdown+lists_without_preceding_blankline+mark"
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
 HTML = ("-t", "html5", "--mathml", "--wrap=none")
@@ -68,8 +68,8 @@ class Workshop:
     # Results by content -------------------------------------------------------------------------------------------
 
     def key(self, *parts: Any) -> str:
-        text = json.dumps([CODE, FILTER.read_text(encoding="utf-8"), *parts], sort_keys=True, default=str, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+        text = json.dumps([CODE, FILTER.read_text(encoding="utf-8"), *parts], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def remembered(self, key: str, ending: str, make: Callable[[], str | bytes]) -> Path:
         "The file with a result, which is made where it is not there yet."
@@ -120,9 +120,9 @@ class Workshop:
 
     def page_key(self, page: Page) -> str:
         "What a page is made from: its file, its place in the book, and the addresses of the names that it mentions."
-        text = self.book.read(page)
-        linked = {name: self.names[name].address for name in re.findall(r"`([A-Za-z_][\w.]*)", text) if name in self.names}
-        return self.key(text, linked, placed(self.book, page), self.book.number_depth)
+        checksum, quoted = summary((self.book.root / page.file).read_bytes())
+        linked = {name: self.names[name].address for name in quoted if name in self.names}
+        return self.key(checksum, linked, placed(self.book, page), self.book.number_depth)
 
     @cached_property
     def trees(self) -> list[dict[str, Any]]:
@@ -217,6 +217,12 @@ class Workshop:
     @cached_property
     def stems(self) -> dict[str, str]:
         return {page.file.as_posix(): page.stem for page in self.book.pages}
+
+
+@lru_cache(maxsize=128)
+def summary(source: bytes) -> tuple[str, set[str]]:
+    "The checksum of the source of a page, and what it has in backticks."
+    return hashlib.sha256(source).hexdigest(), {name.decode() for name in re.findall(rb"`([A-Za-z_][\w.]*)", source)}
 
 
 def placed(book: Book, page: Page) -> dict[str, str]:

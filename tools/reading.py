@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Iterable
 
-from nbfilter import DROPPED, Cell, directives, source
+from nbfilter import DROPPED, Cell, directives, parsed, source
 
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 12
 WORD = re.compile(r"\S*?[^\W_]\S*")
@@ -53,6 +54,12 @@ def lengths(cells: Iterable[Cell]) -> tuple[Length, Length | None]:
                 now = Length()
             now.add(*prose_length(part.replace(GUARD, "")))
     return core, deeper
+
+
+@lru_cache(maxsize=128)
+def notebook_lengths(text: str) -> tuple[Length, Length | None]:
+    "The lengths of a notebook, from the text of its file."
+    return lengths(parsed(text)["cells"])
 
 
 def _guarded(fence: re.Match[str]) -> str:
