@@ -445,6 +445,15 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
         assert ":::" not in place and "Only on the site" not in place
 
 
+@pytest.mark.parametrize("prose, read", [
+    ('::: {.callout-note title="You will build"}\nA thing.\n:::', "**You will build**\n\nA thing.\n"), ("::::: {.symbol-index}\na\n:::::", "\na\n"),
+    ("a [b]{#term-b .also} [`c`](01_one.ipynb#api-c){.symbol} <!-- d -->e", "a [b] [`c`](01_one.md) e"), ("[a](../index.qmd) [b](https://h.org/c.ipynb) {x}", "[a](../index.md) [b](https://h.org/c.ipynb) {x}"),
+])
+def test_a_copy_is_without_what_only_a_builder_reads(prose, read):
+    import copies
+    assert copies.readable(prose) == read
+
+
 def test_what_quarto_says_on_every_page_gives_way(tmp_path):
     "Its description is the book's, and its picture an address that only the page itself understands."
     page = ('<head><title>One</title><meta name="description" content="The book."><meta property="og:image" content="a.svg"><meta property="og:image:alt" content="A">'

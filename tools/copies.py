@@ -92,6 +92,19 @@ def cite(text: str, page: str) -> str:
     return outside_code(text, lambda prose: CITATION.sub(words, prose))
 
 
+REFS = re.compile(r"^:::+ *\{#refs\}\n:::+$", re.M)
+FENCE = re.compile(r'^:::+[ \t]*(?:\{(?:[^}]*title="([^"]*)")?[^}]*\})?[ \t]*$', re.M)
+
+
+def readable(prose: str) -> str:
+    "Prose without what only a builder reads: fences (their titles stay), attributes, comments; links lead to the copies."
+    prose = re.sub(r"<!--.*?-->", "", prose, flags=re.S)
+    prose = FENCE.sub(lambda m: f"**{m[1]}**\n" if m[1] else "", prose)
+    prose = re.sub(r"(?<=\])\{[.#][^}\n]*\}|(?<=\))\{[.#][^}\n]*\}", "", prose)
+    prose = re.sub(r"(\]\((?!\w+:)[^)\s#]+)\.(?:ipynb|qmd)(?:#[^)\s]*)?\)", r"\1.md)", prose)
+    return re.sub(r"\n{3,}", "\n\n", prose)
+
+
 def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries: dict[str, str]) -> str:
     "The Markdown copy of one page, whose finished form is `page`."
     if path.suffix == ".ipynb":
@@ -99,12 +112,11 @@ def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries:
     else:
         text = path.read_text(encoding="utf-8")
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)
-    text = cite(text, page)
+    text = REFS.sub(lambda _: _listed(entries.values()), cite(text, page))
+    text = outside_code(re.sub(r"^(`{3,})\{=html\}\n.*?^\1$", "", text, flags=re.M | re.S), readable)
     text = re.sub(r"^(#+ .*?)\s*\{[#.][^}]*\}$", r"\1", text, flags=re.M)
     text = re.sub(r"(\$\$)\s*\{#[^}]*\}", r"\1", text).strip()
     cited = sorted({key for keys, _ in CITED.findall(page) for key in keys.split()} & entries.keys(), key=entries.get)
-    if re.search(r"^::: *\{#refs\}\n:::", text, re.M):
-        return re.sub(r"^::: *\{#refs\}\n:::", lambda _: _listed(entries.values()), text, flags=re.M) + "\n"
     return text + (f"\n\n## Sources\n\n{_listed(entries[key] for key in cited)}" if cited else "") + "\n"
 
 
