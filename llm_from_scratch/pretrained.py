@@ -369,7 +369,7 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.to_hf(folder)
     write_text(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
-    write_model(folder, json.dumps(config, indent=1) + "\n", tensors)
+    write_model(folder, json.dumps(config, indent=1) + "\n", tensors, tokenizer)
 
 # %% ../nbs/pretrained.ipynb #70a00002
 TOUR_WEIGHTS: tuple[Weight, ...] = (
