@@ -607,7 +607,7 @@ def _train(
                 _note(_outlook(trainer))
             result = trainer.fit(progress=sys.stderr.isatty())
             if not world.is_main: return 0
-            _save_model(trainer, result)
+            _save_model(trainer, result, table)
             _write_run(trainer, data, result.reason)
     return _report(result, out, json)
 
@@ -663,7 +663,7 @@ def _outlook(trainer: Any) -> str:
     return f"{text}, {left:,.0f} s to go"
 
 # %% ../nbs/command.ipynb #feaa6128
-def _save_model(trainer: Any, result: Any) -> None:
+def _save_model(trainer: Any, result: Any, table: Any) -> None:
     "The best model of a run, or its last good one, where `generate` finds it."
     from llm_from_scratch.training import checkpoints, load_checkpoint
     best = result.best and trainer.folder / f"step-{result.best[1]:08d}"
@@ -671,7 +671,7 @@ def _save_model(trainer: Any, result: Any) -> None:
     if not found: return
     if found[-1].name != f"step-{result.step:08d}":
         trainer.model.load_state_dict(load_checkpoint(found[-1]).tensors["model"])
-    trainer.model.save_pretrained(trainer.folder)
+    trainer.model.save_pretrained(trainer.folder, table)
 
 def _report(result: Any, out: Path, json: bool) -> int:
     "Say how a run ended; its exit status."
@@ -695,13 +695,89 @@ def _signal(message: str) -> int:
     found = re.search(r"SIG[A-Z]+", message)
     return int(getattr(signal, found[0] if found else "SIGINT"))
 
+# %% ../nbs/command.ipynb #514c7256
+@_command("runs")
+def _runs(
+    folder: Positional[Path] = Path(),   # where to look: here, and two folders deep
+    *,
+    json: bool = False,                  # print the result as JSON, a run a line
+) -> None:
+    """List runs: how far each is, and what to type next.
+
+    Examples:
+      llmfs runs
+      llmfs runs trials/"""
+    found = [path.parent for depth in ("", "*/", "*/*/")
+             for path in sorted(folder.glob(f"{depth}run.json"))]
+    if not found and not json: return _note(f"there is no run in {folder}")
+    for facts in map(_run_facts, found):
+        if json: _say(dumps(facts))
+        else: _say("  ".join([f"{facts['run']:16}", f"{facts['state']:11}",
+                              f"step {facts['step']:<8,}", f"{_loss(facts):36}",
+                              facts["next"]]).rstrip())
+
+def _run_facts(out: Path) -> dict[str, Any]:
+    "What `runs` tells of a run."
+    from llm_from_scratch.training import read_log
+    records, state = read_log(out / "log.jsonl"), _life(out)
+    def last(name: str) -> Any:
+        return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
+    return {"run": str(out), "state": state, "step": last("step") or 0,
+            "loss": last("loss"), "validation": last("validation"),
+            "next": _NEXT[state].format(out)}
+
+_NEXT = {"interrupted": "llmfs train --out {} --resume", "begun": "llmfs train --out {} …",
+         "finished": "llmfs generate --model {}", "running": "tail -f {}/log.jsonl"}
+
+def _loss(facts: Mapping[str, Any]) -> str:
+    known = (f"{name} {facts[name]:.4f}" for name in ("loss", "validation")
+             if facts[name] is not None)
+    return ", ".join(known)
+
+# %% ../nbs/command.ipynb #28f52c6e
+def _opened(model: str, device: str | None) -> tuple[Any, Any]:
+    "A model and its tokenizer, by name, by folder or by checkpoint."
+    from llm_from_scratch.bpe import EMBEDDED, load_tokenizer
+    from llm_from_scratch.gpt import GPT
+    from llm_from_scratch.tensors import best_device
+    device = device or best_device()
+    found = None if model in EMBEDDED else _checkpoint_of(Path(model))
+    if found is not None: return _from_checkpoint(found, device)
+    return GPT.from_pretrained(model, device=device), load_tokenizer(model)
+
+def _checkpoint_of(path: Path) -> Any:
+    "The checkpoint that a path means, or the newest of a run that has not ended; else None."
+    from llm_from_scratch.training import checkpoints, load_checkpoint, newest_checkpoint
+    if re.fullmatch(r"step-\d{8}", path.name): return load_checkpoint(path)
+    if not (path / "run.json").is_file() or _ended(path) is not None: return None
+    found = newest_checkpoint(checkpoints(path), skip_damaged=True)
+    if found is None: raise FileNotFoundError(f"the run in {path} has no checkpoint yet")
+    _note(f"the run in {path} has not ended: this is its {found.path.name}")
+    return found
+
+def _from_checkpoint(found: Any, device: Any) -> tuple[Any, Any]:
+    "The model in a checkpoint, and the tokenizer of its run."
+    from llm_from_scratch.bpe import load_tokenizer
+    from llm_from_scratch.data import fingerprint
+    from llm_from_scratch.gpt import GPT, GPTConfig
+    about, home = found.state.get("about", {}), found.path.parent
+    if not about.get("model"): raise ValueError(f"{found.path} does not hold a GPT")
+    table, mark = load_tokenizer(home), about["data"].get("tokenizer")
+    if mark not in (None, fingerprint(table)):
+        raise ValueError(f"{home / 'tokenizer.json'} is not the tokenizer of this run: its "
+                         f"fingerprint is {fingerprint(table)[:8]}, expected {mark[:8]}")
+    made = GPT(GPTConfig.from_dict(about["model"]))
+    made.load_state_dict(found.tensors["model"])
+    return made.to(device).eval(), table
+
 # %% ../nbs/command.ipynb #bd476506
 @_command("generate")
 def _generate(
     sampler: Sampler,
     *,
     model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made
+                                      #   `llmfs train` or `save_pretrained` has made, or
+                                      #   one of a run's checkpoints
     prompt: str | None = None,        # how the text begins; without it, standard input
     max_new_tokens: int = 300,        # write at most so many
     seed: int = 0,                    # another seed, another text
@@ -718,13 +794,9 @@ def _generate(
       llmfs generate --model storyland --prompt "Once upon a time" --seed 5
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
-    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.constraints import Constraint
     from llm_from_scratch.generation import stream
-    from llm_from_scratch.gpt import GPT
-    from llm_from_scratch.tensors import best_device
-    made = GPT.from_pretrained(model, device=device or best_device())
-    table = load_tokenizer(model)
+    made, table = _opened(model, device)
     begun = (_heard().rstrip("\r\n") if prompt is None else prompt)
     end = table.special_tokens.get(END)
     if end is None and not begun:
@@ -743,7 +815,8 @@ def _generate(
 def _eval(
     *,
     model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made
+                                      #   `llmfs train` or `save_pretrained` has made, or
+                                      #   one of a run's checkpoints
     corpus: str = "storyland",        # storyland, pydoc, shakespeare, the-verdict; a text file,
                                       #   a folder of them, or - for standard input
     split: Literal["train", "validation", "test"] = "test",
@@ -761,11 +834,7 @@ def _eval(
     Examples:
       llmfs eval --model storyland
       llmfs eval --model run --corpus my-texts/ --split validation"""
-    from llm_from_scratch.bpe import load_tokenizer
-    from llm_from_scratch.gpt import GPT
-    from llm_from_scratch.tensors import best_device
-    made = GPT.from_pretrained(model, device=device or best_device())
-    table = load_tokenizer(model)
+    made, table = _opened(model, device)
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
     texts = list(_documents(corpus, split, n, size))
     facts = _measured(made, table, texts, size if corpus == "storyland" else None)

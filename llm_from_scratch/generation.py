@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import index
 from typing import Annotated, Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
@@ -480,6 +480,7 @@ def generate_steps(
     Raises ValueError, before the first token, for what cannot work."""
     texts, ends = _as_prompts(prompts), as_end_tokens(end_tokens)
     _check_prompts(texts, max_new_tokens, sampler, ends, stop, tokenizer)
+    if tokenizer is not None: sampler = _without_padding(sampler, model, tokenizer)
     limit = _context_limit(model, context_length)
     _check_room(texts, max_new_tokens, limit, overflow)
     if constraint is not None: constraint = constraint.prepare(sampler, max_new_tokens)
@@ -531,6 +532,12 @@ def _constrain(scores: Tensor, state: int, remaining: int, ends: tuple[int, ...]
     scores[list(ends)] = closing
 
 # %% ../nbs/13_generation.ipynb #ff6ff0bf
+def _without_padding(sampler: Sampler, model: Any, tokenizer: Tokenizer) -> Sampler:
+    "A sampler that draws no id beyond the tokenizer's, where a model's vocabulary is padded."
+    size = getattr(getattr(model, "config", None), "vocab_size", 0)
+    padding = range(tokenizer.vocab_size, size)
+    return replace(sampler, banned=(*sampler.banned, *padding)) if padding else sampler
+
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
                    ends: Sequence[int], stop: Sequence[str],
                    tokenizer: Tokenizer | None) -> None:
@@ -680,7 +687,8 @@ def stream(
     """
     ids, ends = [*as_ids(start).tolist(), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
     text = TextStream(tokenizer, stop, ids)
-    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends, **options)
+    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends,
+                           tokenizer=tokenizer, **options)
     return _pieces(steps, text, ends)
 
 

@@ -384,7 +384,7 @@ def save_hf(
     with replacing_together(folder) as beside:
         tokenizer.to_hf(beside)
         write_text(beside / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
-        write_model(beside, json.dumps(config, indent=1) + "\n", tensors)
+        write_model(beside, json.dumps(config, indent=1) + "\n", tensors, tokenizer)
 
 # %% ../nbs/pretrained.ipynb #70a00002
 TOUR_WEIGHTS: tuple[Weight, ...] = (

@@ -938,7 +938,7 @@ class Trainer:
     ) -> int:                              # steps already made; 0 if none
         "Resume the last checkpoint; a `DamagedCheckpoint` names the one before."
         home = Path(folder or self.folder or ".")
-        checkpoint = _read_newest(_found(home, step), skip_damaged)
+        checkpoint = newest_checkpoint(_found(home, step), skip_damaged)
         if checkpoint is not None: _restore(self, checkpoint)
         for callback in self.callbacks: callback.resumed(self, home)
         return self.step
@@ -1625,7 +1625,7 @@ def _found(home: Path, step: int | None) -> list[Path]:
     if step is None or found: return found
     raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
 
-def _read_newest(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
+def newest_checkpoint(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
     "The newest of these checkpoints, or the newest one that is whole."
     while found:
         try: return load_checkpoint(found.pop())

@@ -124,7 +124,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
 @pytest.mark.parametrize('words, said, status', [
     (['generat'], "there is no command 'generat': did you mean generate?", 2),
     (['tokenizer', 'encod'], "there is no command 'encod': did you mean encode?", 2),
-    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, generate, eval, info", 2),
+    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, runs, generate, eval, info", 2),
     (['generate', '--temprature', '1'], 'unrecognized options: --temprature, 1; did you mean --temperature?', 2),
     (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
     (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
@@ -572,6 +572,69 @@ def test_ruined_weights_are_not_the_model(data, call, caplog):
     assert status == 1 and 'run holds the last good state' in err
     saved = GPT.from_pretrained('run').state_dict()
     assert all(saved[k].equal(v) for k, v in load_checkpoint('run/step-00000002').tensors['model'].items()) and len(checkpoints('run')) == 2
+
+
+def as_killed(run):
+    "What is left of a run that was killed after its second step."
+    import shutil
+    saved = json.loads((run/'run.json').read_text(encoding='utf-8'))
+    (run/'run.json').write_text(json.dumps(saved | {'ended': None}), encoding='utf-8')
+    shutil.rmtree(run/'step-00000004')
+    (run/'log.jsonl').write_text(''.join((run/'log.jsonl').read_text().splitlines(True)[:3]))
+
+
+def test_runs_are_listed_with_what_to_type_next(finished, call, tmp_path):
+    import shutil
+    from llm_from_scratch import files
+    for name in ('deep/er/killed', 'busy', 'begun'): shutil.copytree(finished, name)
+    as_killed(tmp_path/'deep/er/killed'); as_killed(tmp_path/'begun'); shutil.rmtree('begun/step-00000002'); Path('begun/model.safetensors').unlink()
+    with open('busy/.lock', 'ab') as other:
+        files._take(other)
+        out, err, status = call('runs')
+        rows = [re.split('  +', line) for line in out.splitlines()]
+        assert [row[:3] for row in rows] == [['begun', 'begun', 'step 3'], ['busy', 'running', 'step 4'], ['run', 'finished', 'step 4']]
+    assert [row[4] for row in rows] == ['llmfs train --out begun …', 'tail -f busy/log.jsonl', 'llmfs generate --model run'] and re.fullmatch(r'loss \d\.\d{4}, validation \d\.\d{4}', rows[2][3])
+    facts = json.loads(call('runs', 'deep', '--json')[0])
+    assert facts == {**facts, 'run': str(Path('deep/er/killed')), 'state': 'interrupted', 'step': 3, 'validation': None, 'next': f"llmfs train --out {Path('deep/er/killed')} --resume"}
+    assert call('runs', 'nowhere') == ('', 'llmfs: there is no run in nowhere\n', 0)
+
+
+def test_a_run_that_was_killed_can_speak(finished, call, caplog):
+    words = 'generate', '--max-new-tokens', 5, '--temperature', 0, '--prompt', 'Once upon a time'
+    whole = call(*words, '--model', 'run')
+    assert whole[1:] == ('', 0) and call(*words, '--model', 'run/step-00000004') == whole
+    then = call(*words, '--model', 'run/step-00000002')
+    assert then[1:] == ('', 0)
+    as_killed(finished)
+    for name in ('model.safetensors', 'config.json'): (finished/name).unlink()
+    assert call(*words, '--model', 'run') == (then[0], 'llmfs: the run in run has not ended: this is its step-00000002\n', 0)
+    facts = json.loads(call('eval', '--model', 'run', '--n', 3, '--json')[0])
+    assert facts['documents'] == 3
+    assert call('train', '--resume')[2] == 0 and call(*words, '--model', 'run') == whole
+
+
+def test_what_cannot_speak_says_why(finished, call, data):
+    as_killed(finished)
+    call('tokenizer', 'train', '--kind', 'words', '--n', 30, '--out', 'run/tokenizer.json')
+    assert 'is not the tokenizer of this run' in call('generate', '--model', 'run')[1] and call('generate', '--model', 'run/step-00000002')[2] == 1
+    import shutil
+    shutil.rmtree('run/step-00000002')
+    assert call('generate', '--model', 'run') == ('', 'llmfs: the run in run has no checkpoint yet\n', 1)
+
+
+def test_a_run_of_the_last_release_is_a_model_and_goes_on(finished, call):
+    "It did not say that it had ended, and had no tokenizer before its end."
+    saved = json.loads((finished/'run.json').read_text(encoding='utf-8'))
+    del saved['ended'], saved['settings']['save_seconds']
+    (finished/'run.json').write_text(json.dumps(saved), encoding='utf-8')
+    assert call('generate', '--model', 'run', '--max-new-tokens', 3)[1:] == ('', 0) and 'finished' in call('runs')[0]
+    assert call('train', '--resume', '--steps', 5)[2] == 0
+
+
+def test_a_tokenizer_that_was_replaced_is_named(finished, call):
+    call('tokenizer', 'train', '--kind', 'words', '--n', 30, '--out', 'run/tokenizer.json')
+    out, err, status = call('generate', '--model', 'run')
+    assert (out, status, err.count('\n')) == ('', 1, 1) and 'is not the tokenizer that this model was saved with' in err
 
 
 def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path):

@@ -465,6 +465,22 @@ def test_another_value_in_the_configuration_is_noticed(tmp_path):
     with pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(tmp_path)
 
 
+def test_a_model_knows_its_tokenizer(tmp_path):
+    "With another tokenizer beside it, every id would mean another word."
+    from llm_from_scratch.bpe import BPETokenizer
+    from llm_from_scratch.text import CharTokenizer
+    for table, other in ((CharTokenizer.train(['abc']), CharTokenizer.train(['abd'])), (BPETokenizer.train('low lower', 258), BPETokenizer.train('new newer', 258))):
+        model().save_pretrained(tmp_path, table)
+        assert load_tokenizer(tmp_path).vocab_size == table.vocab_size
+        GPT.from_pretrained(tmp_path)
+        other.save(tmp_path/'tokenizer.json')
+        with pytest.raises(ValueError, match=r'tokenizer.json is not the tokenizer that this model was saved with: its fingerprint is \w{8}, expected \w{8}'): GPT.from_pretrained(tmp_path)
+    (tmp_path/'tokenizer.json').unlink()
+    GPT.from_pretrained(tmp_path)                                                         # the weights alone
+    other.save(tmp_path/'tokenizer.json'); model().save_pretrained(tmp_path)
+    GPT.from_pretrained(tmp_path)                                                         # saved without one, as earlier versions did
+
+
 def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
     old, new = model(), model(n_layers=1)
     old.save_pretrained(tmp_path)
