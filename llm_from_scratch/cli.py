@@ -711,7 +711,7 @@ def _runs(
              for path in sorted(folder.glob(f"{depth}run.json"))]
     if not found and not json: return _note(f"there is no run in {folder}")
     for facts in map(_run_facts, found):
-        if json: _say(dumps(facts))
+        if json: _say(json_text(facts))
         else: _say("  ".join([f"{facts['run']:16}", f"{facts['state']:11}",
                               f"step {facts['step']:<8,}", f"{_loss(facts):36}",
                               facts["next"]]).rstrip())

@@ -3,7 +3,7 @@
 # %% ../nbs/files.ipynb #02000b27
 from __future__ import annotations
 
-import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, time, zlib
+import difflib, errno, glob, hashlib, json, os, secrets, shutil, stat, tempfile, time, zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -44,9 +44,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with open(path, "wb") as file: shutil.copyfileobj(held, file)
         return
     place = Path(os.path.realpath(path))        # where a link leads
-    beside = place.with_name(f".{place.name[:40]}.{secrets.token_hex(4)}.tmp")
+    _sweep(place.parent, start := f".{place.name[:40]}.")
+    beside = place.with_name(f"{start}{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "x+b") as file:
+            _hold(file.fileno())
             yield file
             file.flush(); os.fsync(file.fileno())
         _take_place(beside, place)
@@ -90,6 +92,36 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     data = text.encode("utf-8")                 # what cannot be encoded fails before it writes
     with replacing(path) as file: file.write(data)
 
+# %% ../nbs/files.ipynb #cba972e9
+_FRESH = 60                                     # seconds
+
+def _sweep(folder: Path, start: str) -> None:
+    "Remove what processes that died have left: temporary files and folders nobody holds."
+    for path in folder.glob(f"{glob.escape(start)}*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < _FRESH: continue
+            with _held(path) as is_ours:
+                if is_ours and path.is_dir(): shutil.rmtree(path)
+                elif is_ours: path.unlink()
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    "Lock a file or folder until the block ends; whether that was possible."
+    if os.name != "posix":
+        yield False                             # Windows removes no open file anyway
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try: yield _hold(handle)
+    finally: os.close(handle)
+
+def _hold(handle: int) -> bool:
+    "Lock an open file until it is closed; False where another process has, or nobody can."
+    try:
+        import fcntl
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError): return False
+    return True
+
 # %% ../nbs/files.ipynb #77f1356b
 _COMPLETE = ".complete"      # holds new files that are whole, on their way to their places
 
@@ -101,9 +133,10 @@ def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
     folder, made = Path(folder), not os.path.lexists(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish_replacing(folder)
-    beside = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+    _sweep(folder, ".new.")
+    beside = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=folder))
     try:
-        yield beside
+        with _held(beside): yield beside
         for new in beside.iterdir(): _is_special(folder / new.name)   # no folder in the way
         sync_folder(beside)
         os.rename(beside, folder / _COMPLETE)

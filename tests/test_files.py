@@ -191,6 +191,26 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     assert (tmp_path/'loop').is_symlink() and sorted(os.listdir(tmp_path)) == ['file', 'link', 'loop']
 
 
+@posix
+def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    def old(path):
+        os.utime(path, (0, 0))
+        return path
+    left = [old(tmp_path/'.x.txt.00000001.tmp') for _ in [(tmp_path/'.x.txt.00000001.tmp').touch()]]
+    (folder := tmp_path/'.new.00000002.tmp').mkdir(); (folder/'half').touch(); old(folder)
+    (other := tmp_path/'.y.00000003.tmp').touch(); old(other)
+    with replacing(tmp_path/'x.txt') as file, replacing_together(tmp_path) as beside:
+        (beside/'z').touch()
+        mine = old(next(p for p in tmp_path.glob('.x.txt.*.tmp')))
+        old(beside)
+        for n in 1, 2:
+            write_text(tmp_path/'x.txt', str(n))
+            with replacing_together(tmp_path) as more: (more/'w').touch()
+        assert mine.exists() and beside.exists() and not left[0].exists() and not folder.exists() and other.exists()
+        file.write(b'last')
+    assert (tmp_path/'x.txt').read_text() == 'last' and sorted(os.listdir(tmp_path)) == ['.y.00000003.tmp', 'w', 'x.txt', 'z']
+
+
 # Several files together -------------------------------------------------------------------------------------------
 
 def write_both(folder, word):

@@ -20,6 +20,7 @@ from finish import read_settings
 from llm_from_scratch.figures import EXTRAS
 
 NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
+DATA = {'measurements': ['benchmarks/results/*', 'benchmarks/run.py'], 'robustness': ['benchmarks/robustness/results.json']}
 ALLOWANCE = 2              # a slower processor may use this many times the budget
 
 
@@ -27,7 +28,7 @@ def INPUTS(notebook=None, **_):
     "A notebook depends on its code cells, on what they import, and on the data it draws from."
     if notebook is None: return []
     name = f'nbs/{notebook.name}'
-    return [f'cells:{name}', f'imports:{name}', *(['benchmarks/results/*', 'benchmarks/run.py'] if notebook.stem == 'measurements' else [])]
+    return [f'cells:{name}', f'imports:{name}', *DATA.get(notebook.stem, [])]
 
 
 @pytest.fixture(scope='session')

@@ -14,7 +14,7 @@ from machine import processor  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RESULTS, KEPT = HERE/'results.json', ROOT/'.cache'/'robustness.json'
-WHOLE = {'kills': 1000, 'strings': 1_000_000, 'damage': 10_000}
+WHOLE = {'kills': 1000, 'strings': 1_000_000, 'damage': 10_000}           # kills, strings, files of each format
 PARTS = 'kills', 'strings', 'damage', 'conditions'
 
 
@@ -57,7 +57,7 @@ def pieces(part, size):
     import conditions, damage, kills, strings
     n = {name: max(1, round(whole * size)) for name, whole in WHOLE.items()}
     if part == 'kills':
-        rounds = max(1, round(10 * size))
+        rounds = max(1, round(5 * size))
         for i in range(rounds): yield f'kills {i}', lambda i=i: {k: t.to_json() for k, t in kills.run(n['kills'] / rounds, i).items()}
     if part == 'strings':
         rounds = max(1, round(20 * size))

@@ -8,7 +8,7 @@ One process imports torch and runs every command once; each trial is a fork of i
     call    before a random call that opens a file for writing, renames, removes, or waits for the disk
     line    at a random line of a function that writes
 """
-import functools, inspect, itertools, json, logging, os, random, shutil, signal, sys, time
+import functools, inspect, itertools, json, logging, os, random, shutil, signal, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -167,8 +167,8 @@ class Trial:
 
 def wait_for_a_file(pid, folder, draw):
     "Until the n-th temporary file has been seen, and a moment longer."
-    seen, wanted = set(), draw.randint(1, 6)
-    while len(seen) < wanted and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    seen, wanted, deadline = set(), draw.randint(1, 6), time.monotonic() + 20
+    while len(seen) < wanted and time.monotonic() < deadline and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         seen |= {path for place in (folder, *folder.glob('*/')) for path in place.glob('.*.tmp')}
     time.sleep(draw.random() * .002)
 
@@ -230,8 +230,10 @@ def trials(home):
 def prepare(home):
     "Import and run everything once, so that a fork has all of it; the files that the commands find."
     import torch
+    import tqdm
     from llm_from_scratch import bpe, cli, data, files, gpt, pretrained, storyland, text, training  # noqa: F401
     torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())              # the usual one is shared by all forks: whoever dies with it would stop the others
     logging.disable()
     inspect.getsource, inspect.getsourcelines = map(functools.cache, (inspect.getsource, inspect.getsourcelines))     # a command asks for its own comments, each time
     stories = [story.text for story in storyland.stories(40, seed=1)]
@@ -271,6 +273,7 @@ def after_death(trial, folder, tally, way):
     trial.look(folder, tally)
     left = leftovers(folder)
     tally.add('with leftovers', bool(left))
+    for path in left: os.utime(path, (0, 0))                  # the next command is typed some minutes later
     if trial.name != 'train':
         now = tree(folder)
         states = {'old' if now.get(name) == trial.old.get(name) else 'new' if now.get(name) == trial.new.get(name) else 'other' for name in {*trial.old, *trial.new} if trial.old.get(name) != trial.new.get(name)}
