@@ -18,7 +18,7 @@ from jaxtyping import Int64, Integer, UInt64
 from llm_from_scratch.files import (
     check_checksum, checksum, digest, finish_replacing, replacing,
 )
-from .text import Tokenizer, clean, pydoc_corpus
+from .text import Tokenizer, clean, pydoc_corpus, several
 
 if TYPE_CHECKING: from torch import Tensor
 else: Tensor = Any        # writing and reading token files needs no torch; only batches do
@@ -287,7 +287,8 @@ def _table(tokenizer: Any) -> Any:
     if hasattr(tokenizer, "state"): return tokenizer.state()          # chapter 2
     if hasattr(tokenizer, "vocab"):                                   # chapter 3
         pieces = sorted(tokenizer.vocab, key=tokenizer.vocab.get)
-        return pieces, getattr(tokenizer, "pattern", "")
+        rules = [repr(tokenizer.rules)] if hasattr(tokenizer, "rules") else []
+        return pieces, getattr(tokenizer, "pattern", ""), *rules
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
 
 # %% ../nbs/05_data.ipynb #3d491988
@@ -495,7 +496,7 @@ class TokenFile:
 # %% ../nbs/05_data.ipynb #25055b8f
 def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     "The ids of each text; many texts in one call where the tokenizer has one for that."
-    texts = iter(texts)
+    texts = iter(several(texts))
     at_once = hasattr(tokenizer, "encode_batch")
     while some := list(islice(texts, 256)):
         yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)

@@ -24,7 +24,7 @@ from llm_from_scratch.files import (
     Config, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Probability, Range,
     plain,
 )
-from .text import Tokenizer
+from .text import Tokenizer, several
 
 # %% auto #0
 __all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search']
@@ -479,6 +479,7 @@ def generate_steps(
 
     Raises ValueError, before the first token, for what cannot work."""
     texts, ends = _as_prompts(prompts), as_end_tokens(end_tokens)
+    stop = tuple(several(stop, "stop strings"))
     _check_prompts(texts, max_new_tokens, sampler, ends, stop, tokenizer)
     if tokenizer is not None: sampler = _without_padding(sampler, model, tokenizer)
     limit = _context_limit(model, context_length)
@@ -633,9 +634,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
                  prompt: Sequence[int] = ()) -> None:
-        if isinstance(stop, str): raise TypeError(f"stop is a list of strings: [{stop!r}]")
-        if "" in stop: raise ValueError("a stop string cannot be empty")
-        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
+        self.tokenizer, self.stopped = tokenizer, False
+        self.stop = tuple(several(stop, "stop strings"))
+        if "" in self.stop: raise ValueError("a stop string cannot be empty")
         self._ids, self._known = list(prompt), tokenizer.decode(list(prompt))
         begun = _may_stop(self._known, self.stop)
         self._held, self._old = self._known[len(self._known) - begun :], begun

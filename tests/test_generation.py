@@ -466,6 +466,11 @@ def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
     options = dict(stop=['ef', 'j'], tokenizer=letters)
     assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, **options)] == ['bcdef', 'hij', 'ef']
     assert ''.join(stream(counts, letters, 'a', 9, stop=['ef', 'j'])) == 'bcd'
+    with unchecked():
+        assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, stop=iter(['ef', 'j']), tokenizer=letters)] == ['bcdef', 'hij', 'ef']   # read once, for every row
+        assert ''.join(stream(counts, letters, 'a', 9, stop=iter(['ef', 'j']))) == 'bcd'
+        for call in (lambda: generate(counts, [[0]], 9, stop='ef', tokenizer=letters), lambda: stream(counts, letters, 'a', 9, stop='ef')):
+            with pytest.raises(TypeError, match='got one string'): call()
     assert ''.join(stream(counts, letters, 'abc', 9, stop=['cd', 'abc'])) == '' and generate(counts, [[2]], 9, stop=['cd', 'c'], tokenizer=letters) == [[3]]
 
 
