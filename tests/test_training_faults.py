@@ -294,13 +294,3 @@ def test_nothing_is_ever_unpickled(run, tmp_path):
     source = Path(training.__file__).read_text(encoding='utf-8')
     assert ' torch.load(' not in source and 'pickle' not in source and 'eval(' not in source.replace('.eval(', '')
     assert {p.suffix for folder in checkpoints(tmp_path) for p in folder.iterdir()} == {'.safetensors', '.json'}
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_is_ignored_stays_ignored(number):
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        made = make(steps=4)
-        made.listeners.append(lambda r: signal.raise_signal(number))
-        assert made.fit().reason == 'steps' and signal.getsignal(number) == signal.SIG_IGN
-    finally: signal.signal(number, before)
