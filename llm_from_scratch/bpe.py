@@ -803,6 +803,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word")
 _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\s*"), regex.compile(r"\s*")
 _WORD = regex.compile(r"\w")
 
+# %% ../nbs/03_bpe.ipynb #5d1c0a7f
 class RuledTokenizer(BPETokenizer):
     "A `BPETokenizer` that follows the `Rules` of a `tokenizer.json`."
     def __init__(self, vocab: Mapping[bytes, int], pattern: str,

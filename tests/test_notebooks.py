@@ -152,6 +152,23 @@ def test_equal_up_to_rounding(a, b): assert nb.same_text(a, b)
 def test_different_results(a, b): assert not nb.same_text(a, b)
 
 
+def test_a_picture_is_stored_with_what_drew_it_and_the_text_to_edit_does_not_show_it(tmp_path, monkeypatch):
+    import nbformat
+    picture = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>'}}
+    path, book = notebook(tmp_path/'it.ipynb', 'plot()', '1'), nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell('plot()', outputs=[nbformat.from_dict(picture)]), nbformat.v4.new_code_cell('1', metadata={'drawn_from': 'before'})]
+    nb.stamp(book, path)
+    drawn = {'drawn_from': nb.drawn_from(path, 'plot()')}
+    assert [c.metadata for c in book.cells] == [drawn, {}] and nb.drawn_from(path, 'plot(2)') != drawn['drawn_from']
+    nbformat.write(book, path)
+    monkeypatch.setattr(nb, 'WORK', tmp_path)
+    nb.text(path)
+    assert 'drawn_from' not in (text := (tmp_path/'it.md').read_text(encoding='utf-8'))
+    (tmp_path/'it.md').write_text(text + '\nMore.\n', encoding='utf-8')
+    nb.update(path)
+    assert [c.metadata for c in nbformat.read(path, as_version=4).cells] == [drawn, {}, {}]
+
+
 def notebook_with(source, *outputs): return {'cells': [{'cell_type': 'code', 'source': source, 'outputs': list(outputs)}]}
 
 

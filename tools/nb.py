@@ -11,7 +11,7 @@ Stored outputs are compared word for word only where everything they depend on i
 and packages (`environment`). Elsewhere every cell must run, every assertion hold, and the kinds of output agree: another
 processor rounds otherwise, and after a hundred steps of training no digit is the same.
 """
-import argparse, json, os, platform, re, subprocess, sys, tempfile
+import argparse, hashlib, json, os, platform, re, subprocess, sys, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def text(nb):
     "Write the notebook as Markdown to edit."
     import jupytext
     WORK.mkdir(exist_ok=True)
-    jupytext.write(respelled(jupytext.read(nb), spell), WORK/f'{nb.stem}.md', fmt='md')
+    jupytext.write(respelled(jupytext.read(nb), spell), WORK/f'{nb.stem}.md', fmt={'extension': '.md', 'cell_metadata_filter': '-all'})
     print(f'edit .work/{nb.stem}.md, then: nb.py update {nb.stem}')
 
 
@@ -210,11 +210,28 @@ def execute(nb):
     export(nb)
     book = run(nb)
     seconds = book.metadata.pop('seconds')
-    book.metadata['stored_with'] = environment()
+    stamp(book, nb)
     book.metadata.pop('language_info', None)
     nbformat.write(book, nb)
     clean(nb)
     if seconds > budget(nb): print(f'{nb.name} used {seconds:.0f} processor seconds; its budget is {budget(nb)}: run less, or make the long part an `#| experiment` (CONTRIBUTING.md)', file=sys.stderr)
+
+
+def stamp(book, nb):
+    "Write into a notebook that was run what its outputs came from."
+    book.metadata['stored_with'] = environment()
+    for cell in book.cells: cell.metadata.pop('drawn_from', None)
+    for cell in filter(draws, book.cells): cell.metadata['drawn_from'] = drawn_from(nb, cell.source)
+
+
+def draws(cell): return any(kind.startswith('image/') for out in cell.get('outputs', []) for kind in out.get('data', {}))
+
+
+def drawn_from(nb, source):
+    "A hash of what a stored picture must not be older than: the code of its cell, and the results of experiments that its notebook names."
+    code = '\n'.join(sources(nb))
+    results = [p for p in sorted((nb.parent/'results').glob('*.json')) if re.search(rf'\b{p.stem}\b', code)]
+    return hashlib.sha256(b'\0'.join([source.encode(), *(p.read_bytes() for p in results)])).hexdigest()[:16]
 
 
 def same_text(a, b):
