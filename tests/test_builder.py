@@ -404,6 +404,8 @@ def test_contents_neighbours_and_notebook_links(rich):
     assert 'aria-current="page"' in page and '<a rel="prev" href="../nbs/01_one.html">' in page and 'rel="next" href="../nbs/references.html"' in page
     assert "colab.research.google.com/github/someone/small/blob/main/nbs/02_two.ipynb" in page
     assert "mybinder.org/v2/gh/someone/small/main?labpath=nbs/02_two.ipynb" in page
+    assert "kaggle.com/kernels/welcome?src=https://github.com/someone/small/blob/main/nbs/02_two.ipynb" in page
+    assert "codespaces.new/someone/small/tree/main" in page
     assert (rich.root / "_site/nbs/02_two.ipynb").exists()
 
 
@@ -749,17 +751,84 @@ def test_one_line_adds_a_chapter(built):
     assert "nbs/02_two.html" in built.page("index") and 'rel="next" href="../nbs/02_two.html"' in built.page("nbs/01_one")
 
 
-def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
+@pytest.fixture
+def runs(monkeypatch):
+    "What pandoc is run on."
     import pandoc
-    runs = []
-    real = pandoc.run_pandoc
-    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where, root: (runs.append(where), real(args, context, text, where, root))[1])
+    found, real = [], pandoc.run_pandoc
+    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where, root: (found.append(where), real(args, context, text, where, root))[1])
+    return found
+
+
+def test_a_second_run_redoes_only_what_changed(plain, runs):
     assert plain.build() is True and "nbs/01_one.ipynb" in runs
     runs.clear()
     assert plain.build() is False and not runs
     plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nOther words.\n"))
-    assert plain.build() is True and set(runs) == {"nbs/01_one.ipynb"}
+    assert plain.build() is True and runs == ["nbs/01_one.ipynb"]
     assert "Other words." in plain.text("nbs/01_one")
+
+
+def test_pandoc_reads_a_changed_page_once_and_the_pages_that_refer_to_it_never(built, runs):
+    "Numbers, addresses and citations of other pages are filled in behind it."
+    built.write("nbs/02_two.qmd", "# Two {#sec-two}\n\nSee @eq-one-b, `area` and [@shannon1948].\n")
+    built.config("nbs/01_one.ipynb", "nbs/02_two.qmd", "nbs/references.qmd")
+    equations = "# One {#sec-one}\n\n$$a$$ {#eq-one-a}\n\n$$b$$ {#eq-one-b}\n"
+    built.notebook("nbs/01_one.ipynb", markdown(equations), code(EXPORT))
+    built.build()
+    assert sorted(runs) == ["nbs/01_one.ipynb", "nbs/02_two.qmd", "the citations"]
+    for text, number, others in ((equations + "\nA sentence.", "1.2", []), (equations.replace("$$a$$ {#eq-one-a}", ""), "1.1", []),
+                                 (equations + "\nAs @shannon1948 says.", "1.2", ["the citations"])):
+        runs.clear()
+        built.notebook("nbs/01_one.ipynb", markdown(text), code(EXPORT))
+        built.build()
+        assert runs == ["nbs/01_one.ipynb", *others] and f"Equation\u00a0{number}" in built.page("nbs/02_two")
+    runs.clear()
+    built.notebook("nbs/01_one.ipynb", markdown(equations), code(EXPORT.replace("area", "extent")))      # the page loses the target of a link
+    built.build()
+    assert sorted(runs) == ["nbs/01_one.ipynb", "nbs/02_two.qmd"] and 'class="symbol"' not in built.page("nbs/02_two")
+
+
+def test_a_failed_page_leaves_no_half_result(plain, monkeypatch):
+    import pandoc
+    work = pandoc.Workshop(load_book(plain.root), plain.root / ".cache" / "book")
+    with pytest.raises(OSError, match="full"):
+        work.remembered("key", "html", lambda: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        work.remembered("key", "html", lambda: "text")
+    monkeypatch.undo()
+    assert work.remembered("key", "html", lambda: "whole").read_text() == "whole"
+
+
+def test_the_terminal_says_what_the_builder_is_busy_with(plain, monkeypatch, capsys):
+    plain.build()
+    assert capsys.readouterr().err == ""                     # no terminal, no line that moves
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nOther words.\n"))
+    plain.build()
+    lines = capsys.readouterr().err.split("\r\033[K")
+    assert "Reading the pages: 3 of 3" in lines and lines[-1] == ""
+
+
+def test_serving_shows_a_page_before_it_indexes_it(built, monkeypatch):
+    import serve
+    site, real = built.root / serve.SERVED, serve.search_command
+    slow = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def saved(words, command, index=None):
+        built.notebook("nbs/01_one.ipynb", markdown(f"# One {{#sec-one}}\n\n{words}\n"))
+        monkeypatch.setattr(serve, "search_command", command)
+        return serve.rebuild(built.root, ["html"], index), (site / "nbs/01_one.html").read_text(encoding="utf-8")
+
+    first, page = saved("First words.", lambda *_: slow)
+    assert "First words." in page and not (site / "pagefind").exists()
+    second, _ = saved("Second words.", real, first)
+    assert first.poll() is not None and second.wait(300) == 0                # the index of an old page is not finished
+    third, page = saved("Third words.", lambda *_: slow, second)
+    assert "Third words." in page and (site / "pagefind/pagefind.js").exists()           # until the new one is there
+    third.kill()
+    third.wait()
 
 
 def test_serving_rebuilds_a_page_when_it_is_saved(built, monkeypatch, capfd):
@@ -833,8 +902,7 @@ def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(builder, "parsed_book", lambda book, draft: None)
-    monkeypatch.setattr(builder, "build_epub", lambda work: tmp_path / "x.epub")
-    monkeypatch.setattr(builder, "build_pdf", lambda work: tmp_path / "y.pdf")
+    monkeypatch.setattr(builder, "DOWNLOADS", {"epub": lambda work: tmp_path / "x.epub", "pdf": lambda work: tmp_path / "y.pdf"})
     monkeypatch.setattr(builder.shutil, "which", lambda name: "quarto")
     monkeypatch.setattr(builder.subprocess, "run", render)
     builder.build_quarto(load_book(plain.root), ["html", "epub", "pdf"], plain.root / "_site")

@@ -1,8 +1,9 @@
 -- Quarto's Markdown dialect on plain pandoc: numbers, cross-references, callouts, tabsets, folds, margin notes.
 --
 -- The document is a list of `.chapter` divs (one for a page of the site, all of them for the EPUB and the PDF), each with
--- its `number` and its `page`. The file that BOOK_CONTEXT names says what the rest of the book holds. In the mode "labels"
--- the filter puts that div around a page, and writes down what the page defines and what it refers to.
+-- its `number` and its `page`. BOOK_CONTEXT says how to show it: in the mode "book" everything is resolved here; in the mode
+-- "page" the filter puts that div around the page, marks stand for what other pages decide, and the first line says what the
+-- page defines and what it refers to (tools/pandoc.py puts both together).
 
 local html = FORMAT:match 'html' ~= nil
 local epub = FORMAT:match 'epub' ~= nil
@@ -11,15 +12,8 @@ local typst = FORMAT == 'typst'
 local NAMES = { fig = 'Figure', tbl = 'Table', eq = 'Equation', sec = 'Section', lst = 'Listing' }
 local CALLOUTS = { note = 'Note', tip = 'Tip', warning = 'Warning', caution = 'Caution', important = 'Important' }
 
-local function read_json(path)
-  local file = assert(io.open(path, 'r'))
-  local text = file:read 'a'
-  file:close()
-  return pandoc.json.decode(text, false)
-end
-
-local context = read_json(os.getenv 'BOOK_CONTEXT')
-local labels, headings, cited, twice = {}, {}, {}, {}
+local context = pandoc.json.decode(os.getenv 'BOOK_CONTEXT', false)
+local labels, headings, cited, cites, twice = {}, {}, {}, {}, {}
 local chapter, counts, levels, seen = {}, {}, {}, {}
 
 local function kind(id) return id:match '^(%a+)%-' end
@@ -126,6 +120,13 @@ local function keep_simple(inline)
 end
 
 local outputs = { Div = function(div) return div.classes:includes 'cell-output' and read_output(div) or nil end }
+
+local function has_unpaired(content)
+  local found = false
+  local function look(element) found = found or next(unpaired { element }) ~= nil end
+  content:walk { RawBlock = look, RawInline = look }
+  return found
+end
 
 local paired = { Inlines = drop_unpaired, Blocks = drop_unpaired }
 
@@ -296,6 +297,7 @@ end
 
 -- `$$ ... $$ {#eq-x}`
 local function number_equations(inlines)
+  if not inlines:find_if(function(inline) return inline.tag == 'Math' end) then return nil end
   local out = pandoc.Inlines {}
   for _, inline in ipairs(inlines) do
     local id = inline.tag == 'Str' and inline.text:match '^{#(eq%-[%w-]+)}$'
@@ -328,51 +330,44 @@ local number = {
 
 -- 3. Resolve references and links ----------------------------------------------------------------------------------
 
--- The way from this page to an address: within one document only the anchor counts.
-local function address(page, id)
-  if context.mode == 'book' or page == chapter.page then return '#' .. id end
-  local folder, name = page:match '^(.-)([^/]*)$'
-  local here = chapter.page:match '^(.-)[^/]*$'
-  local path = (folder == here and name or context.up .. page) .. '.html'
-  return id == '' and path or path .. '#' .. id
-end
+-- On a page of the site a mark stands for the words of a reference or a citation; its link is resolved like any other.
+local function mark(text) return pandoc.Str('\u{e000}' .. text .. '\u{e001}') end
 
 local function reference(citation)
-  local target = context.refs[citation.id]
-  if not target then                                        -- in a draft a reference may still lead nowhere
-    return NAMES[kind(citation.id) or ''] and pandoc.Strong { pandoc.Str('?' .. citation.id) } or nil
+  local id, short = citation.id, citation.mode == 'SuppressAuthor'
+  if not NAMES[kind(id) or ''] then return nil end
+  local target, words = labels[id], mark((short and '-' or '') .. id)
+  if context.mode == 'book' then
+    if not target then return pandoc.Strong { pandoc.Str('?' .. id) } end      -- in a draft a reference may still lead nowhere
+    words = pandoc.Str((short and '' or (NAMES[target.kind] or target.kind) .. '\u{a0}') .. target.number)
   end
-  local word = NAMES[target.kind] or target.kind
-  local text = (citation.mode == 'SuppressAuthor' and '' or word .. '\u{a0}') .. target.number
-  return pandoc.Link({ pandoc.Str(text) }, address(target.page, citation.id), '', { class = 'quarto-xref' })
+  return pandoc.Link({ words }, '#' .. id, '', { class = 'quarto-xref' })
 end
 
 local function resolve_cite(cite)
   local out = pandoc.Inlines {}
   for _, citation in ipairs(cite.citations) do
     local link = reference(citation)
-    if not link then return nil end
+    if not link then
+      if context.mode == 'book' then return nil end
+      cites[#cites + 1] = pandoc.Para { cite }
+      return mark(#cites - 1)
+    end
     if #out > 0 then out:extend { pandoc.Str ',', pandoc.Space() } end
     out:insert(link)
   end
   return out
 end
 
--- `03_bpe.ipynb#api-x`, seen from this page's folder.
+-- `03_bpe.ipynb#api-x`, seen from this page's folder: within one document only the anchor counts.
 local function resolve_link(link)
-  if link.target:match '^%a+:' then return nil end
-  local path, id = link.target:match '^([^#]*)#?(.*)$'
-  if path == '' then
-    local target = context.refs[id]
-    if target then link.target = address(target.page, id); return link end
-    return nil
-  end
+  if context.mode == 'page' or link.target:match '^%a+:' then return nil end
+  local path, id = link.target:match '^([^#]+)#?(.*)$'
+  if not path then return nil end
   local full = pandoc.path.normalize(pandoc.path.join { pandoc.path.directory(chapter.page), path }):gsub('\\', '/')
-  full = full:gsub('^%./', '')
-  local page = context.pages[full]
-  if not page then return nil end
-  if context.mode == 'book' and id == '' then id = context.first_ids[page] or '' end
-  link.target = address(page, id)
+  local first = context.first_ids[full:gsub('^%./', '')]
+  if not first then return nil end
+  link.target = '#' .. (id == '' and first or id)
   return link
 end
 
@@ -405,7 +400,7 @@ end
 local function resolve_code(code)
   if context.mode ~= 'book' then return nil end
   code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
-    local target = context.refs[id]
+    local target = labels[id]
     return target and (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
   end)
   return code
@@ -413,20 +408,14 @@ end
 
 local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image, CodeBlock = resolve_code }
 
--- Links of citations lead to the page that holds the references; in one document, only to an entry that is there.
+-- A citation is a link only where the list of references has its entry.
 local function link_citations(doc)
   local entries = {}
   doc:walk { Div = function(div) entries[div.identifier] = true end }
   return doc:walk {
-    Div = function(div)                                      -- other pages cite, but do not list
-      if div.identifier == 'refs' and context.mode == 'page' and chapter.page ~= context.references then return {} end
-    end,
     Link = function(link)
       local id = link.target:match '^#(ref%-.+)$'
-      if not id or context.references == '' then return nil end
-      if context.mode == 'book' and not entries[id] then return link.content end
-      link.target = address(context.references, id)
-      return link
+      if id and not entries[id] then return link.content end
     end,
   }
 end
@@ -565,7 +554,7 @@ local function part_title(div)
   return { pandoc.Header(1, { pandoc.Str(title) }, pandoc.Attr(unique('part-' .. div.attributes.number), { 'part' })) }
 end
 
-local function write_labels(doc)
+local function findings(doc)
   doc:walk {
     Cite = function(cite) for _, c in ipairs(cite.citations) do cited[#cited + 1] = c.id end end,
     Link = function(link)
@@ -573,26 +562,26 @@ local function write_labels(doc)
       if id and NAMES[kind(id) or ''] then cited[#cited + 1] = id end
     end,
   }
-  local file = assert(io.open(context.labels, 'w'))
-  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited, twice = twice })
-  file:close()
+  local citations = pandoc.write(pandoc.Pandoc(cites), 'json')
+  return raw(pandoc.json.encode { labels = labels, headings = headings, cited = cited, cites = citations, twice = twice })
 end
 
 function Pandoc(doc)
-  if context.mode == 'labels' then
+  if context.mode == 'page' then
     doc.blocks = pandoc.Blocks { pandoc.Div(doc.blocks, pandoc.Attr('', { 'chapter' }, context.place)) }
   end
-  local untouched, blocks = doc:clone(), pandoc.Blocks {}
-  for _, div in ipairs(doc.blocks) do
+  local untouched, contents, blocks = doc:clone(), {}, pandoc.Blocks {}
+  for i, div in ipairs(doc.blocks) do
+    enter(div)
+    local content = div.content:walk(outputs)
+    contents[i] = (has_unpaired(content) and content:walk(paired) or content):walk(normalize):walk(number)
+  end
+  for i, div in ipairs(doc.blocks) do                        -- only now is every label known
     enter(div)
     blocks:extend(part_title(div))
-    local content = div.content:walk(outputs):walk(paired):walk(normalize):walk(number)
-    blocks:extend(context.mode == 'labels' and content or content:walk(resolve))
+    blocks:extend(contents[i]:walk(resolve))
   end
-  if context.mode == 'labels' then
-    write_labels(untouched)
-    return untouched
-  end
-  doc = pandoc.utils.citeproc(pandoc.Pandoc(blocks, doc.meta))
-  return link_citations(doc):walk(present)
+  if context.mode == 'page' then blocks:insert(1, findings(untouched)) end
+  doc = pandoc.Pandoc(blocks, doc.meta)
+  return (context.mode == 'page' and doc or link_citations(pandoc.utils.citeproc(doc))):walk(present)
 end

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import posixpath
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -11,12 +12,18 @@ from typing import Any, Iterator
 import yaml
 
 from finish import read_settings
-from nbfilter import source
+from nbfilter import read, source
 from safe import printable
 
 
 class BookError(Exception):
     "Something a person has to put right: one sentence that names the cause and the remedy."
+
+
+def busy(words: str) -> None:
+    "Say on the terminal what is being done, in one line that the next one replaces."
+    if sys.stderr.isatty():
+        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,12 @@ class Page:
     def up(self) -> str:
         "The way from this page to the root of the site."
         return "../" * (len(self.file.parts) - 1)
+
+    def way(self, stem: str, place: str) -> str:
+        "The way from this page to a place on a page of the book."
+        if stem == self.stem:
+            return f"#{place}"
+        return posixpath.relpath(f"{stem}.html", posixpath.dirname(self.stem) or ".") + (f"#{place}" if place else "")
 
 
 @dataclass
@@ -132,7 +145,7 @@ def _must_exist(root: Path, file: Path) -> None:
 def read_notebook(root: Path, file: Path) -> dict[str, Any]:
     "A notebook as JSON."
     try:
-        notebook = json.loads((root / file).read_text(encoding="utf-8"))
+        notebook = read(root / file)
     except ValueError as error:
         raise BookError(f"{file.as_posix()} is not a notebook ({error}): restore it from git or save it again") from None
     if not isinstance(notebook, dict) or "cells" not in notebook:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
-from nbfilter import directives, drawing_title, source
-from safe import outside_code, printable
+from nbfilter import directives, drawing_title, read, source
+from safe import outside_code
 
 HIDDEN = {"default_exp", "hide"}
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
@@ -79,6 +79,7 @@ def picture(text: str, ending: str, pictures: Path) -> str:
 
 # Pages ------------------------------------------------------------------------------------------------------------
 
+@lru_cache(maxsize=128)
 def cite(text: str, page: str) -> str:
     "Each citation as the page shows it; where it shows none, it stays as it is."
     shown = defaultdict(list)
@@ -106,9 +107,10 @@ def readable(prose: str) -> str:
 
 def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries: dict[str, str]) -> str:
     "The Markdown copy of one page, whose finished form is `page`."
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in printable(json.loads(text))["cells"])))
+        text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in read(path)["cells"])))
+    else:
+        text = path.read_text(encoding="utf-8")
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)
     text = REFS.sub(lambda _: _listed(entries.values()), cite(text, page))
     text = outside_code(re.sub(r"^(`{3,})\{=html\}\n.*?^\1$", "", text, flags=re.M | re.S), readable)

@@ -7,17 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from book import BookError
+from book import BookError, busy
 from card import PICTURE
-from pandoc import FILTER, HERE, Parsed, Workshop, words
+from pandoc import FILTER, HERE, Workshop, joined, run_pandoc, words
 
 THEME = HERE / "theme"
-
-
-def whole_book(work: Workshop) -> dict[str, Any]:
-    "One syntax tree with every page inside its div, in reading order."
-    first: Parsed = work.parsed[0]
-    return {**first.ast, "meta": {}, "blocks": [block for parsed in work.parsed for block in parsed.ast["blocks"]]}
 
 
 def metadata(work: Workshop) -> dict[str, Any]:
@@ -36,15 +30,23 @@ def literal(text: str) -> dict[str, Any]:
 
 def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
     "Run pandoc over the whole book unless a result made from the same content is there."
-    document = {**whole_book(work), "meta": metadata(work)}
-    facts = {**work.facts(), "mode": "book", "pictures": work.pictures.relative_to(work.book.root).as_posix(), "refs": work.refs}
-    styles = [(THEME / name).read_text(encoding="utf-8") for name in theme] + [FILTER.read_text(encoding="utf-8")]
-    key = work.key(ending, document, facts, styles, work.sources(), args)
-    target, fresh = work.path(key, ending), work.path(key, f"part.{ending}")
-    if not target.exists():
-        work.run(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], work.context(key, **facts), json.dumps(document), "the whole book")
-        fresh.replace(target)
-    return target
+    book = work.book
+    meta = metadata(work)
+    context = {"mode": "book", "number_depth": book.number_depth, "pictures": work.pictures.relative_to(book.root).as_posix(),
+               "first_ids": {p.page.file.as_posix(): next((h["id"] for h in p.headings), "") for p in work.parsed}}
+    styles = [(THEME / name).read_text(encoding="utf-8") for name in theme]
+    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, work.bibliography(), args)
+
+    def make() -> bytes:
+        "The whole book as one document: every page inside its div, in reading order."
+        document = joined(work.trees, meta)
+        busy(f"Writing the {ending}")
+        fresh = work.cache / f"{key}.part.{ending}"
+        run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
+        result = fresh.read_bytes()
+        fresh.unlink()
+        return result
+    return work.remembered(key, ending, make)
 
 
 def build_epub(work: Workshop) -> Path:
@@ -59,6 +61,7 @@ def build_pdf(work: Workshop) -> Path:
     if not target.exists():
         renamed = re.sub(r"\b(times|dot)\.circle\b", r"\1.o", source.read_text(encoding="utf-8"))    # typst's newer names
         source.write_text(renamed, encoding="utf-8")
+        busy("Setting the pdf")
         target.write_bytes(compile_typst(source, work.book.root))
     return target
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import anywhere                                              # noqa: E402
 import assets                                                # noqa: E402
 import reading                                               # noqa: E402
 from card import CARD, write_card                            # noqa: E402
@@ -149,10 +150,7 @@ def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
     "A line of links: the notebook itself, and where to run it without installing anything."
     links = [f'<a href="{prefix}{name}" download>Download notebook</a>']
     if settings.get("user") and settings.get("repo"):
-        place = f"{settings['user']}/{settings['repo']}"
-        branch = settings.get("branch", "main")
-        links += [f'<a href="https://colab.research.google.com/github/{place}/blob/{branch}/{name}">Open in Colab</a>',
-                  f'<a href="https://mybinder.org/v2/gh/{place}/{branch}?labpath={name}">Open in Binder</a>']
+        links += [f'<a href="{address}">Open in {where}</a>' for where, address in anywhere.addresses(name, settings).items()]
     return f'<p class="notebook-links" data-pagefind-ignore><span>Run this chapter:</span> {" ".join(links)}</p>'
 
 
@@ -245,7 +243,7 @@ def add_reading_time(text: str, notebook: Path) -> str:
     "Put into a page what its notebook takes to read; a page that has it stays as it is."
     if 'class="reading-time"' in text:
         return text
-    core, deeper = reading.lengths(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    core, deeper = reading.notebook_lengths(notebook.read_text(encoding="utf-8"))
     text, place = mark_deeper(text, deeper.minutes) if deeper else (text, "")
     return add_below_title(text, reading_line(core, deeper, place))
 
@@ -322,10 +320,11 @@ def write_moved(site: Path) -> None:
             (site / old).write_text(text.replace("{{there}}", there), encoding="utf-8")
 
 
-def finish(site: Path, root: Path, memory: Path) -> None:
-    "Do everything to the pages below `site`; doing it twice changes nothing more."
+def finish(site: Path, root: Path, memory: Path, source: Path | None = None) -> None:
+    "Do everything to the pages of a site, which lie in `source` where that is given; doing it twice changes nothing more."
     settings = read_settings(root)
-    plain = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    source = source or site
+    plain = {site / page.relative_to(source): page.read_text(encoding="utf-8") for page in pages(source)}
     texts = dict(plain)
     names = chapter_names(texts)
     shown = typeset([f for text in texts.values() for f in formulas(text)], memory)

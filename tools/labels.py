@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 KINDS = "fig|tbl|eq|sec|lst"
@@ -26,15 +27,26 @@ Labels = dict[str, tuple[Path, str]]
 
 def labels(texts: dict[Path, str]) -> Labels:
     "Of each label on the pages: the page that has it, and what a reader knows it by."
-    called = {label: plain(words) for text in texts.values() for label, words in XREF.findall(text)}
+    called = {label: name for text in texts.values() for label, name in mentioned(text)}
     found: Labels = {}
     for page, text in texts.items():
-        places = list(PLACE.finditer(text))
-        for place, after in zip(places, [*(p.start() for p in places[1:]), len(text)]):
-            name = called.get(place[1]) or own_name(place[1], text[place.start():after])
-            if name:
-                found.setdefault(place[1], (page, name))
+        for label, name in defined(text):
+            if called.get(label) or name:
+                found.setdefault(label, (page, called.get(label) or name))
     return found
+
+
+@lru_cache(maxsize=128)
+def mentioned(text: str) -> list[tuple[str, str]]:
+    "The labels that a page refers to, and what it calls them."
+    return [(label, plain(words)) for label, words in XREF.findall(text)]
+
+
+@lru_cache(maxsize=128)
+def defined(text: str) -> list[tuple[str, str]]:
+    "The labels that stand on a page, each with the name that its place gives it."
+    places = list(PLACE.finditer(text))
+    return [(place[1], own_name(place[1], text[place.start():after])) for place, after in zip(places, [*(p.start() for p in places[1:]), len(text)])]
 
 
 def plain(words: str) -> str:
@@ -60,4 +72,9 @@ def link_labels(text: str, page: Path, known: Labels) -> str:
         target, name = known[match[1]]
         way = "" if target == page else Path(os.path.relpath(target, page.parent)).as_posix()
         return f'<a href="{way}#{match[1]}" class="quarto-xref">{name}</a>'
-    return PRE.sub(lambda block: NAMED.sub(link, block[0]) if "@" in block[0] else block[0], text)
+    return PRE.sub(lambda block: NAMED.sub(link, block[0]), text) if names_in_code(text) else text
+
+
+@lru_cache(maxsize=128)
+def names_in_code(text: str) -> bool:
+    return any(NAMED.search(block[0]) for block in PRE.finditer(text) if "@" in block[0])

@@ -11,11 +11,13 @@ Stored outputs are compared word for word only where everything they depend on i
 and packages (`environment`). Elsewhere every cell must run, every assertion hold, and the kinds of output agree: another
 processor rounds otherwise, and after a hundred steps of training no digit is the same.
 """
-import argparse, json, os, platform, re, subprocess, sys
+import argparse, hashlib, json, os, platform, re, subprocess, sys, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import anywhere
 import grow
+from finish import read_settings
 from machine import processor_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +45,7 @@ def text(nb):
     "Write the notebook as Markdown to edit."
     import jupytext
     WORK.mkdir(exist_ok=True)
-    jupytext.write(respelled(jupytext.read(nb), spell), WORK/f'{nb.stem}.md', fmt='md')
+    jupytext.write(respelled(jupytext.read(nb), spell), WORK/f'{nb.stem}.md', fmt={'extension': '.md', 'cell_metadata_filter': '-all'})
     print(f'edit .work/{nb.stem}.md, then: nb.py update {nb.stem}')
 
 
@@ -80,9 +82,12 @@ def kept(nb):
 
 
 def clean(nb):
-    "Drop execution counts and editor metadata, as nbdev's git hook does."
+    "Drop execution counts and editor metadata, as nbdev's git hook does, and begin with the cell that all notebooks begin with."
     os.chdir(ROOT)
     from nbdev.clean import nbdev_clean
+    book = json.loads(nb.read_text(encoding='utf-8'))
+    anywhere.begin(book, read_settings(ROOT))
+    nb.write_text(json.dumps(book, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
     nbdev_clean(str(nb))
 
 
@@ -142,6 +147,7 @@ def environment():
 
 def kernel_settings():
     "What a kernel finds in its environment: the library of this tree, and nothing that differs between two runs."
+    os.environ.setdefault('LLM_FROM_SCRATCH_DATA', str(ROOT.parent/'shared'/'data'))
     os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
                       MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
 
@@ -156,17 +162,19 @@ def where(client):
     return f'in cell {cell.id} ({cell.source.strip().splitlines()[-1]})'
 
 
-def run(nb):
-    """The notebook's cells, executed from a clean kernel in `nbs/`, and the processor seconds they used in `metadata.seconds`.
+def run(nb, folder=None):
+    """The notebook's cells, executed from a clean kernel in an empty folder, and the processor seconds they used in `metadata.seconds`.
 
     Raises CellExecutionError where a cell raises, and Stopped where the kernel ends or a cell takes too long.
     """
+    if folder is None:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty: return run(nb, empty)
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     kernel_settings()
     book, before = nbformat.read(nb, as_version=4), children_seconds()
-    client = NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}})
+    client = NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(folder)}})
     try: client.execute()
     except DeadKernelError: raise Stopped(f'the kernel died {where(client)}: out of memory, or ended by its own code or a compiled library') from None
     except CellTimeoutError: raise Stopped(f'twenty minutes were over {where(client)}: run less, or make an `#| experiment` of it') from None
@@ -202,11 +210,28 @@ def execute(nb):
     export(nb)
     book = run(nb)
     seconds = book.metadata.pop('seconds')
-    book.metadata['stored_with'] = environment()
+    stamp(book, nb)
     book.metadata.pop('language_info', None)
     nbformat.write(book, nb)
     clean(nb)
     if seconds > budget(nb): print(f'{nb.name} used {seconds:.0f} processor seconds; its budget is {budget(nb)}: run less, or make the long part an `#| experiment` (CONTRIBUTING.md)', file=sys.stderr)
+
+
+def stamp(book, nb):
+    "Write into a notebook that was run what its outputs came from."
+    book.metadata['stored_with'] = environment()
+    for cell in book.cells: cell.metadata.pop('drawn_from', None)
+    for cell in filter(draws, book.cells): cell.metadata['drawn_from'] = drawn_from(nb, cell.source)
+
+
+def draws(cell): return any(kind.startswith('image/') for out in cell.get('outputs', []) for kind in out.get('data', {}))
+
+
+def drawn_from(nb, source):
+    "A hash of what a stored picture must not be older than: the code of its cell, and the results of experiments that its notebook names."
+    code = '\n'.join(sources(nb))
+    results = [p for p in sorted((nb.parent/'results').glob('*.json')) if re.search(rf'\b{p.stem}\b', code)]
+    return hashlib.sha256(b'\0'.join([source.encode(), *(p.read_bytes() for p in results)])).hexdigest()[:16]
 
 
 def same_text(a, b):
