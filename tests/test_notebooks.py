@@ -138,7 +138,7 @@ def test_the_first_cell_installs_what_is_missing_and_says_when_it_cannot(monkeyp
     with pytest.raises(SystemExit, match='Is there a network'): exec(cell, {})
     offline = False
     exec(cell, {})
-    assert asked[1][:5] == [sys.executable, '-m', 'pip', 'install', '-q'] and asked[1][5].startswith('llm-from-scratch[notebooks] @ https://') and asked[2] == 'goes on'
+    assert asked[1][:5] == [sys.executable, '-m', 'pip', 'install', '-qq'] and asked[1][5].startswith('llm-from-scratch[notebooks] @ https://') and asked[2] == 'goes on'
     missing = False
     exec(cell, {})
     assert asked[3:] == ['goes on']                              # never where it can be imported

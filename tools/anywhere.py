@@ -11,7 +11,7 @@ import importlib.util, subprocess, sys
 if importlib.util.find_spec("llm_from_scratch") is None:
     library = ("llm-from-scratch[notebooks] @ {repository}"
                "{archive}")
-    pip = [sys.executable, "-m", "pip", "install", "-q", library]
+    pip = [sys.executable, "-m", "pip", "install", "-qq", library]
     if subprocess.run(pip).returncode: sys.exit(
         "This notebook needs the library llm-from-scratch, and pip could not "
         "install it. Is there a network? (Kaggle: Settings, Internet on.)")
