@@ -13,7 +13,7 @@ name ?=
 title ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help book test serve check chapter text update execute export bench campaign experiments slow types hooks clean book-env dev-env
+.PHONY: help book test serve check chapter text update execute export bench campaign experiments slow types release hooks clean book-env dev-env
 
 help:  ## list the targets
 	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ slow: dev-env  ## the tests that take minutes
 
 types: dev-env  ## check the library's types
 	@$(PY) -m basedpyright
+
+release: dev-env  ## build the packages, try them in empty environments, take the notes from the changelog
+	@$(PY) tools/release.py $(args)
 
 hooks: dev-env  ## install git hooks: notebooks merge cell by cell, a commit checks the rules
 	@$(PY) tools/hooks.py
