@@ -506,6 +506,8 @@ def test_rows_of_a_picture_are_read_whatever_their_filter():
 def test_a_map_that_begins_at_white_begins_at_black_in_the_dark():
     light, rich_in_color = heat_map(png(2, (0, (*BLUE, *WHITE)))), heat_map(png(2, (0, (*BLUE, 255, 255, 255, 0))))
     assert f'<image style="{dark.FLIP}"' in dark.dark_drawing(light) and dark.FLIP not in dark.dark_drawing(rich_in_color)
+    both = heat_map(png(1, (0, BLUE))) + light                 # a map that never reaches the end of its scale, and the scale
+    assert dark.dark_drawing(both).count(dark.FLIP) == 2
     assert "fill: #dddddd" in dark.dark_drawing(light) and "fill: #dddddd" in dark.dark_drawing(rich_in_color)      # letters turn, as in every drawing
 
 
