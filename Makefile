@@ -13,7 +13,7 @@ name ?=
 title ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help book test serve check chapter text update execute export bench experiments slow types release hooks clean book-env dev-env
+.PHONY: help book test serve check chapter text update execute export bench campaign experiments slow types release hooks clean book-env dev-env
 
 help:  ## list the targets
 	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ export: dev-env  ## write the library from all notebooks
 
 bench: dev-env  ## measure beside the peers; the results feed the Measurements page
 	@$(PY) benchmarks/run.py $(args)
+
+campaign: dev-env  ## kill, damage and starve the library; the results feed the Robustness page
+	@$(PY) benchmarks/robustness $(args)
 
 experiments: dev-env  ## run the long experiments of the chapters and store their results under nbs/results/
 	@$(PY) tools/experiments.py $(args)

@@ -578,7 +578,7 @@ def missing_package(
     lost: Mapping[str, str],       # names that nobody defined -> package
 ) -> str | None:
     "The optional package whose absence is behind an error, if any is."
-    if isinstance(error, NameError): return lost.get(error.name)
+    if isinstance(error, NameError): return lost.get(error.name or "")
     if not isinstance(error, ImportError): return None
     package = (error.name or "").partition(".")[0]
     return package if package in EXTRAS else missing_package(error.__cause__, lost)

@@ -20,6 +20,7 @@ from finish import read_settings
 from llm_from_scratch.figures import EXTRAS
 
 NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
+DATA = {'measurements': ['benchmarks/results/*', 'benchmarks/run.py'], 'robustness': ['benchmarks/robustness/results.json']}
 ALLOWANCE = 2              # a slower processor may use this many times the budget
 
 
@@ -27,7 +28,7 @@ def INPUTS(notebook=None, **_):
     "A notebook depends on its code cells, on what they import, and on the data it draws from."
     if notebook is None: return []
     name = f'nbs/{notebook.name}'
-    return [f'cells:{name}', f'imports:{name}', *(['benchmarks/results/*', 'benchmarks/run.py'] if notebook.stem == 'measurements' else [])]
+    return [f'cells:{name}', f'imports:{name}', *DATA.get(notebook.stem, [])]
 
 
 @pytest.fixture(scope='session')
@@ -151,6 +152,23 @@ def test_equal_up_to_rounding(a, b): assert nb.same_text(a, b)
 def test_different_results(a, b): assert not nb.same_text(a, b)
 
 
+def test_a_picture_is_stored_with_what_drew_it_and_the_text_to_edit_does_not_show_it(tmp_path, monkeypatch):
+    import nbformat
+    picture = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>'}}
+    path, book = notebook(tmp_path/'it.ipynb', 'plot()', '1'), nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell('plot()', outputs=[nbformat.from_dict(picture)]), nbformat.v4.new_code_cell('1', metadata={'drawn_from': 'before'})]
+    nb.stamp(book, path)
+    drawn = {'drawn_from': nb.drawn_from(path, 'plot()')}
+    assert [c.metadata for c in book.cells] == [drawn, {}] and nb.drawn_from(path, 'plot(2)') != drawn['drawn_from']
+    nbformat.write(book, path)
+    monkeypatch.setattr(nb, 'WORK', tmp_path)
+    nb.text(path)
+    assert 'drawn_from' not in (text := (tmp_path/'it.md').read_text(encoding='utf-8'))
+    (tmp_path/'it.md').write_text(text + '\nMore.\n', encoding='utf-8')
+    nb.update(path)
+    assert [c.metadata for c in nbformat.read(path, as_version=4).cells] == [drawn, {}, {}]
+
+
 def notebook_with(source, *outputs): return {'cells': [{'cell_type': 'code', 'source': source, 'outputs': list(outputs)}]}
 
 
@@ -223,14 +241,43 @@ def test_no_kernel_is_counted_twice(tmp_path, monkeypatch):
 
 @only_with_forks
 def test_a_kernel_ends_with_the_warm_process_and_the_next_one_starts_another(forked, tmp_path):
-    from nbclient.exceptions import DeadKernelError
     lost = notebook(tmp_path/'lost.ipynb', 'import os, signal, time\nopen("pid", "w").write(str(os.getpid()))\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(600)')
-    with pytest.raises(DeadKernelError): nb.run(lost, tmp_path)
+    with pytest.raises(nb.Stopped, match='cell c0'): nb.run(lost, tmp_path)
     import psutil
     pid, end = int((tmp_path/'pid').read_text()), time.monotonic() + 60
     while psutil.pid_exists(pid) and time.monotonic() < end: time.sleep(0.2)
     assert not psutil.pid_exists(pid)
     assert nb.run(notebook(tmp_path/'next.ipynb', 'print(6 * 7)')).cells[0].outputs[0].text == '42\n'
+
+
+def test_a_kernel_that_dies_is_one_sentence_and_changes_nothing(forked, tmp_path, monkeypatch):
+    path = notebook(tmp_path/'dies.ipynb', 'a = 1', '', 'import os\nos._exit(1)', 'b = 1')
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, 'argv', ['nb.py', 'execute', str(path)])
+    with pytest.raises(SystemExit, match=r'^dies\.ipynb is as it was: the kernel died in cell c2 \(os\._exit\(1\)\): [^\n]+\.$'): nb.main()
+    assert path.read_bytes() == before
+
+
+# A notebook as text -----------------------------------------------------------------------------------------------
+
+ODD = ['# A\n\none\u2028two \x0c three \x85 four\u2029\n\n<!-- #region -->\n\nfive\n\n<!-- #endregion -->\n\nleft\u27e6U+2028\u27e7', "s = 'a\u2028b\x0c\x1c\r'\n# <!-- #region -->\nprint(s)",
+       '<!-- #md -->\n<!-- #endmd -->', '- a\n\n<!-- #raw x -->', 'plain']
+
+
+def test_what_jupytext_takes_for_borders_survives_an_edit(tmp_path, monkeypatch):
+    "Line separators, form feeds and markers of regions, in prose and in code: the same cells come back, with their ids."
+    monkeypatch.setattr(nb, 'WORK', tmp_path)
+    monkeypatch.setattr(nb, 'clean', lambda path: None)
+    path = notebook(tmp_path/'odd.ipynb', *ODD)
+    book = json.loads(path.read_text(encoding='utf-8'))
+    for i in (0, 2, 3, 4): book['cells'][i] = {'cell_type': 'markdown', 'id': f'c{i}', 'metadata': {}, 'source': ODD[i]}
+    path.write_text(json.dumps(book), encoding='utf-8')
+    nb.text(path)
+    draft = tmp_path/'odd.md'
+    draft.write_text(draft.read_text(encoding='utf-8').replace('plain', 'edited'), encoding='utf-8')
+    nb.update(path)
+    after = [(c['id'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    assert after[:4] == [(f'c{i}', s) for i, s in enumerate(ODD[:4])] and after[4][1] == 'edited'
 
 
 # What a test depends on -------------------------------------------------------------------------------------------

@@ -253,6 +253,21 @@ def test_tests_are_held_to_the_rule(book, text, words):
     assert any(f.startswith('tests/test_x.py: line') and words in f for f in found), found
 
 
+def test_a_picture_that_other_code_or_other_results_have_drawn_is_stale(book):
+    import nb
+    def stored(source, of): return {**code(source, IMAGE), 'metadata': {'drawn_from': of}}
+    def finds(*cells): return [f for f in book.notebook(*cells).finds('clean') if 'picture' in f]
+    source, path = '#| label: fig-x-a\nplot(results["depth"])', book.root/'nbs'/'01_x.ipynb'
+    book.write('nbs/results/depth.json', '{"runs": 1}').write('nbs/results/other.json', '{"runs": 1}').notebook(code(source))
+    drawn = nb.drawn_from(path, source)
+    assert finds(stored(source, drawn)) == [] == finds(code(source, IMAGE))
+    one(finds(stored(source + '  # again', drawn)), 'older than its code or the results')
+    book.write('nbs/results/other.json', '{"runs": 2}')                   # which this notebook does not name
+    assert finds(stored(source, drawn)) == []
+    book.write('nbs/results/depth.json', '{"runs": 2}')
+    one(finds(stored(source, drawn)), 'older than its code or the results')
+
+
 def test_honest_tests_pass(book):
     text = ('import pytest\nimport torch\ndef test_a():\n    with pytest.raises(ValueError): f()\ndef test_b(): torch.testing.assert_close(a, b)\n'
             'def test_c(): pytest.skip("needs a GPU"); assert x\n@pytest.mark.skipif(x, reason="needs java")\ndef test_d(): holds(1)\ndef test_e(): subprocess.run(["true"], check=True)\ndef holds(x): assert x == f(1)\n')

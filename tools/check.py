@@ -542,6 +542,15 @@ def clean(book):
             if n > 1: yield f'{path.stem}: {n} cells have the id {cell_id}; give each its own'
         if 'stored_with' not in nb['metadata']: yield f'{path.stem}: cell 0: was never run as a whole; `make execute n={path.stem}` runs it and stores its outputs'
     for cell in book.code: yield from output_faults(cell)
+    yield from stale_pictures(book)
+
+
+def stale_pictures(book):
+    "Stored pictures that another code has drawn, or other results: on any processor, whatever the digits in them."
+    from nb import drawn_from
+    for cell in (c for c in book.code if c.has_image and 'drawn_from' in c.raw['metadata']):
+        if cell.raw['metadata']['drawn_from'] != drawn_from(book.root/'nbs'/f'{cell.page}.ipynb', cell.source):
+            yield f'{cell.where}: its picture is older than its code or the results it shows; `make execute n={cell.page}` draws it again'
 
 
 @rule
