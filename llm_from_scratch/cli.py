@@ -9,9 +9,10 @@ from contextlib import redirect_stderr
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from importlib import import_module
 from itertools import dropwhile, takewhile
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+from .files import json_text
 
 if TYPE_CHECKING:                 # what a subcommand needs is imported when it is called
     from tyro.conf import Positional
@@ -63,25 +64,26 @@ _HIDDEN = {"vocab_size", "rope_scaling", "layers", "options"}
 def _flags(kind: Any, given: Mapping[str, Any]) -> Any:
     "A dataclass with the fields of `kind` that can be given as flags, `given` as defaults."
     hints, notes, rows = get_type_hints(kind), _comments(kind), []
+    constrained = get_type_hints(kind, include_extras=True)
     for f in fields(kind):
         if f.name in _HIDDEN: continue
         value = given.get(f.name, f.default if f.default_factory is MISSING
                           else f.default_factory())
         note = notes.get(f.name, "")
-        hint: Any = _plain(hints[f.name], note, sys.modules[kind.__module__])
+        hint: Any = _plain(hints[f.name], getattr(constrained[f.name], "__metadata__", ()))
         if hint == dict[int, float]: value = dict(value)
-        rows.append((f.name, _flag(hint, value, re.sub("^a name in .*", "", note)),
+        rows.append((f.name, _flag(hint, value, note),
                      field(default_factory=lambda v=value: v)))
     return make_dataclass(kind.__name__, rows)
 
-def _plain(hint: Any, note: str, module: Any) -> Any:
+def _plain(hint: Any, constraints: Sequence[Any]) -> Any:
     "The type of a field, as it can be typed on a line; of names, which there are."
+    for constraint in constraints:
+        if names := getattr(constraint, "names", ()): return Literal[tuple(names)]
     text = str(hint)
     if "Mapping[int, float]" in text: return dict[int, float]
     if match := re.fullmatch(r".*Sequence\[(int|str)\]", text):
         return tuple[{"int": int, "str": str}[match[1]], ...]
-    if match := re.search(r"a name in `(\w+)`", note):
-        return Literal[tuple(getattr(module, match[1]))]
     return hint
 
 # %% ../nbs/command.ipynb #7b6c2b7b
@@ -380,7 +382,7 @@ def _train_tokenizer(
     elif vocab_size: raise Misuse("characters are as many as the text has: no --vocab-size")
     else: made = CharTokenizer.train(texts, special)
     made.save(out)
-    if json: _say(dumps({"path": str(out), "kind": kind, "vocab_size": made.vocab_size}))
+    if json: _say(json_text({"path": str(out), "kind": kind, "vocab_size": made.vocab_size}))
     else: _say(f"{out}: {made.vocab_size:,} tokens of kind {kind}, learned from {corpus}")
 
 # %% ../nbs/command.ipynb #e75b0f3d
@@ -415,7 +417,7 @@ def _encode(
     table = load_tokenizer(tokenizer)
     for line in _lines(text):
         ids = table.encode(line)
-        _say(dumps(ids) if json else " ".join(map(str, ids)))
+        _say(json_text(ids) if json else " ".join(map(str, ids)))
 
 @_command("tokenizer decode")
 def _decode(
@@ -434,7 +436,7 @@ def _decode(
     table = load_tokenizer(tokenizer)
     for line in _lines(ids):
         text = table.decode(_ids(line))
-        _say(dumps(text) if json else text)
+        _say(json_text(text) if json else text)
 
 def _ids(line: str) -> list[int]:
     "The numbers of a line, with spaces or as a JSON list."
@@ -464,16 +466,17 @@ def _data(
       llmfs data --corpus shakespeare --tokenizer chars.json --out shakespeare"""
     from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.data import SPLITS, TokenFile
+    from llm_from_scratch.files import replacing_together
     table: Any = load_tokenizer(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
     heard, found = _heard() if corpus == "-" else None, {}
-    for split in SPLITS:
-        texts = _documents(corpus, split, n, size, share=True, heard=heard)
-        with TokenFile.from_texts(out / f"{split}.tok", texts, table, END) as file:
-            found[split] = {"path": str(out / f"{split}.tok"), "documents": len(file),
-                            "tokens": len(file.ids)}
-    table.save(out / "tokenizer.json")
-    if json: return _say(dumps({"tokenizer": str(out / "tokenizer.json"), **found}))
+    with replacing_together(out) as beside:
+        for split in SPLITS:
+            texts = _documents(corpus, split, n, size, share=True, heard=heard)
+            with TokenFile.from_texts(beside / f"{split}.tok", texts, table, END) as file:
+                found[split] = {"path": str(out / f"{split}.tok"), "documents": len(file),
+                                "tokens": len(file.ids)}
+        table.save(beside / "tokenizer.json")
+    if json: return _say(json_text({"tokenizer": str(out / "tokenizer.json"), **found}))
     for facts in found.values():
         _say(f"{facts['path']}: {facts['tokens']:,} tokens in {facts['documents']:,} documents")
 
@@ -684,7 +687,7 @@ def _write_run(trainer: Any, data: Path, ended: str | None) -> None:
     except ValueError: seen = str(data.resolve())        # on another drive of Windows
     run = {"data": Path(seen).as_posix(), "shape": asdict(trainer.model.config),
            "settings": asdict(trainer.config), "ended": ended}
-    write_text(out / "run.json", dumps(run, indent=1))
+    write_text(out / "run.json", json_text(run, indent=1))
 
 def _outlook(trainer: Any) -> str:
     "What the run will need, before it starts."
@@ -711,7 +714,7 @@ def _save_model(trainer: Any, result: Any, table: Any) -> None:
 def _report(result: Any, out: Path, json: bool) -> int:
     "Say how a run ended; its exit status."
     best = {} if not result.best else {"validation": result.best[0], "best": result.best[1]}
-    if json: _say(dumps({"reason": result.reason, "message": result.message, **best,
+    if json: _say(json_text({"reason": result.reason, "message": result.message, **best,
                          "steps": result.step, "tokens": result.tokens, "model": str(out)}))
     elif result.reason in _FINISHED:
         said = f"; {best['validation']:.4f} nats per token, step {best['best']}" if best else ""
@@ -746,7 +749,7 @@ def _runs(
              for path in sorted(folder.glob(f"{depth}run.json"))]
     if not found and not json: return _note(f"there is no run in {folder}")
     for facts in map(_run_facts, found):
-        if json: _say(dumps(facts))
+        if json: _say(json_text(facts))
         else: _say("  ".join([f"{facts['run']:16}", f"{facts['state']:11}",
                               f"step {facts['step']:<8,}", f"{_loss(facts):36}",
                               facts["next"]]).rstrip())
@@ -840,7 +843,7 @@ def _generate(
     options = {"constraint": Constraint(pattern, table)} if pattern else {}
     pieces = stream(made, table, begun, max_new_tokens, sampler, seed=seed, stop=stop,
                     start=start, end_tokens=start, overflow=overflow, **options)
-    if json: return _say(dumps({"prompt": begun, "text": "".join(pieces), "seed": seed}))
+    if json: return _say(json_text({"prompt": begun, "text": "".join(pieces), "seed": seed}))
     _say(begun, end="")
     for piece in pieces: _say(piece, end="")
     _say()
@@ -873,7 +876,7 @@ def _eval(
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
     texts = list(_documents(corpus, split, n, size))
     facts = _measured(made, table, texts, size if corpus == "storyland" else None)
-    if json: return _say(dumps(facts))
+    if json: return _say(json_text(facts))
     for name, unit in (("loss", "nats per token"), ("perplexity", "tokens to choose from"),
                        ("bits_per_byte", ""), ("above_floor", "nats per token")):
         if name not in facts: continue
@@ -919,7 +922,7 @@ def _info(
 
     A report of a mistake in the library should begin with it."""
     facts = _facts()
-    if json: return _say(dumps(facts))
+    if json: return _say(json_text(facts))
     for part, rows in facts.items():
         _say(part)
         for name, value in rows.items(): _say(f"  {name:16} {value}")

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import Int64, Integer, UInt64
 
-from .files import check_checksum, checksum, digest, replacing
-from .text import Tokenizer, clean, pydoc_corpus
+from llm_from_scratch.files import (
+    check_checksum, checksum, digest, finish_replacing, replacing,
+)
+from .text import Tokenizer, clean, pydoc_corpus, several
 
 if TYPE_CHECKING: from torch import Tensor
 else: Tensor = Any        # writing and reading token files needs no torch; only batches do
@@ -285,7 +287,8 @@ def _table(tokenizer: Any) -> Any:
     if hasattr(tokenizer, "state"): return tokenizer.state()          # chapter 2
     if hasattr(tokenizer, "vocab"):                                   # chapter 3
         pieces = sorted(tokenizer.vocab, key=tokenizer.vocab.get)
-        return pieces, getattr(tokenizer, "pattern", "")
+        rules = [repr(tokenizer.rules)] if hasattr(tokenizer, "rules") else []
+        return pieces, getattr(tokenizer, "pattern", ""), *rules
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
 
 # %% ../nbs/05_data.ipynb #3d491988
@@ -428,6 +431,7 @@ class TokenFile:
     ) -> TokenFile:
         "Map a token file. `ValueError`: truncated, damaged, or another tokenizer's."
         path = Path(path)
+        finish_replacing(path.parent)
         with open(path, "rb") as file:
             header = read_header(file, path.name)
             if tokenizer is not None: header.check_tokenizer(tokenizer, path.name)
@@ -492,7 +496,7 @@ class TokenFile:
 # %% ../nbs/05_data.ipynb #25055b8f
 def _encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     "The ids of each text; many texts in one call where the tokenizer has one for that."
-    texts = iter(texts)
+    texts = iter(several(texts))
     at_once = hasattr(tokenizer, "encode_batch")
     while some := list(islice(texts, 256)):
         yield from tokenizer.encode_batch(some) if at_once else map(tokenizer.encode, some)

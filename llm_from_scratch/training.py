@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BufferedIOBase
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -26,7 +26,8 @@ from .attention import document_mask, document_positions
 from .costs import Trace, flops_per_token, trace_step
 from .data import IGNORE, BatchLoader, TokenFile, mix
 from .files import (
-    Config, alone_in, check_checksum, checksum, file_checksum, parse_json, replacing,
+    BelowOne, Config, NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt,
+    Probability, alone_in, check_checksum, checksum, file_checksum, parse_json, replacing,
     sync_folder, write_text)
 from .gpt import GPTConfig
 from .optim import (
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'plot_history']
+__all__ = ['PRECISIONS', 'OPTIMIZERS', 'evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer',
+           'save', 'load', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -94,6 +96,11 @@ def evaluate(
     return total, counted
 
 # %% ../nbs/11_training.ipynb #1ef86317
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
+    "float16": torch.float16}
+OPTIMIZERS: dict[str, Callable[[nn.Module, Any], list[torch.optim.Optimizer]]] = {}   # below
+
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """Every choice of a training run; checked when made, never changed afterwards.
@@ -104,43 +111,43 @@ class TrainConfig(Config):
     'cosine'
     """
 
-    steps: int | None = None            # end after so many steps
-    tokens: int | None = None           # or so many tokens
-    seconds: float | None = None        # or so many seconds; the first used up counts
-    batch_size: int = 32                # sequences in a batch, of all processes together
-    micro_batch_size: int | None = None # sequences in memory at once; None: the whole batch
-    optimizer: str = "adamw"            # a name in `OPTIMIZERS`
-    lr: float = 1e-3                    # peak learning rate of AdamW
-    muon_lr: float = 0.02               # peak learning rate of Muon, for matrices
-    muon_momentum: float = 0.95         # momentum of Muon
-    schedule: str = "cosine"            # a name in `SCHEDULES`
-    warmup: int = 0                     # steps in which the learning rate rises
-    decay: int | None = None            # steps in which "wsd" falls; None: a fifth of all
-    min_lr_ratio: float = 0.0           # the last learning rate, as a share of the peak
-    weight_decay: float = 0.1           # of matrices
-    betas: tuple[float, float] = (0.9, 0.95)   # β₁, β₂: decay rates of AdamW's moments
-    eps: float = 1e-8                   # AdamW's guard against division by 0
-    clip: float | None = 1.0            # max gradient norm; None: any norm
+    steps: PositiveInt | None = None    # end after so many steps
+    tokens: PositiveInt | None = None   # or so many tokens
+    seconds: PositiveFloat | None = None  # or so many seconds; the first used up counts
+    batch_size: PositiveInt = 32        # sequences in a batch, of all processes together
+    micro_batch_size: PositiveInt | None = None  # in memory at once; None: the whole batch
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    lr: PositiveFloat = 1e-3            # peak learning rate of AdamW
+    muon_lr: PositiveFloat = 0.02       # peak learning rate of Muon, for matrices
+    muon_momentum: BelowOne = 0.95      # momentum of Muon
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    warmup: NonNegativeInt = 0          # steps in which the learning rate rises
+    decay: PositiveInt | None = None    # steps in which "wsd" falls; None: a fifth of all
+    min_lr_ratio: Probability = 0.0     # the last learning rate, as a share of the peak
+    weight_decay: NonNegativeFloat = 0.1  # of matrices
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)  # β₁, β₂: decay rates of AdamW's moments
+    eps: PositiveFloat = 1e-8           # AdamW's guard against division by 0
+    clip: PositiveFloat | None = 1.0    # max gradient norm; None: any norm
 
-    precision: str = "auto"             # a name in `PRECISIONS`
+    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
     compile: bool = False               # fuse the model's operations, where a compiler is found
     document_mask: bool = False         # attention stays within a document
-    seed: int = 0                       # of dropout and whatever else draws at random
-    eval_every: int | None = None       # steps between evaluations; None: only at the end
-    eval_batches: int = 16              # batches that an evaluation reads
-    patience: int | None = None         # stop after so many evaluations without a new best
-    save_every: int | None = None       # steps between checkpoints; None: by the clock alone
-    save_seconds: float | None = 300.0  # seconds between checkpoints, however many steps
-    keep: int = 3                       # newest checkpoints that stay, beside the best
-    on_nan: str = "stop"                # or "skip": a loss or gradient that is NaN or infinite
-    on_spike: str = "ignore"            # or "skip", "stop": a loss far above the last ones
-    spike_sigmas: float = 6.0           # how far, in standard deviations of the last 64
-    max_skips: int = 10                 # stop after so many skipped steps in a row
-    on_save_error: str = "stop"         # or "skip": the disk is full, or gone
+    seed: NonNegativeInt = 0            # of dropout and whatever else draws at random
+    eval_every: PositiveInt | None = None  # steps between evaluations; None: only at the end
+    eval_batches: PositiveInt = 16      # batches that an evaluation reads
+    patience: PositiveInt | None = None # stop after so many evaluations without a new best
+    save_every: PositiveInt | None = None  # steps between checkpoints; None: by the clock
+    save_seconds: PositiveFloat | None = 300.0  # seconds between checkpoints
+    keep: PositiveInt = 3               # newest checkpoints that stay, beside the best
+    on_nan: Literal["stop", "skip"] = "stop"      # at a loss or gradient NaN or infinite
+    on_spike: Literal["ignore", "skip", "stop"] = "ignore"  # at a loss far above the last ones
+    spike_sigmas: PositiveFloat = 6.0   # how far, in standard deviations of the last 64
+    max_skips: PositiveInt = 10         # stop after so many skipped steps in a row
+    on_save_error: Literal["stop", "skip"] = "stop"  # when the disk is full, or gone
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
-        _check_choices(self)
+        super().__post_init__()
+        _check_steps(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> TrainConfig:
@@ -155,39 +162,9 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value for name, value in settings.items()
             if _RENAMED.get(name) not in settings}
 
-_COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0,
-           "decay": 1, "seed": 0, "eval_every": 1, "eval_batches": 1, "patience": 1,
-           "save_every": 1, "keep": 1, "max_skips": 1}            # field → least value
-_POSITIVE = "seconds", "lr", "muon_lr", "eps", "clip", "spike_sigmas", "save_seconds"
-_MAY_BE_NONE = {"clip", "save_seconds",
-                *(field.name for field in fields(TrainConfig) if field.default is None)}
-
-def _is_number(x: Any, least: float = 0, kinds: Any = (int, float)) -> bool:
-    return isinstance(x, kinds) and not isinstance(x, bool) and least <= x < math.inf
-
-def _check_numbers(c: TrainConfig) -> None:
-    "Whole numbers are whole, positive numbers positive, shares between 0 and 1."
-    def demand(name: str, holds: bool, what: str) -> None:
-        if holds or (getattr(c, name) is None and name in _MAY_BE_NONE): return
-        raise ValueError(f"{name} must be {what}, got {getattr(c, name)!r}")
-
-    for name, least in _COUNTS.items():
-        demand(name, _is_number(getattr(c, name), least, int),
-               f"a whole number of at least {least}")
-    for name in _POSITIVE:
-        x = getattr(c, name)
-        demand(name, _is_number(x) and x > 0, "a positive number")
-    demand("weight_decay", _is_number(c.weight_decay), "a number of at least 0")
-    demand("min_lr_ratio", _is_number(c.min_lr_ratio) and c.min_lr_ratio <= 1,
-           "a share between 0 and 1")
-    demand("muon_momentum", _is_number(c.muon_momentum) and c.muon_momentum < 1,
-           "a number in [0, 1)")
-    demand("betas", len(c.betas) == 2 and all(_is_number(b) and b < 1 for b in c.betas),
-           "two numbers in [0, 1)")
-
 # %% ../nbs/11_training.ipynb #479374a0
-def _check_choices(c: TrainConfig) -> None:
-    "Names are known, and there is an end to the run."
+def _check_steps(c: TrainConfig) -> None:
+    "There is an end to the run, and its parts fit into it."
     if c.steps is c.tokens is c.seconds is None:
         raise ValueError("a run needs an end: give steps, tokens or seconds")
     if c.steps is not None and c.warmup > c.steps:
@@ -195,17 +172,6 @@ def _check_choices(c: TrainConfig) -> None:
     if c.micro_batch_size is not None and c.micro_batch_size > c.batch_size:
         raise ValueError(f"micro_batch_size {c.micro_batch_size} is more than "
                          f"batch_size {c.batch_size}")
-    for name in "compile", "document_mask":
-        if not isinstance(getattr(c, name), bool):
-            raise ValueError(f"{name} must be True or False, "
-                             f"got {getattr(c, name)!r}")
-    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-                        ("precision", PRECISIONS), ("on_nan", ("stop", "skip")),
-                        ("on_spike", ("ignore", "skip", "stop")),
-                        ("on_save_error", ("stop", "skip"))):
-        if getattr(c, name) not in known:
-            raise ValueError(f"unknown {name} {getattr(c, name)!r}: "
-                             f"expected one of {', '.join(known)}")
 
 # %% ../nbs/11_training.ipynb #0cd18e38
 def _adamw(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -226,7 +192,7 @@ def _muon(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
 
 def _is_cuda(model: nn.Module) -> bool: return next(model.parameters()).is_cuda
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, Any], list[torch.optim.Optimizer]]] = {
+OPTIMIZERS |= {
     "adamw": _adamw,      # for everything
     "muon": _muon,        # for the matrices, AdamW for the rest
 }
@@ -239,11 +205,6 @@ def make_optimizers(
     for group in (group for optimizer in found for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return found
-
-# %% ../nbs/11_training.ipynb #92e9f1ba
-PRECISIONS: dict[str, torch.dtype | None] = {
-    "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
-    "float16": torch.float16}
 
 # %% ../nbs/11_training.ipynb #9136d7fe
 def planned_steps(config: TrainConfig, loader: BatchLoader) -> int | None:
@@ -1208,9 +1169,10 @@ def read_log(
     try: text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError: return []
     for line in text.splitlines():
-        with suppress(ValueError): records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)
-            and (until is None or r["step"] <= until)]
+        with suppress(ValueError, KeyError, TypeError):
+            record = parse_json(line)
+            if until is None or record["step"] <= until: records.append(record)
+    return records
 
 def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     "Put a log back to these records."
@@ -1299,7 +1261,7 @@ class Checkpoints(Callback):
     def write(self, trainer: Trainer) -> None:
         "Write a checkpoint; all processes call this."
         tensors, state = split_parts(trainer.state_dict())
-        if not trainer.world.is_main: return
+        if trainer.folder is None or not trainer.world.is_main: return
         best = trainer.best[1] if trainer.best else None
         state = {"about": _about(trainer), "parts": state}
         try: save_checkpoint(trainer.folder, trainer.step, tensors, state,
@@ -1563,8 +1525,8 @@ _FORMAT = "llm-from-scratch: model, optimizer, step"
 def _read_saved(data: bytes, name: str) -> dict[str, Any]:
     "The state in a file that `save` wrote, if every byte of it is there."
     length = int.from_bytes(data[:8], "little")
-    try: about = json.loads(data[8:8 + length]).get("__metadata__", {})
-    except (ValueError, AttributeError, RecursionError):
+    try: about = dict(parse_json(data[8:8 + length].decode()).get("__metadata__", {}))
+    except (ValueError, TypeError):
         raise DamagedCheckpoint(f"{name} is damaged, or was not written by `save`: "
                                 "it has no readable header") from None
     if about.get("format") != _FORMAT:

@@ -148,7 +148,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['generate', '--temprature', '1'], 'unrecognized options: --temprature, 1; did you mean --temperature?', 2),
     (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
     (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
-    (['generate', '--top-p', '1.5'], 'top_p must be above 0, up to 1, got 1.5', 2),
+    (['generate', '--top-p', '1.5'], 'top_p must be a number in (0, 1] or None, got 1.5', 2),
     (['generate', '--overflow', 'burst'], "invalid choice 'burst' for argument '--overflow'. Expected one of ('slide', 'error')", 2),
     (['generate', '--prompt'], "missing value for argument '--prompt'. Expected 1 values", 2),
     (['tokenizer', 'decode', 'seven'], "token ids are whole numbers, got 'seven'", 2),
@@ -160,7 +160,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any folder of .txt files", 1),
     (['train', '--data', 'nowhere', '--steps', '1'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
     (['train', '--data', 'nowhere'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
-    (['train', '--steps', '1', '--lr', '0'], 'lr must be a positive number, got 0.0', 2),
+    (['train', '--steps', '1', '--lr', '0'], 'lr must be a number above 0, got 0.0', 2),
     (['train', '--steps', '1', '--optimizer', 'adam'], "invalid choice 'adam' for argument '--optimizer'. Expected one of ('adamw', 'muon')", 2),
     (['train', '--steps', '1', '--n-heads', '3'], 'd_model must be a multiple of n_heads unless d_head is given, got 128 and 3', 2),
     (['train', '--resume', '--out', 'nowhere'], f"there is no run to resume: {Path('nowhere', 'run.json')} does not exist", 1),
@@ -199,8 +199,21 @@ def test_a_folder_that_cannot_be_written(call, data, tmp_path):
         assert (out, status) == ('', 1) and re.fullmatch(r'llmfs: not a directory: .*file.*\n', err.splitlines(True)[-1]), err
 
 
+def test_data_that_cannot_be_made_leaves_what_was_there(call, tmp_path):
+    "A text too short for a validation part, and documents of another tokenizer: the old four files stay, and no folder is made."
+    (tmp_path/'tiny.txt').write_text('ab')
+    call('tokenizer', 'train', '--kind', 'chars', '--corpus', '-', '--out', 't.json', given='ab' * 99)
+    assert call('data', '--corpus', 'tiny.txt', '--tokenizer', 't.json', '--out', 'new')[2] == 1 and not (tmp_path/'new').exists()
+    assert call('data', '--n', 5)[2] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path/'data').iterdir()}
+    assert sorted(before) == ['test.tok', 'tokenizer.json', 'train.tok', 'validation.tok']
+    out, err, status = call('data', '--corpus', 'tiny.txt', '--tokenizer', 't.json', '--out', 'data')
+    assert (out, status) == ('', 1) and 'too short to have a validation part' in err
+    assert {path.name: path.read_bytes() for path in (tmp_path/'data').iterdir()} == before
+
+
 @pytest.mark.parametrize('text, said', [('{"steps": 3, "batchsize": 4}', "a configuration has no field 'batchsize': did you mean 'batch_size'?"),
-                                        ('{"steps": -3}', 'steps must be a whole number of at least 1, got -3'),
+                                        ('{"steps": -3}', 'steps must be a whole number of at least 1 or None, got -3'),
                                         ('[3]', 'settings.json: expected a JSON object, got list'), ('{', 'settings.json: not JSON: ')])
 def test_what_is_wrong_in_a_settings_file(call, tmp_path, text, said):
     (tmp_path/'settings.json').write_text(text, encoding='utf-8')

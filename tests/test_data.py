@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from shapes import unchecked
 
 from llm_from_scratch import data
 from llm_from_scratch.data import (IGNORE, SOURCES, SPLITS, BatchLoader, BatchPlan, DownloadError, Source, TokenFile, TokenWriter, as_ids, check_ids, check_windows,
@@ -287,6 +288,8 @@ def test_the_tokenizer_must_be_the_one(tmp_path):
     one, other = CharTokenizer.train(['abc'], special_tokens=['<|endoftext|>']), CharTokenizer.train(['abd'], special_tokens=['<|endoftext|>'])
     file = TokenFile.from_texts(tmp_path/'x.tok', ['ab', 'ca'], one)
     assert [ids.tolist() for ids in file] == [[0, 1, 3], [2, 0, 3]]
+    with unchecked(), pytest.raises(TypeError, match='got one string'): TokenFile.from_texts(tmp_path/'new.tok', 'abc', one)
+    assert not (tmp_path/'new.tok').exists()
     TokenFile.open(tmp_path/'x.tok', tokenizer=one)
     for use in TokenFile.open, lambda *a: TokenFile.extend(*a).__enter__():
         with pytest.raises(ValueError, match='x.tok was made by another tokenizer'): use(tmp_path/'x.tok', other)

@@ -101,11 +101,11 @@ def theirs_of(family):
 def lines_of(family, state):
     "Its weight map: the biases that the checkpoint has come by themselves."
     *_, parts, ends, layers, groups = FAMILIES[family]
-    def kinds(there, here, turns=''):
+    def kinds(there, here, turns=None):
         for kind in ('weight', 'bias'):
             if f'{there}.{kind}'.replace('{i}', '0') in state: yield Weight(f'{there}.{kind}', ' '.join(f'{t}.{kind}' for t in here.split()), groups=turns)
     lines = [line for there, here in ends.items() for line in kinds(there, here)]
-    for there, here in parts.items(): lines += kinds(f'{layers}.{{i}}.{there}', ' '.join(f'blocks.{{i}}.{t}' for t in here.split()), groups if ' ' in here else '')
+    for there, here in parts.items(): lines += kinds(f'{layers}.{{i}}.{there}', ' '.join(f'blocks.{{i}}.{t}' for t in here.split()), (groups or 1) if ' ' in here else None)
     if family == 'OLMo': lines += [Weight('', 'norm.weight', constant=1.0), Weight('', 'blocks.{i}.attention_norm.weight blocks.{i}.feed_forward_norm.weight', constant=1.0)]
     return lines
 
@@ -193,9 +193,9 @@ def test_a_map_that_cannot_hold_the_model_is_refused():
 @pytest.mark.parametrize('bad, words', [
     (dict(layers=({'d_model': 8},)), "no exception for one layer, 'd_model': expected one of window"), (dict(layers=({'windw': 8},)), "did you mean 'window'"),
     (dict(layers=({'window': 0},)), 'window must be a whole number'), (dict(layers=({'positions': 'rope'},)), 'belong to the whole model: layer 0'),
-    (dict(positions='rope', layers=({}, {'positions': 'learned'})), "layer 1 cannot have 'learned'"), (dict(options={'mo': {}}), "no part 'mo'"), (dict(mixer='mamba'), "unknown mixer 'mamba'"),
-    (dict(head_bias=True), 'tied head has no bias'), (dict(qk_norm=1), 'qk_norm must be True or False, got 1'), (dict(logit_scale=0.0), 'logit_scale must be positive'),
-    (dict(residual_scale=float('nan')), 'residual_scale must be positive, got nan'), (dict(norm_eps=-1.0), 'norm_eps must not be negative')])
+    (dict(positions='rope', layers=({}, {'positions': 'learned'})), "layer 1 cannot have 'learned'"), (dict(options={'mo': {}}), "no part 'mo'"), (dict(mixer='mamba'), "mixer must be one of attention.* got 'mamba'"),
+    (dict(head_bias=True), 'tied head has no bias'), (dict(qk_norm=1), 'qk_norm must be True or False, got 1'), (dict(logit_scale=0.0), 'logit_scale must be a number above 0'),
+    (dict(residual_scale=float('nan')), 'residual_scale must be a number above 0, got nan'), (dict(norm_eps=-1.0), 'norm_eps must be a number of at least 0')])
 def test_impossible_choices(bad, words):
     with unchecked(), pytest.raises(ValueError, match=words): GPTConfig(V, T, D, L, H, **bad)
 

@@ -315,7 +315,7 @@ def test_ids_may_be_of_any_whole_numbers(make):
     model = opinionated()
     with unchecked():
         assert generate(model, [make(ids) for ids in RAGGED], 4, WARM, seed=np.int64(1)) == generate(model, RAGGED, 4, WARM, seed=1)
-        assert generate(model, [make([1, 2])], 4, WARM, seed=[np.int64(5)]) == generate(model, [[1, 2]], 4, WARM, seed=[5])
+        assert generate(model, [make([1, 2])], 4, WARM, seed=make([5])) == generate(model, [[1, 2]], 4, WARM, seed=[5])
         assert beam_search(model, make([1, 2, 3]), 3, 4) == beam_search(model, [1, 2, 3], 3, 4)
         for wrong in (make([1, 2]), [1.5], [[1.5]], [None]):
             with pytest.raises(TypeError, match='list of lists'): generate(model, wrong, 3)
@@ -466,6 +466,11 @@ def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
     options = dict(stop=['ef', 'j'], tokenizer=letters)
     assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, **options)] == ['bcdef', 'hij', 'ef']
     assert ''.join(stream(counts, letters, 'a', 9, stop=['ef', 'j'])) == 'bcd'
+    with unchecked():
+        assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, stop=iter(['ef', 'j']), tokenizer=letters)] == ['bcdef', 'hij', 'ef']   # read once, for every row
+        assert ''.join(stream(counts, letters, 'a', 9, stop=iter(['ef', 'j']))) == 'bcd'
+        for call in (lambda: generate(counts, [[0]], 9, stop='ef', tokenizer=letters), lambda: stream(counts, letters, 'a', 9, stop='ef')):
+            with pytest.raises(TypeError, match='got one string'): call()
     assert ''.join(stream(counts, letters, 'abc', 9, stop=['cd', 'abc'])) == '' and generate(counts, [[2]], 9, stop=['cd', 'c'], tokenizer=letters) == [[3]]
 
 

@@ -123,6 +123,8 @@ def test_a_log_with_a_torn_line_is_read_up_to_it(tmp_path):
     with open(tmp_path/'log.jsonl', 'a') as f: f.write('{"step": 4, "lo')
     assert [r['step'] for r in read_log(tmp_path/'log.jsonl')] == [1, 2, 3]
     assert [r['step'] for r in read_log(tmp_path/'log.jsonl', until=2)] == [1, 2]
+    with open(tmp_path/'log.jsonl', 'a') as f: f.write('\n{"lost": 1}\n{"step": []}\n' + '[' * 100_000 + '\n')
+    assert [r['step'] for r in read_log(tmp_path/'log.jsonl', until=4)] == [1, 2, 3]
     assert read_log(tmp_path/'none.jsonl') == []
 
 
