@@ -125,8 +125,10 @@ def _parse(name: str, words: Sequence[str]) -> Callable[[], int | None]:
     found = _read(lambda: tyro.cli(page, prog=f"llmfs {name}", args=words,
                                    description=inspect.getdoc(command.function) or "",
                                    config=(OmitArgPrefixes, FlagCreatePairsOff)))
-    arguments = {p: _made(hints[p], given.get(p, {}), value) if is_dataclass(hints[p])
-                 else value for p, value in vars(found).items()}
+    flat = {name: value for part in vars(found).values() if is_dataclass(part)
+            for name, value in vars(part).items()}
+    arguments = {p: _made(hint, given.get(p, {}), flat) if is_dataclass(hint)
+                 else getattr(found, p) for p, hint in hints.items() if p != "return"}
     return lambda: command.function(**arguments)
 
 def _rows(
@@ -136,8 +138,33 @@ def _rows(
     notes = _comments(function)
     for p in inspect.signature(function).parameters.values():
         hint, value = hints[p.name], given.get(p.name, p.default)
-        if is_dataclass(hint): yield p.name, _flags(hint, given.get(p.name, {}))
+        if is_dataclass(hint): yield from _parts(p.name, _flags(hint, given.get(p.name, {})))
         else: yield p.name, _flag(hint, value, notes.get(p.name, "")), field(default=value)
+
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {       # configuration -> part -> fields
+    "TrainConfig": {
+        "length": ("steps", "tokens", "seconds"),
+        "learning": ("batch_size", "optimizer", "lr", "muon_lr", "schedule", "warmup",
+                     "weight_decay", "seed"),
+        "evaluation": ("eval_every", "eval_batches", "patience"),
+        "checkpoint": ("save_every", "save_seconds", "keep", "on_save_error"),
+        "speed": ("micro_batch_size", "precision", "compile"),
+        "fault": ("on_nan", "on_spike", "spike_sigmas", "max_skips", "clip"),
+        "expert": ()},
+    "GPTConfig": {
+        "size": ("context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff",
+                 "dropout"),
+        "architecture": ()},
+}
+
+def _parts(name: str, flags: Any) -> Iterator[tuple[str, Any]]:
+    "A dataclass of flags cut into the parts of its help page."
+    parts = _PARTS.get(flags.__name__, {name: ()})
+    left = {f.name: (f.name, f.type, field(default_factory=f.default_factory))
+            for f in fields(flags)}
+    for part, names in parts.items():
+        mine = [left.pop(n) for n in names or [*left] if n in left]
+        yield part, make_dataclass(flags.__name__, mine)
 
 # %% ../nbs/command.ipynb #3a154944
 _RULE = re.compile("[─-]+")                          # a line across tyro's box
@@ -163,10 +190,11 @@ def _plainly(said: str) -> str:
                   r"\1 cannot be \2", said)
     return said[:1].lower() + said[1:]
 
-def _made(kind: Any, given: Mapping[str, Any], flags: Any) -> Any:
+def _made(kind: Any, given: Mapping[str, Any], flags: Mapping[str, Any]) -> Any:
     "The configuration that flags ask for; what is wrong with it is the caller's mistake."
     hidden = {name: given[name] for name in _HIDDEN & given.keys()}
-    try: return kind(**hidden, **vars(flags))
+    mine = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+    try: return kind(**hidden, **mine)
     except (ValueError, TypeError) as e: raise Misuse(str(e)) from e
 
 # %% ../nbs/command.ipynb #f6b31a56
@@ -287,8 +315,7 @@ Let the model that comes with the library tell a story:
 Train one of your own, from text to story:
   llmfs tokenizer train --corpus storyland --kind words --out tokenizer.json
   llmfs data --corpus storyland --tokenizer tokenizer.json --out data
-  llmfs train --data data --out run --seconds 120 \\
-    --optimizer muon --batch-size 8 --lr 0.01
+  llmfs train --data data --out run
   llmfs generate --model run
 
 Every command takes --debug: it shows where an error comes from.
@@ -531,12 +558,23 @@ def _settings(path: str) -> dict[str, Any]:
     except (ValueError, TypeError) as e: raise Misuse(f"{path}: {e}") from e
     return found
 
+_RECIPE = {"optimizer": "muon", "lr": 0.01, "batch_size": 8}     # sentences in two minutes
+
+def _recipe(words: Sequence[str]) -> dict[str, Any]:
+    "The settings of a new run: the recipe's, unless a file says otherwise; two minutes."
+    chosen = _settings(_peek(words, "--config", ""))
+    optimizer = _peek(words, "--optimizer", chosen.get("optimizer", "muon"))
+    found = {**(_RECIPE if optimizer == "muon" else {}), **chosen}
+    ends = "steps", "tokens", "seconds"
+    if not any(found.get(name) or _peek(words, f"--{name}", "") for name in ends):
+        found["seconds"] = 120.0
+    return found
+
 def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     "What stands in the files that a command line names."
     if {"-h", "--help"} & {*words}: words = []               # a page needs no run
     if "--resume" not in words:
-        return {"shape": _shape(_peek(words, "--preset", "tiny")),
-                "settings": _settings(_peek(words, "--config", ""))}
+        return {"shape": _shape(_peek(words, "--preset", "tiny")), "settings": _recipe(words)}
     from llm_from_scratch.files import revived
     from llm_from_scratch.gpt import GPTConfig
     from llm_from_scratch.training import TrainConfig, renamed
@@ -582,12 +620,12 @@ def _train(
 ) -> int:
     """Train a model on files of tokens, and save it.
 
-    Say when to end: --steps, --tokens or --seconds.
+    It ends after two minutes, or --steps, --tokens or --seconds.
 
     Ctrl-C ends after the step; --resume goes on as if nothing had happened.
 
     Examples:
-      llmfs train --seconds 120 --optimizer muon --batch-size 8 --lr 0.01
+      llmfs train
       llmfs train --data data --out run --steps 2000 --schedule wsd
       llmfs train --out run --resume"""
     from contextlib import nullcontext

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, '-m', 'llm_from_scratch.cli']
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '80'}
 for name in ('PYTHONIOENCODING', 'PYTHONUNBUFFERED'): ENVIRONMENT.pop(name, None)      # the command must flush what it says
-TINY = '--preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
+TINY = '--optimizer adamw --preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
 WITHOUT_EXAMPLES = {'info'}
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and pipes as POSIX has them')
@@ -104,6 +104,26 @@ def test_every_field_is_a_flag(call, command, kind, hidden):
     assert shown == {f.name for f in fields(kind)} - hidden
 
 
+def test_the_page_of_train_has_its_flags_in_parts(call):
+    page = call('train', '--help')[0]
+    assert re.findall(r'─ ([a-z]+) options? ─|─ (options) ─', page)[:4] == [('', 'options'), ('length', ''), ('learning', ''), ('evaluation', '')]
+    assert page.index('--steps INT') < page.index('--batch-size INT') < page.index('--on-nan') < page.index('--betas') < page.index('--d-model')
+
+
+def test_the_defaults_of_train_are_a_recipe():
+    settings = cli._run_defaults([])['settings']
+    assert settings == {'optimizer': 'muon', 'lr': .01, 'batch_size': 8, 'seconds': 120.0} and TrainConfig(**settings)
+    for end in ('--steps', '9'), ('--tokens=9',), ('--seconds', '7'): assert 'seconds' not in cli._run_defaults(end)['settings']
+
+
+def test_another_optimizer_has_its_own_defaults(tmp_path):
+    assert cli._run_defaults(['--optimizer=adamw'])['settings'] == {'seconds': 120.0}
+    (tmp_path/'c.json').write_text('{"optimizer": "adamw", "steps": 3}', encoding='utf-8')
+    assert cli._run_defaults(['--config', str(tmp_path/'c.json')])['settings'] == {'optimizer': 'adamw', 'steps': 3}
+    (tmp_path/'c.json').write_text('{"batch_size": 3}', encoding='utf-8')
+    assert cli._run_defaults(['--config', str(tmp_path/'c.json')])['settings'] == {'optimizer': 'muon', 'lr': .01, 'batch_size': 3, 'seconds': 120.0}
+
+
 def test_version(call):
     from llm_from_scratch import __version__
     assert call('--version') == (f'llmfs {__version__}\n', '', 0)
@@ -139,7 +159,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['tokenizer', 'train', '--kind', 'chars', '--vocab-size', '9'], 'characters are as many as the text has: no --vocab-size', 2),
     (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any folder of .txt files", 1),
     (['train', '--data', 'nowhere', '--steps', '1'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
-    (['train', '--data', 'nowhere'], 'a run needs an end: give steps, tokens or seconds', 2),
+    (['train', '--data', 'nowhere'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
     (['train', '--steps', '1', '--lr', '0'], 'lr must be a number above 0, got 0.0', 2),
     (['train', '--steps', '1', '--optimizer', 'adam'], "invalid choice 'adam' for argument '--optimizer'. Expected one of ('adamw', 'muon')", 2),
     (['train', '--steps', '1', '--n-heads', '3'], 'd_model must be a multiple of n_heads unless d_head is given, got 128 and 3', 2),
