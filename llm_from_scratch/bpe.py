@@ -9,18 +9,23 @@ import json
 import logging
 import os
 import sys
+import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib import resources
+from itertools import groupby, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import regex
 
-from .files import digest, plain, read_json, write_text
+from llm_from_scratch.files import (
+    digest, finish_replacing, plain, read_json, revived, write_text,
+)
 from llm_from_scratch.text import (
-    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens,
+    CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens, several,
     tokenizer_file,
 )
 
@@ -140,6 +145,13 @@ def _bar(total: int | None, unit: str, progress: bool) -> Any:
     from tqdm import tqdm
     return tqdm(total=total, unit=" " + unit, unit_scale=True, disable=not progress)
 
+def _checked(text: str) -> str:
+    "The text, if it is one and has UTF-8 bytes."
+    if not isinstance(text, str):
+        raise TypeError(f"expected a text (str), got {type(text).__name__}")
+    if not text.isascii(): _utf8(text)
+    return text
+
 def _utf8(text: str, offset: int = 0) -> bytes:
     "The bytes of a text; raises ValueError that names a lone surrogate and where it stands."
     try: return text.encode("utf-8")
@@ -222,7 +234,8 @@ def count_pretokens(
 ) -> Counter[str]:
     "How often each pre-token occurs, reading block by block."
     compile_pattern(pattern)                # a bad pattern fails here, not in a worker
-    count = partial(_count_block, pattern=pattern, special_tokens=tuple(special_tokens))
+    special_tokens = tuple(several(special_tokens, "special tokens"))
+    count = partial(_count_block, pattern=pattern, special_tokens=special_tokens)
     total: Counter[str] = Counter()
     with _bar(None, "characters", progress) as bar:
         batches = _batches(texts, pattern, special_tokens, bar)
@@ -366,11 +379,12 @@ class BPETokenizer:
         if isinstance(names, str):
             raise TypeError("allowed_special is 'all' or a set of names, "
                             f"got the string {names!r}")
+        names = list(names)
         unknown = sorted(set(names) - set(self._special))
         if unknown:
             raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; "
                              f"it has {list(self._special)}")
-        return list(names)
+        return names
 
     def encode(
         self,
@@ -476,29 +490,43 @@ class BPETokenizer:
         return ids + settled, text
 
     def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
-        "The same tokenizer as a `tiktoken.Encoding`."
+        "The same tokenizer as a `tiktoken.Encoding`. ValueError where it would give other ids."
         import tiktoken
+        _check_readable(self.pattern)
+        for a, b in permutations(self._special, 2):
+            if b.startswith(a):
+                raise ValueError(f"tiktoken does not say which of {a!r} and {b!r} it finds "
+                                 "where both begin")
         return tiktoken.Encoding(name, pat_str=_grouped(self.pattern),
                                  mergeable_ranks=self.vocab, special_tokens=self._special)
 
     @cached_property
-    def _fast(self) -> tiktoken.Encoding: return self.to_tiktoken()
+    def _fast(self) -> tiktoken.Encoding | None:
+        "By tiktoken, without special tokens; None for patterns that it may read otherwise."
+        try: return BPETokenizer(self.vocab, self.pattern).to_tiktoken()
+        except ValueError: return None
+
+    def _encode_all(self, texts: list[str], threads: int | None) -> list[list[int]]:
+        "The ids of texts without special tokens."
+        if self._fast is not None:
+            try: return self._fast.encode_ordinary_batch(
+                texts, num_threads=threads or os.cpu_count() or 1)
+            except BaseException as e:      # its panic is no Exception, and has no module
+                if type(e).__name__ != "PanicException": raise
+        return [self._ordinary(text) for text in texts]
 
     def encode_batch(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         allowed_special: Iterable[str] | str = (),
         threads: int | None = None,                      # None: as many as there are cores
     ) -> list[list[int]]:
         "The ids of many texts, by `tiktoken` on several threads; as `encode` gives for each."
         special = _any_of(self._allowed(allowed_special))
-        n_threads = threads or os.cpu_count() or 1
-        encode = partial(self._fast.encode_ordinary_batch, num_threads=n_threads)
-        for text in texts:
-            if not text.isascii(): _utf8(text)
-        if special is None: return encode(list(texts))
-        encoded = iter(encode([segment for text in texts for segment in special.split(text)]))
-        out = []
+        texts = [_checked(text) for text in several(texts)]
+        if special is None: return self._encode_all(texts, threads)
+        segments = [segment for text in texts for segment in special.split(text)]
+        encoded, out = iter(self._encode_all(segments, threads)), []
         for text in texts:
             ids = next(encoded)
             for name in special.findall(text): ids += [self._special[name], *next(encoded)]
@@ -542,7 +570,7 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: _Path) -> BPETokenizer:
         "Read what `save` wrote. Raises ValueError that says what is wrong with which file."
-        return cls(*_load(path))
+        return _load(cls, path)
 
     @classmethod
     def from_gpt2_files(cls, encoder_json: _Path, vocab_bpe: _Path) -> BPETokenizer:
@@ -557,7 +585,7 @@ class BPETokenizer:
     @classmethod
     def from_hf(cls, path: _Path) -> BPETokenizer:
         "Read a byte-level BPE `tokenizer.json`, or its folder. Raises ValueError at any other."
-        return cls(*_from_hf(tokenizer_file(path)))
+        return _from_hf(cls, tokenizer_file(path))
 
 # %% ../nbs/03_bpe.ipynb #d1277118
 def merge_bytes(
@@ -615,12 +643,28 @@ def _grouped(pattern: str) -> str:
     before, look_ahead, after = pattern.partition(r"|\s+(?!\S)")
     return f"(?:{before}){look_ahead}{after}"
 
+# %% ../nbs/03_bpe.ipynb #158009e0
+_CLASS = r"\\[pP]\{(?:[CLMNPSZ][a-z]?|Han|Hiragana|Katakana|Hangul)\}|\\[sSdDrnt]|\\[^\w\s]"
+_ALIKE = regex.compile(rf"""(?x)
+    (?: {_CLASS} | [^\\\[\](){{}}?*+|^$]               # a character, or a kind of character
+      | \[\^? (?: {_CLASS} | (?!--|&&|\|\||~~)[^\\\[\]] )+ \]       # a class of characters
+      | \( (?: \?[:=!] | (?!\?) ) | \) | [|?*+]        # groups, looks ahead, repetitions
+      | \(\?i: (?: '?(?: \[[sdmt]+\] | [sdmt] | ll | ve | re ) (?: \| | (?=\)) ) )+ \)
+      | \{{ \d+ (?: ,\d* )? \}} (?![?+])
+    )*""")
+
+def _check_readable(pattern: str) -> None:
+    "ValueError for a pattern that other engines may read in another way than `regex`."
+    if _ALIKE.fullmatch(pattern): return
+    raise ValueError(f"the pattern {pattern!r} may mean something else to other programs: "
+                     "use groups, classes, \\p{L}, \\s, \\S, \\d and looks ahead alone")
+
 # %% ../nbs/03_bpe.ipynb #9060403b
 def _learn(
     texts: Text | Iterable[Text], vocab_size: int, special_tokens: Sequence[str],
     pattern: str, workers: int, progress: bool,
 ) -> _Parts:
-    _check_names(special_tokens)
+    special_tokens = _names(special_tokens)
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and "
@@ -633,38 +677,40 @@ def _learn(
     vocab = _number(merges)
     return vocab, pattern, {name: i for i, name in enumerate(special_tokens, len(vocab))}
 
-def _check_names(special_tokens: Sequence[str]) -> None:
-    "Special tokens are a list of different strings."
-    if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens is a list of names, got the string {special_tokens!r}")
-    twice = [name for name, n in Counter(special_tokens).items() if n > 1]
+def _names(special_tokens: Iterable[str]) -> tuple[str, ...]:
+    "Special tokens, read once. ValueError if one is there twice."
+    names = tuple(several(special_tokens, "special tokens"))
+    twice = [name for name, n in Counter(names).items() if n > 1]
     if twice: raise ValueError(f"special token {twice[0]!r} is listed twice")
+    return names
 
 # %% ../nbs/03_bpe.ipynb #374cb601
-_FORMAT, _VERSION = "llm_from_scratch.bpe", 1
+_FORMAT = "llm_from_scratch.bpe"        # version 2 has `Rules` besides
 
 def _by_id(ids: Mapping[Any, int]) -> list[tuple[Any, int]]:
     return sorted(ids.items(), key=lambda item: item[1])
 
 def _save(tokenizer: BPETokenizer, path: _Path) -> None:
     vocab = {token.decode("latin-1"): i for token, i in _by_id(tokenizer.vocab)}
+    rules = getattr(tokenizer, "rules", None)
     content = {"pattern": tokenizer.pattern, "special_tokens": tokenizer.special_tokens,
-               "vocab": vocab}
-    head = {"format": _FORMAT, "version": _VERSION, "sha256": digest(content)}
+               **({"rules": asdict(rules)} if rules else {}), "vocab": vocab}
+    head = {"format": _FORMAT, "version": 2 if rules else 1, "sha256": digest(content)}
     write_text(path, json.dumps(head | content, indent=0) + "\n")
 
 # %% ../nbs/03_bpe.ipynb #a92577fd
-def _load(path: _Path) -> _Parts:
+def _load(kind: type[BPETokenizer], path: _Path) -> BPETokenizer:
     try:
         content = read_json(path)
         if content.pop("format", None) != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT!r}")
-        if (version := content.pop("version", None)) != _VERSION:
-            raise ValueError(f"it has version {version!r}, this library reads {_VERSION}")
+        if (version := content.pop("version", None)) not in (1, 2):
+            raise ValueError(f"it has version {version!r}, this library reads 1 and 2")
         if content.pop("sha256", None) != digest(content):
             raise ValueError("its checksum does not match: the file is damaged")
         vocab = {token.encode("latin-1"): i for token, i in content["vocab"].items()}
-        return vocab, content["pattern"], content["special_tokens"]
+        rules = Rules(**revived(Rules, content["rules"])) if version == 2 else None
+        return _made(kind, (vocab, content["pattern"], content["special_tokens"]), rules)
     except (ValueError, KeyError) as e:
         raise ValueError(f"{os.fspath(path)} is not a saved BPETokenizer: {e}") from e
 
@@ -704,7 +750,7 @@ def _join_vocabulary(
     letters = {c: b for b, c in byte_alphabet().items()}
     vocab = {_unspell(token, letters): i
              for token, i in written.items() if token not in special}
-    made = list(dict.fromkeys(_unspell(a + b, letters) for a, b in merges))
+    made = [token for token, _ in groupby(_unspell(a + b, letters) for a, b in merges)]
     expected = [token for token, _ in _by_id(vocab) if len(token) > 1]
     if made != expected:
         raise ValueError(
@@ -714,7 +760,12 @@ def _join_vocabulary(
 
 # %% ../nbs/03_bpe.ipynb #f7bb8348
 def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
-    alphabet = byte_alphabet()
+    _check_readable(tokenizer.pattern)
+    rules, alphabet = getattr(tokenizer, "rules", Rules()), byte_alphabet()
+    vocab = {_spell(token, alphabet): i for token, i in _by_id(tokenizer.vocab)}
+    for name in vocab.keys() & tokenizer.special_tokens.keys():
+        raise ValueError(f"the special token {name!r} is spelled like a token of the "
+                         "vocabulary: in a tokenizer.json they would be one")
     split = {"type": "Split", "behavior": "Isolated", "invert": False,
              "pattern": {"Regex": compile_pattern(tokenizer.pattern).pattern}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False,
@@ -723,58 +774,224 @@ def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
         "type": "BPE", "dropout": None, "unk_token": None,
         "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-        "vocab": {_spell(token, alphabet): i for token, i in _by_id(tokenizer.vocab)},
+        "vocab": vocab | tokenizer.special_tokens,
         "merges": [[_spell(a, alphabet), _spell(b, alphabet)] for a, b in tokenizer.merges],
     }
+    added = hf_added_tokens(tokenizer.special_tokens)
     return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-        "added_tokens": hf_added_tokens(tokenizer.special_tokens),
+        "version": "1.0", "truncation": None, "padding": None,
+        "normalizer": {"type": "NFC"} if rules.nfc else None,
+        "added_tokens": [token | rules.of(token["content"]) for token in added],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None, "decoder": byte_level, "model": model,
     }
 
+# %% ../nbs/03_bpe.ipynb #740cf1e6
+@dataclass(frozen=True)
+class Rules:
+    "What a `tokenizer.json` may ask for besides merges."
+    nfc: bool = False                    # text is brought into Unicode's normal form C first
+    lstrip: tuple[str, ...] = ()         # special tokens that take the white space before them,
+    rstrip: tuple[str, ...] = ()         # or after them,
+    single_word: tuple[str, ...] = ()    # or count only with no letter on either side
+
+    def of(self, name: str) -> dict[str, bool]:
+        "The flags of one special token."
+        return {flag: name in getattr(self, flag) for flag in _FLAGS}
+
+_FLAGS = ("lstrip", "rstrip", "single_word")
+_SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\s*"), regex.compile(r"\s*")
+_WORD = regex.compile(r"\w")
+
+# %% ../nbs/03_bpe.ipynb #5d1c0a7f
+class RuledTokenizer(BPETokenizer):
+    "A `BPETokenizer` that follows the `Rules` of a `tokenizer.json`."
+    def __init__(self, vocab: Mapping[bytes, int], pattern: str,
+                 special_tokens: Mapping[str, int], rules: Rules):
+        super().__init__(vocab, pattern, special_tokens)
+        self.rules = rules
+
+    def _state(self) -> tuple[Any, ...]: return *super()._state(), self.rules
+
+    def _normal(self, text: str) -> str:
+        return unicodedata.normalize("NFC", _checked(text)) if self.rules.nfc else text
+
+    def _ordinary(self, text: str) -> list[int]: return super()._ordinary(self._normal(text))
+
+    def _found(self, text: str, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+        "Special tokens with the white space that is theirs: name, start and stop of each."
+        special, end = _any_of(names), 0
+        for match in special.finditer(text) if special else ():
+            name, (start, stop) = match.group(), match.span()
+            around = text[max(0, start - 1):start], text[stop:stop + 1]
+            flags = self.rules.of(name)
+            if flags["single_word"] and any(map(_WORD.match, around)): continue
+            if flags["lstrip"]: start = _SPACE_BEFORE.match(text, end, start).start()
+            if flags["rstrip"]: stop = _SPACE_AFTER.match(text, stop).end()
+            yield name, start, stop
+            end = stop
+
+    def encode(self, text: str, allowed_special: Iterable[str] | str = ()) -> list[int]:
+        "The ids of a text. Raises ValueError at a lone surrogate."
+        ids, end = [], 0
+        for name, start, stop in self._found(_checked(text), self._allowed(allowed_special)):
+            ids += [*self._ordinary(text[end:start]), self._special[name]]
+            end = stop
+        return ids + self._ordinary(text[end:])
+
+    def encode_iterable(
+        self, texts: Iterable[str], allowed_special: Iterable[str] | str = (),
+    ) -> Iterator[int]:
+        "The ids of one text that arrives in parts; all of it is kept until the end."
+        yield from self.encode("".join(texts), allowed_special)
+
+    def encode_batch(
+        self, texts: Iterable[str], allowed_special: Iterable[str] | str = (),
+        threads: int | None = None,
+    ) -> list[list[int]]:
+        "The ids of many texts, as `encode` gives for each."
+        names, texts = self._allowed(allowed_special), several(texts)
+        if names: return [self.encode(text, names) for text in texts]
+        return super().encode_batch(map(self._normal, texts), (), threads)
+
+    def encode_file(
+        self, path: _Path, allowed_special: Iterable[str] | str = (),
+        threads: int | None = None,
+    ) -> Iterator[list[int]]:
+        "The ids of a file, which is read whole."
+        yield self.encode("".join(_read(Path(path))), allowed_special)
+
+    def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
+        "ValueError: `tiktoken` has no such rules."
+        raise ValueError(f"tiktoken has no place for {self.rules}")
+
+# %% ../nbs/03_bpe.ipynb #e55d8c33
+
+def _made(kind: type[BPETokenizer], parts: _Parts, rules: Rules | None) -> BPETokenizer:
+    "A tokenizer from its parts, with rules if there are any."
+    return RuledTokenizer(*parts, rules) if rules else kind(*parts)
+
 # %% ../nbs/03_bpe.ipynb #38809692
-def _from_hf(path: Path) -> _Parts:
+_NO, _ANY = (None, False, ""), ...
+_HARMLESS: dict[str, dict[str, Any]] = {       # field → the values that we follow
+    "file": {"version": ("1.0", None), "truncation": _NO, "padding": _NO,
+             "decoder": _ANY, **dict.fromkeys(("added_tokens", "normalizer", "model",
+                                               "pre_tokenizer", "post_processor"), _ANY)},
+    "model": {"type": ("BPE",), "dropout": _NO, "continuing_subword_prefix": _NO,
+              "end_of_word_suffix": _NO, "byte_fallback": _NO,
+              **dict.fromkeys(("unk_token", "fuse_unk", "ignore_merges", "vocab", "merges"),
+                              _ANY)},              # every byte is known; see `_check_merges`
+    "added token": dict.fromkeys(("id", "content", "special", "normalized", *_FLAGS), _ANY),
+    "split": {"type": ("Split",), "pattern": _ANY, "behavior": ("Isolated",), "invert": _NO},
+    "byte level": {"type": ("ByteLevel",), "add_prefix_space": _NO, "trim_offsets": _ANY,
+                   "use_regex": _ANY},
+}
+
+def _check_part(name: str, part: Mapping[str, Any]) -> None:
+    "ValueError that names the first field which would change ids."
+    for field, value in part.items():
+        known = _HARMLESS[name].get(field, ())
+        if known is not _ANY and value not in known:
+            raise ValueError(f"its {name} has {field}={value!r:.60}, "
+                             "which BPETokenizer does not do")
+
+# %% ../nbs/03_bpe.ipynb #c5f74449
+def _from_hf(kind: type[BPETokenizer], path: Path) -> BPETokenizer:
     try:
         file = read_json(path)
-        model = file["model"]
-        added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
-        _check_model(model)
-        if normalizer := file.get("normalizer"):
-            raise ValueError("it changes the text before encoding (normalizer "
-                             f"{normalizer.get('type')}), which BPETokenizer does not do")
+        model, added = file["model"], file.get("added_tokens") or []
+        _check_part("file", file); _check_part("model", model)
+        for token in added: _check_part("added token", token)
+        special = _added_ids(added, model["vocab"])
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        vocab, _ = _join_vocabulary(model["vocab"], merges, added)
-        return vocab, _hf_pattern(file.get("pre_tokenizer") or {}), added
+        both = special.keys() & ({a + b for a, b in merges} | {*byte_alphabet().values()})
+        if both: raise ValueError(f"its added token {min(both)!r} is one of its merges, too")
+        vocab, _ = _join_vocabulary(model["vocab"], merges, special)
+        _check_merges(vocab, merges)
+        _check_processor(file.get("post_processor"))
+        pattern = _hf_pattern(file.get("pre_tokenizer") or {})
+        return _made(kind, (vocab, pattern, special), _rules(file.get("normalizer"), added))
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is not a tokenizer.json of byte-level BPE: {e!r}") from e
     except ValueError as e: raise ValueError(f"cannot read {path}: {e}") from e
 
-def _check_model(model: Mapping[str, Any]) -> None:
-    if model["type"] != "BPE": raise ValueError(f"its model is {model['type']}, not BPE")
-    for part in "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback":
-        if model.get(part):
-            raise ValueError(f"its model has {part}={model[part]!r}, "
+def _check_merges(vocab: Mapping[bytes, int], merges: Sequence[Sequence[str]]) -> None:
+    "ValueError unless merging any two neighbors is what the list says."
+    alphabet, pairs = byte_alphabet(), {tuple(pair) for pair in merges}
+    for a, b in BPETokenizer(vocab).merges:
+        if (_spell(a, alphabet), _spell(b, alphabet)) not in pairs:
+            raise ValueError(f"its merges never make {a + b!r}, whose parts are merged to "
+                             f"{a!r} and {b!r} before")
+
+def _added_ids(added: Sequence[Mapping[str, Any]], vocab: Mapping[str, int]) -> dict[str, int]:
+    "Special tokens: name → id. ValueError for an id that `tokenizers` would not give."
+    found: dict[str, int] = {}
+    for token in added:
+        name = token["content"]
+        found[name] = vocab.get(name, len(vocab) + len(found.keys() - vocab.keys()))
+        if token["id"] != found[name]:
+            raise ValueError(f"its added token {name!r} has the id {token['id']}, by the "
+                             f"order of the file it is {found[name]}")
+    return found
+
+# %% ../nbs/03_bpe.ipynb #cf191704
+def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    "A part of the pipeline as a list; a sequence of one step is that step."
+    if not part: return []
+    return part[key] if part.get("type") == "Sequence" else [part]
+
+def _rules(
+    normalizer: Mapping[str, Any] | None, added: Sequence[Mapping[str, Any]],
+) -> Rules | None:
+    "The rules that a file asks for, if any."
+    kinds = [step.get("type") for step in _steps(normalizer, "normalizers")]
+    if kinds not in ([], ["NFC"]):
+        raise ValueError(f"it changes the text before encoding (normalizer {kinds}), "
+                         "which BPETokenizer does not do")
+    normalized = {bool(token.get("normalized")) for token in added}
+    if len(normalized) > 1 or (kinds and True in normalized):
+        raise ValueError("some of its added tokens are found after others (normalized), "
+                         "which BPETokenizer does not do")
+    flags = {flag: tuple(t["content"] for t in added if t.get(flag)) for flag in _FLAGS}
+    rules = Rules(bool(kinds), **flags)
+    spaced = [t["content"] for t in added if t["content"] != t["content"].strip()]
+    if spaced and (rules.lstrip or rules.rstrip):
+        raise ValueError(f"its added token {spaced[0]!r} has white space at an end, "
+                         "which another one takes away (lstrip, rstrip)")
+    return None if rules == Rules() else rules
+
+def _check_processor(part: Mapping[str, Any] | None) -> None:
+    "ValueError for a step after the merges that adds tokens."
+    for step in _steps(part, "processors"):
+        kind, only = step.get("type"), step.get("single") or []
+        nothing = kind == "ByteLevel" or (
+            kind == "TemplateProcessing" and [list(piece) for piece in only] == [["Sequence"]])
+        if not nothing:
+            raise ValueError(f"it adds tokens to a text (post_processor {kind}), "
                              "which BPETokenizer does not do")
 
 # %% ../nbs/03_bpe.ipynb #966632c5
 def _hf_pattern(pre: Mapping[str, Any]) -> str:
     "The pattern of a byte-level pre-tokenizer."
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    steps = _steps(pre, "pretokenizers")
     kinds = [step.get("type") for step in steps]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
         raise ValueError(f"its pre-tokenizer is {kinds}, expected ByteLevel, "
                          "perhaps after one Split")
-    if steps[-1].get("add_prefix_space"):
-        raise ValueError("it puts a space before the text (add_prefix_space), "
-                         "which BPETokenizer does not do")
-    if len(steps) == 1: return GPT2_PATTERN
-    split, byte_level = steps
-    isolated = split["behavior"] == "Isolated" and not split.get("invert")
-    if not isolated or "Regex" not in split["pattern"] or byte_level.get("use_regex"):
+    _check_part("byte level", steps[-1])
+    built_in = steps[-1].get("use_regex", True)
+    if len(steps) == 1: return GPT2_PATTERN if built_in else r"[\s\S]+"
+    _check_part("split", steps[0])
+    if "Regex" not in steps[0]["pattern"] or built_in:
         raise ValueError("its pre-tokenizer splits in a way other than 'Isolated' "
                          "by one regular expression")
-    return split["pattern"]["Regex"]
+    return _covering(steps[0]["pattern"]["Regex"])
+
+def _covering(pattern: str) -> str:
+    "The pattern with what lies between its matches as matches, too."
+    _check_readable(pattern)
+    if pattern in (GPT2_PATTERN, GPT4_PATTERN) or pattern.endswith(_GAPS): return pattern
+    return f"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+{_GAPS}"
 
 # %% ../nbs/03_bpe.ipynb #edc55b67
 EMBEDDED: tuple[str, ...] = ("storyland",)    # models that come with the library
@@ -783,7 +1000,9 @@ def model_folder(source: _Path) -> Path:
     "The folder of a model: one in `EMBEDDED` by its name, any other by its path."
     if source in EMBEDDED:
         return Path(str(resources.files("llm_from_scratch"))) / "models" / source
-    if (folder := Path(source)).is_dir(): return folder
+    if (folder := Path(source)).is_dir():
+        finish_replacing(folder)
+        return folder
     raise FileNotFoundError(f"there is no model {os.fspath(source)!r}: expected a folder, "
                             f"or one of {', '.join(EMBEDDED)}")
 
@@ -797,6 +1016,7 @@ def load_tokenizer(source: _Path) -> Tokenizer:
     """
     path, known = Path(source), source in EMBEDDED
     if known or path.is_dir(): path = model_folder(source) / "tokenizer.json"
+    else: finish_replacing(path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer {os.fspath(source)!r}: expected a "
                                 f"file, a folder with tokenizer.json, or {', '.join(EMBEDDED)}")

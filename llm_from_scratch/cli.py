@@ -9,9 +9,10 @@ from contextlib import redirect_stderr
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from importlib import import_module
 from itertools import dropwhile, takewhile
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+from .files import json_text
 
 if TYPE_CHECKING:                 # what a subcommand needs is imported when it is called
     from tyro.conf import Positional
@@ -354,7 +355,7 @@ def _train_tokenizer(
     elif vocab_size: raise Misuse("characters are as many as the text has: no --vocab-size")
     else: made = CharTokenizer.train(texts, special)
     made.save(out)
-    if json: _say(dumps({"path": str(out), "kind": kind, "vocab_size": made.vocab_size}))
+    if json: _say(json_text({"path": str(out), "kind": kind, "vocab_size": made.vocab_size}))
     else: _say(f"{out}: {made.vocab_size:,} tokens of kind {kind}, learned from {corpus}")
 
 # %% ../nbs/command.ipynb #e75b0f3d
@@ -389,7 +390,7 @@ def _encode(
     table = load_tokenizer(tokenizer)
     for line in _lines(text):
         ids = table.encode(line)
-        _say(dumps(ids) if json else " ".join(map(str, ids)))
+        _say(json_text(ids) if json else " ".join(map(str, ids)))
 
 @_command("tokenizer decode")
 def _decode(
@@ -408,7 +409,7 @@ def _decode(
     table = load_tokenizer(tokenizer)
     for line in _lines(ids):
         text = table.decode(_ids(line))
-        _say(dumps(text) if json else text)
+        _say(json_text(text) if json else text)
 
 def _ids(line: str) -> list[int]:
     "The numbers of a line, with spaces or as a JSON list."
@@ -438,18 +439,65 @@ def _data(
       llmfs data --corpus shakespeare --tokenizer chars.json --out shakespeare"""
     from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.data import SPLITS, TokenFile
+    from llm_from_scratch.files import replacing_together
     table: Any = load_tokenizer(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
     heard, found = _heard() if corpus == "-" else None, {}
-    for split in SPLITS:
-        texts = _documents(corpus, split, n, size, share=True, heard=heard)
-        with TokenFile.from_texts(out / f"{split}.tok", texts, table, END) as file:
-            found[split] = {"path": str(out / f"{split}.tok"), "documents": len(file),
-                            "tokens": len(file.ids)}
-    table.save(out / "tokenizer.json")
-    if json: return _say(dumps({"tokenizer": str(out / "tokenizer.json"), **found}))
+    with replacing_together(out) as beside:
+        for split in SPLITS:
+            texts = _documents(corpus, split, n, size, share=True, heard=heard)
+            with TokenFile.from_texts(beside / f"{split}.tok", texts, table, END) as file:
+                found[split] = {"path": str(out / f"{split}.tok"), "documents": len(file),
+                                "tokens": len(file.ids)}
+        table.save(beside / "tokenizer.json")
+    if json: return _say(json_text({"tokenizer": str(out / "tokenizer.json"), **found}))
     for facts in found.values():
         _say(f"{facts['path']}: {facts['tokens']:,} tokens in {facts['documents']:,} documents")
+
+# %% ../nbs/command.ipynb #a872a7a9
+_HOLDS = "{} holds a {}: {}--overwrite begins anew, another --out keeps it"
+_GOES_ON = "--resume goes on with it, "
+_LIVES = {              # state -> why not train, --resume; None: it may
+    "empty": (None, "there is no run to resume in {}"),
+    "begun": (None, "nothing to resume: the run in {} ended before its first "
+                    "checkpoint; without --resume, it begins anew"),
+    "interrupted": (_HOLDS.format("{}", "run", _GOES_ON), None),
+    "finished": (_HOLDS.format("{}", "finished run", _GOES_ON), None),
+    "model": (_HOLDS.format("{}", "model", ""), "there is no run to resume in {}: "
+              "it holds a model, and no checkpoint"),
+    "running": ("{} is in use by another process", "{} is in use by another process"),
+}
+
+def _life(out: Path) -> str:
+    "Where a folder is in its life: a name in `_LIVES`."
+    from llm_from_scratch.files import is_occupied
+    if is_occupied(out): return "running"
+    is_run = (out / "run.json").is_file()
+    if any(out.glob("step-" + "[0-9]" * 8)):
+        return "finished" if is_run and _ended(out) in _FINISHED else "interrupted"
+    if (out / "model.safetensors").is_file(): return "model"
+    return "begun" if is_run else "empty"
+
+_FINISHED = "steps", "tokens", "seconds", "patience"
+
+def _ended(out: Path) -> str | None:
+    "Why the run in a folder ended; None if it has not. Earlier versions did not say."
+    known = "seconds" if (out / "model.safetensors").is_file() else None
+    return _json_file(out / "run.json").get("ended", known)
+
+def _check_life(out: Path, resume: bool, overwrite: bool) -> None:
+    "FileExistsError or FileNotFoundError for what may not be done to a folder now."
+    if resume and overwrite: raise Misuse("--resume and --overwrite exclude each other")
+    state = _life(out)
+    refusal = _LIVES[state][resume]
+    if refusal is None or (overwrite and state != "running"): return
+    raise (FileNotFoundError if resume else FileExistsError)(refusal.format(out))
+
+def _clear(out: Path) -> None:
+    "Remove what a run has written, and nothing else."
+    import shutil
+    for name in ("run.json", "log.jsonl", "config.json", "model.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    for path in out.glob("*step-*"): shutil.rmtree(path)
 
 # %% ../nbs/command.ipynb #c9f9c593
 def _peek(words: Sequence[str], flag: str, default: str) -> str:
@@ -492,7 +540,8 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     from llm_from_scratch.files import revived
     from llm_from_scratch.gpt import GPTConfig
     from llm_from_scratch.training import TrainConfig, renamed
-    path = Path(_peek(words, "--out", "run")) / "run.json"
+    out = Path(_peek(words, "--out", "run"))
+    path = out / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
     saved = _json_file(path)
@@ -501,7 +550,17 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     settings = revived(TrainConfig, renamed(saved["settings"]))
     settings |= _settings(_peek(words, "--config", ""))
     shape = GPTConfig.from_dict(saved["shape"])
-    return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}
+    given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
+    return {"shape": vars(shape), "settings": settings,
+            "data": given or _data_of(out, saved["data"])}
+
+def _data_of(out: Path, saved: str) -> Path:
+    "Where the data of a run are; its `run.json` says so as seen from its folder."
+    found = out.resolve() / saved, Path(saved)       # earlier versions: from anywhere
+    for path in found:
+        if (path / "train.tok").is_file(): return Path(os.path.relpath(path))
+    raise FileNotFoundError(f"the data of {out} are not in {found[0]}: "
+                            "--data says where they are now")
 
 # %% ../nbs/command.ipynb #e2bcdc07
 @_command("train", _run_defaults)
@@ -512,7 +571,9 @@ def _train(
     data: Path = Path("data"),        # folder that `llmfs data` has made
     out: Path = Path("run"),          # folder of the run: checkpoints, log, and the model
     resume: bool = False,             # go on where the run in --out was interrupted
+    step: int | None = None,          # resume from the checkpoint of this step
     skip_damaged: bool = False,       # resume from the newest checkpoint that is whole
+    overwrite: bool = False,          # begin anew where --out holds a run or a model
     preset: str = "tiny",             # shape to start from: nano, tiny, small, gpt2, …, or a
                                       #   config.json; the shape flags change it
     config: Path | None = None,       # JSON file of settings; flags change it
@@ -529,27 +590,33 @@ def _train(
       llmfs train --seconds 120 --optimizer muon --batch-size 8 --lr 0.01
       llmfs train --data data --out run --steps 2000 --schedule wsd
       llmfs train --out run --resume"""
+    from contextlib import nullcontext
     from llm_from_scratch.distributed import join_processes
-    from llm_from_scratch.training import checkpoints
-    if not resume and checkpoints(out):
-        raise FileExistsError(f"{out} holds a run already: --resume goes on with it, "
-                              "another --out begins a new one")
+    from llm_from_scratch.files import alone_in
+    if step is not None and not resume: raise Misuse("--step goes with --resume")
     with join_processes(device) as world:
+        if world.is_main: _check_life(out, resume, overwrite)
         trainer, table = _trainer(settings, shape, data, out, world)
-        if resume: trainer.resume(skip_damaged=skip_damaged)
-        if world.is_main: _note(_outlook(trainer))
-        result = trainer.fit(progress=sys.stderr.isatty())
-        if not world.is_main: return 0
-        _save_model(trainer, result, table, out)
+        with alone_in(out) if world.is_main else nullcontext():
+            if world.is_main: _check_life(out, resume, overwrite)
+            if resume: _resume(trainer, step, skip_damaged)
+            if world.is_main:
+                if overwrite: _clear(out)
+                _write_run(trainer, data, None)
+                table.save(out / "tokenizer.json")
+                _note(_outlook(trainer))
+            result = trainer.fit(progress=sys.stderr.isatty())
+            if not world.is_main: return 0
+            _save_model(trainer, result, table)
+            _write_run(trainer, data, result.reason)
     return _report(result, out, json)
 
 # %% ../nbs/command.ipynb #eb623a16
 def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tuple[Any, Any]:
     "The trainer of a run, and the tokenizer of its data."
-    from dataclasses import asdict, replace
+    from dataclasses import replace
     from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.data import TokenFile
-    from llm_from_scratch.files import write_text
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import seed_all
     from llm_from_scratch.training import Trainer, loader_for
@@ -564,11 +631,25 @@ def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tu
     generator = seed_all(settings.seed)
     trainer = Trainer(GPT(shape, generator=generator), settings, loaders["train"],
                       loaders.get("validation"), out, world=world)
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        run = {"data": str(data), "shape": asdict(shape), "settings": asdict(settings)}
-        write_text(out / "run.json", dumps(run, indent=1))
     return trainer, table
+
+def _resume(trainer: Any, step: int | None, skip_damaged: bool) -> None:
+    "Go on where the run was interrupted; what may be asked for instead, as flags."
+    from llm_from_scratch.training import DamagedCheckpoint
+    try: trainer.resume(step=step, skip_damaged=skip_damaged)
+    except DamagedCheckpoint as e:
+        raise ValueError(re.sub(r"resume\(step=(\d+)\)", r"--step \1", str(e))) from e
+
+def _write_run(trainer: Any, data: Path, ended: str | None) -> None:
+    "What `--resume` needs to know, and why the run ended; None while it goes on."
+    from dataclasses import asdict
+    from llm_from_scratch.files import write_text
+    out = trainer.folder
+    try: seen = os.path.relpath(data.resolve(), out.resolve())
+    except ValueError: seen = str(data.resolve())        # on another drive of Windows
+    run = {"data": Path(seen).as_posix(), "shape": asdict(trainer.model.config),
+           "settings": asdict(trainer.config), "ended": ended}
+    write_text(out / "run.json", json_text(run, indent=1))
 
 def _outlook(trainer: Any) -> str:
     "What the run will need, before it starts."
@@ -582,29 +663,112 @@ def _outlook(trainer: Any) -> str:
     return f"{text}, {left:,.0f} s to go"
 
 # %% ../nbs/command.ipynb #feaa6128
-def _save_model(trainer: Any, result: Any, table: Any, out: Path) -> None:
-    "The best model of a run, and its tokenizer, where `generate` finds them."
-    from llm_from_scratch.training import load_checkpoint
-    if result.best and result.best[1] != result.step:
-        best = out / f"step-{result.best[1]:08d}"
-        if best.is_dir(): trainer.model.load_state_dict(load_checkpoint(best).tensors["model"])
-    trainer.model.save_pretrained(out)
-    table.save(out / "tokenizer.json")
+def _save_model(trainer: Any, result: Any, table: Any) -> None:
+    "The best model of a run, or its last good one, where `generate` finds it."
+    from llm_from_scratch.training import checkpoints, load_checkpoint
+    best = result.best and trainer.folder / f"step-{result.best[1]:08d}"
+    found = [path for path in (*checkpoints(trainer.folder), best) if path and path.is_dir()]
+    if not found: return
+    if found[-1].name != f"step-{result.step:08d}":
+        trainer.model.load_state_dict(load_checkpoint(found[-1]).tensors["model"])
+    trainer.model.save_pretrained(trainer.folder, table)
 
 def _report(result: Any, out: Path, json: bool) -> int:
     "Say how a run ended; its exit status."
     best = {} if not result.best else {"validation": result.best[0], "best": result.best[1]}
-    if json: _say(dumps({"reason": result.reason, "message": result.message, **best,
+    if json: _say(json_text({"reason": result.reason, "message": result.message, **best,
                          "steps": result.step, "tokens": result.tokens, "model": str(out)}))
-    elif result.reason in ("steps", "tokens", "seconds", "patience"):
+    elif result.reason in _FINISHED:
         said = f"; {best['validation']:.4f} nats per token, step {best['best']}" if best else ""
         _say(f"{result.message}{said}; saved in {out}")
     if result.reason == "interrupted":
         _note(f"{result.message}; llmfs train --out {out} --resume goes on")
-        return 143 if "SIGTERM" in result.message else 130
-    if result.reason in ("steps", "tokens", "seconds", "patience"): return 0
+        return 128 + _signal(result.message)
+    if result.reason in _FINISHED: return 0
+    held = "the last good state" if (out / "model.safetensors").is_file() else "no good state"
     raise RuntimeError(f"the run ended early ({result.reason}, see above) at step "
-                       f"{result.step}; {out} holds the last good state")
+                       f"{result.step}; {out} holds {held}")
+
+def _signal(message: str) -> int:
+    "The number of the signal that a message names; without one, of Ctrl-C."
+    import signal
+    found = re.search(r"SIG[A-Z]+", message)
+    return int(getattr(signal, found[0] if found else "SIGINT"))
+
+# %% ../nbs/command.ipynb #514c7256
+@_command("runs")
+def _runs(
+    folder: Positional[Path] = Path(),   # where to look: here, and two folders deep
+    *,
+    json: bool = False,                  # print the result as JSON, a run a line
+) -> None:
+    """List runs: how far each is, and what to type next.
+
+    Examples:
+      llmfs runs
+      llmfs runs trials/"""
+    found = [path.parent for depth in ("", "*/", "*/*/")
+             for path in sorted(folder.glob(f"{depth}run.json"))]
+    if not found and not json: return _note(f"there is no run in {folder}")
+    for facts in map(_run_facts, found):
+        if json: _say(json_text(facts))
+        else: _say("  ".join([f"{facts['run']:16}", f"{facts['state']:11}",
+                              f"step {facts['step']:<8,}", f"{_loss(facts):36}",
+                              facts["next"]]).rstrip())
+
+def _run_facts(out: Path) -> dict[str, Any]:
+    "What `runs` tells of a run."
+    from llm_from_scratch.training import read_log
+    records, state = read_log(out / "log.jsonl"), _life(out)
+    def last(name: str) -> Any:
+        return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
+    return {"run": str(out), "state": state, "step": last("step") or 0,
+            "loss": last("loss"), "validation": last("validation"),
+            "next": _NEXT[state].format(out)}
+
+_NEXT = {"interrupted": "llmfs train --out {} --resume", "begun": "llmfs train --out {} …",
+         "finished": "llmfs generate --model {}", "running": "tail -f {}/log.jsonl"}
+
+def _loss(facts: Mapping[str, Any]) -> str:
+    known = (f"{name} {facts[name]:.4f}" for name in ("loss", "validation")
+             if facts[name] is not None)
+    return ", ".join(known)
+
+# %% ../nbs/command.ipynb #28f52c6e
+def _opened(model: str, device: str | None) -> tuple[Any, Any]:
+    "A model and its tokenizer, by name, by folder or by checkpoint."
+    from llm_from_scratch.bpe import EMBEDDED, load_tokenizer
+    from llm_from_scratch.gpt import GPT
+    from llm_from_scratch.tensors import best_device
+    device = device or best_device()
+    found = None if model in EMBEDDED else _checkpoint_of(Path(model))
+    if found is not None: return _from_checkpoint(found, device)
+    return GPT.from_pretrained(model, device=device), load_tokenizer(model)
+
+def _checkpoint_of(path: Path) -> Any:
+    "The checkpoint that a path means, or the newest of a run that has not ended; else None."
+    from llm_from_scratch.training import checkpoints, load_checkpoint, newest_checkpoint
+    if re.fullmatch(r"step-\d{8}", path.name): return load_checkpoint(path)
+    if not (path / "run.json").is_file() or _ended(path) is not None: return None
+    found = newest_checkpoint(checkpoints(path), skip_damaged=True)
+    if found is None: raise FileNotFoundError(f"the run in {path} has no checkpoint yet")
+    _note(f"the run in {path} has not ended: this is its {found.path.name}")
+    return found
+
+def _from_checkpoint(found: Any, device: Any) -> tuple[Any, Any]:
+    "The model in a checkpoint, and the tokenizer of its run."
+    from llm_from_scratch.bpe import load_tokenizer
+    from llm_from_scratch.data import fingerprint
+    from llm_from_scratch.gpt import GPT, GPTConfig
+    about, home = found.state.get("about", {}), found.path.parent
+    if not about.get("model"): raise ValueError(f"{found.path} does not hold a GPT")
+    table, mark = load_tokenizer(home), about["data"].get("tokenizer")
+    if mark not in (None, fingerprint(table)):
+        raise ValueError(f"{home / 'tokenizer.json'} is not the tokenizer of this run: its "
+                         f"fingerprint is {fingerprint(table)[:8]}, expected {mark[:8]}")
+    made = GPT(GPTConfig.from_dict(about["model"]))
+    made.load_state_dict(found.tensors["model"])
+    return made.to(device).eval(), table
 
 # %% ../nbs/command.ipynb #bd476506
 @_command("generate")
@@ -612,7 +776,8 @@ def _generate(
     sampler: Sampler,
     *,
     model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made
+                                      #   `llmfs train` or `save_pretrained` has made, or
+                                      #   one of a run's checkpoints
     prompt: str | None = None,        # how the text begins; without it, standard input
     max_new_tokens: int = 300,        # write at most so many
     seed: int = 0,                    # another seed, another text
@@ -629,13 +794,9 @@ def _generate(
       llmfs generate --model storyland --prompt "Once upon a time" --seed 5
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
-    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.constraints import Constraint
     from llm_from_scratch.generation import stream
-    from llm_from_scratch.gpt import GPT
-    from llm_from_scratch.tensors import best_device
-    made = GPT.from_pretrained(model, device=device or best_device())
-    table = load_tokenizer(model)
+    made, table = _opened(model, device)
     begun = (_heard().rstrip("\r\n") if prompt is None else prompt)
     end = table.special_tokens.get(END)
     if end is None and not begun:
@@ -644,7 +805,7 @@ def _generate(
     options = {"constraint": Constraint(pattern, table)} if pattern else {}
     pieces = stream(made, table, begun, max_new_tokens, sampler, seed=seed, stop=stop,
                     start=start, end_tokens=start, overflow=overflow, **options)
-    if json: return _say(dumps({"prompt": begun, "text": "".join(pieces), "seed": seed}))
+    if json: return _say(json_text({"prompt": begun, "text": "".join(pieces), "seed": seed}))
     _say(begun, end="")
     for piece in pieces: _say(piece, end="")
     _say()
@@ -654,7 +815,8 @@ def _generate(
 def _eval(
     *,
     model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made
+                                      #   `llmfs train` or `save_pretrained` has made, or
+                                      #   one of a run's checkpoints
     corpus: str = "storyland",        # storyland, pydoc, shakespeare, the-verdict; a text file,
                                       #   a folder of them, or - for standard input
     split: Literal["train", "validation", "test"] = "test",
@@ -672,15 +834,11 @@ def _eval(
     Examples:
       llmfs eval --model storyland
       llmfs eval --model run --corpus my-texts/ --split validation"""
-    from llm_from_scratch.bpe import load_tokenizer
-    from llm_from_scratch.gpt import GPT
-    from llm_from_scratch.tensors import best_device
-    made = GPT.from_pretrained(model, device=device or best_device())
-    table = load_tokenizer(model)
+    made, table = _opened(model, device)
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
     texts = list(_documents(corpus, split, n, size))
     facts = _measured(made, table, texts, size if corpus == "storyland" else None)
-    if json: return _say(dumps(facts))
+    if json: return _say(json_text(facts))
     for name, unit in (("loss", "nats per token"), ("perplexity", "tokens to choose from"),
                        ("bits_per_byte", ""), ("above_floor", "nats per token")):
         if name not in facts: continue
@@ -726,7 +884,7 @@ def _info(
 
     A report of a mistake in the library should begin with it."""
     facts = _facts()
-    if json: return _say(dumps(facts))
+    if json: return _say(json_text(facts))
     for part, rows in facts.items():
         _say(part)
         for name, value in rows.items(): _say(f"  {name:16} {value}")

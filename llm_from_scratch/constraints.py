@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .generation import Sampler
-from .text import Tokenizer
+from .text import Tokenizer, several
 
 # %% auto #0
 __all__ = ['Constraint']
@@ -285,7 +285,7 @@ class Constraint:
     @classmethod
     def choices(cls, options: Sequence[str], tokenizer: Tokenizer) -> "Constraint":
         "Only one of these texts."
-        if isinstance(options, str): raise TypeError(f"options is a list: [{options!r}]")
+        options = [*several(options, "texts to choose from")]
         if not options: raise ValueError("there is nothing to choose from")
         return cls("|".join(regex.escape(option) for option in options), tokenizer)
 

@@ -25,7 +25,7 @@ from llm_from_scratch.grammar import (
 from llm_from_scratch.storyland import (
     NUMBERS, Facts, Narrator, Story, narrator, read, recall,
 )
-from .text import Tokenizer
+from .text import Tokenizer, several
 
 # %% auto #0
 __all__ = ['perplexity', 'bits_per_byte', 'Evaluation', 'evaluate_text', 'calibration', 'kl_to_world', 'cloze', 'rank_answers',
@@ -220,7 +220,7 @@ def end_id(tokenizer: Tokenizer, end: str) -> int:
 # %% ../nbs/12_evaluation.ipynb #94d69740
 def evaluate_text(
     model: Any, tokenizer: Tokenizer,
-    texts: Sequence[str],                                      # documents
+    texts: Iterable[str],                                      # documents
     end: str = "<|endoftext|>",                                # before and after each of them
     window: int | None = None, stride: int | None = None,      # see `token_losses`
 ) -> Evaluation:
@@ -233,7 +233,7 @@ def evaluate_text(
     >>> round(found.perplexity, 6), found.tokens.tolist()
     (3.0, [3, 2])
     """
-    if isinstance(texts, str): raise TypeError("expected several texts, got one: write [text]")
+    texts = [*several(texts)]
     if not texts: raise ValueError("there is no text to evaluate")
     around = end_id(tokenizer, end)
     documents = [[around, *tokenizer.encode(text), around] for text in texts]
@@ -480,7 +480,7 @@ def cloze(
     """
     known = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     words = {kind: tuple(w for w in known if w[:1] == " " and kind_of(w) == kind)
-             for kind in kinds}
+             for kind in several(kinds, "kinds")}
     asked, at = [], 0
     for word, p in next_words(story.text, tokenizer.pattern, story.size):
         kind = kind_of(word)
@@ -547,6 +547,7 @@ def rank_answers(
     >>> short > long, [round(x, 3) for x in (short, long)]
     (True, [-1.099, -2.197])
     """
+    choices = [*several(choices, "answers")]
     found = log_likelihoods(model, [encode_pair(tokenizer, prompt, c, end) for c in choices])
     sizes = {"answer": [1] * len(found), "token": [x.tokens for x in found],
              "byte": [len(c.encode()) for c in choices]}

@@ -3,11 +3,12 @@
 # %% ../nbs/files.ipynb #02000b27
 from __future__ import annotations
 
-import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, zlib
+import difflib, errno, glob, hashlib, json, os, secrets, shutil, stat, tempfile, time, zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from importlib import resources
 from inspect import Parameter
 from itertools import repeat
 from math import isfinite
@@ -43,15 +44,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with open(path, "wb") as file: shutil.copyfileobj(held, file)
         return
     place = Path(os.path.realpath(path))        # where a link leads
-    beside = place.with_name(f".{place.name[:40]}.{secrets.token_hex(4)}.tmp")
+    _sweep(place.parent, start := f".{place.name[:40]}.")
+    beside = place.with_name(f"{start}{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "x+b") as file:
+            _hold(file.fileno())
             yield file
             file.flush(); os.fsync(file.fileno())
-        if place.exists(): shutil.copymode(place, beside)
-        os.replace(beside, place)
+        _take_place(beside, place)
         sync_folder(place.parent)
+    except OSError as e:                        # of the file that was asked for, not of ours
+        if e.filename and os.fspath(e.filename) == str(beside):
+            e.filename, e.filename2 = os.fspath(path), None
+        raise
     finally: beside.unlink(missing_ok=True)
+
+def _take_place(new: Path, place: Path) -> None:
+    "Rename a file to `place`, with the permissions of what was there."
+    if place.exists(): shutil.copymode(place, new)
+    os.replace(new, place)
 
 # %% ../nbs/files.ipynb #ad15e822
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -64,7 +75,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 def _is_special(path: str | os.PathLike[str]) -> bool:
     "Whether this is a pipe or a device. IsADirectoryError for a folder."
     try: mode = os.stat(path).st_mode
-    except OSError: return False                # nothing there, yet
+    except FileNotFoundError: return False      # nothing there, yet
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     return not stat.S_ISREG(mode)
@@ -80,6 +91,125 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     data = text.encode("utf-8")                 # what cannot be encoded fails before it writes
     with replacing(path) as file: file.write(data)
+
+# %% ../nbs/files.ipynb #cba972e9
+_FRESH = 60                                     # seconds
+
+def _sweep(folder: Path, start: str) -> None:
+    "Remove what processes that died have left: temporary files and folders nobody holds."
+    for path in folder.glob(f"{glob.escape(start)}*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < _FRESH: continue
+            with _held(path) as is_ours:
+                if is_ours and path.is_dir(): shutil.rmtree(path)
+                elif is_ours: path.unlink()
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    "Lock a file or folder until the block ends; whether that was possible."
+    if os.name != "posix":
+        yield False                             # Windows removes no open file anyway
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try: yield _hold(handle)
+    finally: os.close(handle)
+
+def _hold(handle: int) -> bool:
+    "Lock an open file until it is closed; False where another process has, or nobody can."
+    try:
+        import fcntl
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError): return False
+    return True
+
+# %% ../nbs/files.ipynb #77f1356b
+_COMPLETE = ".complete"      # holds new files that are whole, on their way to their places
+
+@contextmanager
+def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder for new files, which take their places in `folder` when the block ends.
+
+    All of them, or none if the block raises. Readers call `finish_replacing` first."""
+    folder, made = Path(folder), not os.path.lexists(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_replacing(folder)
+    _sweep(folder, ".new.")
+    beside = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=folder))
+    try:
+        with _held(beside): yield beside
+        for new in beside.iterdir(): _is_special(folder / new.name)   # no folder in the way
+        sync_folder(beside)
+        os.rename(beside, folder / _COMPLETE)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            if made: folder.rmdir()
+        raise
+    finish_replacing(folder)
+
+def finish_replacing(folder: str | os.PathLike[str]) -> None:
+    "Move the files that `replacing_together` has completed, where it could not finish."
+    complete = Path(folder, _COMPLETE)
+    if not complete.is_dir(): return
+    for new in sorted(complete.iterdir()):
+        with suppress(FileNotFoundError): _move(new, Path(folder, new.name))
+    with suppress(FileNotFoundError): complete.rmdir()     # another process may have been here
+    sync_folder(folder)
+
+def _move(new: Path, path: Path) -> None:
+    "Rename a file; copy it where a link, a pipe or a device is in its place."
+    if not path.is_symlink() and not _is_special(path): return _take_place(new, path)
+    with open(new, "rb") as source, replacing(path) as file: shutil.copyfileobj(source, file)
+    new.unlink()
+
+# %% ../nbs/files.ipynb #5fa804f4
+_HELD: set[tuple[int, str]] = set()             # of processes (a fork is another one), locks
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of a folder until the block ends, or this process does.
+
+    BlockingIOError if another one is in it. Makes the folder if it is missing.
+
+    >>> import tempfile
+    >>> with alone_in(folder := tempfile.mkdtemp()): is_occupied(folder)   # by others
+    False
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if (me := _place(folder)) in _HELD:
+        yield
+        return
+    with open(me[1], "ab") as file:
+        if not any(_take(file) or time.sleep(0.02) for _ in range(5)):
+            raise BlockingIOError(f"{folder} is in use by another process")
+        _HELD.add(me)
+        try: yield
+        finally: _HELD.remove(me)
+
+def is_occupied(folder: str | os.PathLike[str]) -> bool:
+    "Whether another process is in a folder."
+    if (me := _place(folder)) in _HELD: return False
+    try:
+        with open(me[1], "r+b") as file: return not _take(file)   # closed, it is free
+    except OSError: return False                # no lock, or one of another user
+
+def _place(folder: str | os.PathLike[str]) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(Path(folder, ".lock"))
+
+# %% ../nbs/files.ipynb #0c087a19
+def _take(file: BinaryIO) -> bool:
+    "Whether the lock of an open file is ours now; it ends when the file is closed."
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
 
 # %% ../nbs/files.ipynb #49a00def
 def checksum(
@@ -144,6 +274,18 @@ def parse_json(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found
+
+# %% ../nbs/files.ipynb #2956484b
+_WRONG_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                  RecursionError)
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    "ValueError that names the file, where the block finds that it is not `what`."
+    try: yield
+    except _WRONG_CONTENT as e:
+        told = e if isinstance(e, ValueError) else repr(e)
+        raise ValueError(f"{os.fspath(path)} is not {what}: {told}") from e
 
 # %% ../nbs/files.ipynb #06d2d045
 @dataclass(frozen=True)
@@ -281,3 +423,31 @@ class Config:
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         "A configuration from the fields that JSON gave."
         return cls(**revived(cls, given))
+
+# %% ../nbs/files.ipynb #30b2b9cd
+def json_text(content: Any, **layout: Any) -> str:
+    """JSON that every reader takes: a number that is not finite becomes `null`.
+
+    >>> json_text({"loss": float("nan"), "steps": (1, 2)})
+    '{"loss": null, "steps": [1, 2]}'
+    """
+    return json.dumps(_finite(content), allow_nan=False, **layout)
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float): return content if isfinite(content) else None
+    if isinstance(content, Mapping): return {k: _finite(v) for k, v in content.items()}
+    if isinstance(content, (list, tuple)): return [*map(_finite, content)]
+    return content
+
+# %% ../nbs/files.ipynb #d7c694a8
+_RESULTS = {"experiments": "nbs/results", "benchmarks": "benchmarks/results"}
+
+def results_folder(kind: str) -> Path:      # "experiments" or "benchmarks"
+    "Where the stored results are: in the installed package, or else in the clone around it."
+    package = Path(str(resources.files("llm_from_scratch")))
+    inside = package / "results" / kind
+    return inside if inside.is_dir() else package.parent / _RESULTS[kind]
+
+def stored_runs(name: str) -> list[dict[str, Any]]:
+    "The runs of an experiment of the book, one for each seed."
+    return read_json(results_folder("experiments") / f"{name}.json")["runs"]

@@ -269,10 +269,19 @@ class Tokenizer(Protocol):
 # %% ../nbs/02_text.ipynb #96c50684
 UNKNOWN = "<unk>"
 
-def _check_table(kind: str, names: Sequence[Any]) -> None:
+def several(given: Iterable[str], what: str = "texts") -> Iterable[str]:
+    "TypeError for one string where several are expected: its characters would pass for them."
+    if isinstance(given, (str, bytes)):
+        raise TypeError(f"expected several {what}, got one string: put it into a list")
+    return given
+
+def _checked(kind: str, names: Iterable[Any]) -> tuple[str, ...]:
+    "Different strings, read once."
+    names = tuple(several(names, f"{kind}s"))
     for name, count in Counter(names).items():
         if not isinstance(name, str): raise TypeError(f"a {kind} is a string, got {name!r}")
         if count > 1: raise ValueError(f"{kind} {name!r} stands in the table {count} times")
+    return names
 
 # %% ../nbs/02_text.ipynb #737e9797
 _T = TypeVar("_T", bound="TableTokenizer")
@@ -280,8 +289,8 @@ _T = TypeVar("_T", bound="TableTokenizer")
 class TableTokenizer:
     "What tokenizers with a table share: pieces by id, then special tokens, one JSON file."
     def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
-        _check_table("piece", pieces)
-        _check_table("special token", special_tokens)
+        pieces = _checked("piece", pieces)
+        special_tokens = _checked("special token", special_tokens)
         self.pieces = (*pieces, *special_tokens)
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._special = {name: i for i, name in enumerate(special_tokens, start=len(pieces))}
@@ -345,11 +354,6 @@ def _read_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     return found["state"]
 
 # %% ../nbs/02_text.ipynb #4ba61897
-def _several(texts: Iterable[str]) -> Iterable[str]:
-    if isinstance(texts, str):
-        raise TypeError("expected several texts, got one string: write [text]")
-    return texts
-
 def _first_missing(pieces: Iterable[str], table: Mapping[str, int]) -> tuple[int, str]:
     return next((at, piece) for at, piece in enumerate(pieces) if piece not in table)
 
@@ -363,7 +367,7 @@ class CharTokenizer(TableTokenizer):
     """
     def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
         super().__init__(pieces, special_tokens)
-        for piece in pieces:
+        for piece in self._ids:
             if len(piece) != 1:
                 raise ValueError(f"an alphabet consists of single characters, got {piece!r}")
 
@@ -374,7 +378,7 @@ class CharTokenizer(TableTokenizer):
         special_tokens: Sequence[str] = (),     # if `<unk>` is one, it stands for the unseen
     ) -> CharTokenizer:
         "Collect the alphabet of `texts`, in the order of Unicode."
-        alphabet = set().union(*map(set, _several(texts)))
+        alphabet = set().union(*map(set, several(texts)))
         if not alphabet:
             raise ValueError("cannot collect an alphabet: the texts hold no character")
         return cls(sorted(alphabet), special_tokens)
@@ -416,8 +420,8 @@ def frequent_words(
     pattern: str = WORD_PATTERN, lowercase: bool = False,
 ) -> list[str]:
     "The words of `texts`, the most frequent first; equally frequent ones in Unicode's order."
-    if lowercase: texts = map(str.lower, _several(texts))
-    counts = Counter(word for text in _several(texts) for word in split_words(text, pattern))
+    texts = map(str.lower, several(texts)) if lowercase else several(texts)
+    counts = Counter(word for text in texts for word in split_words(text, pattern))
     if not counts: raise ValueError("cannot collect words: the texts hold none")
     return sorted(counts, key=lambda word: (-counts[word], word))[:n]
 
@@ -445,6 +449,7 @@ class WordTokenizer(TableTokenizer):
         pattern: str = WORD_PATTERN, lowercase: bool = False,
     ) -> WordTokenizer:
         "Make a table of the `frequent_words` of `texts`."
+        special_tokens = tuple(several(special_tokens, "special tokens"))
         if vocab_size is not None and vocab_size <= len(special_tokens):
             raise ValueError(f"vocab_size={vocab_size} leaves no room beside "
                              f"{len(special_tokens)} special tokens")
@@ -544,6 +549,10 @@ def tokenizer_file(path: str | os.PathLike[str]) -> Path:
 # %% ../nbs/02_text.ipynb #06d6c7c8
 def _to_hf(words: SpacedWordTokenizer) -> dict[str, Any]:
     table = {piece: i for i, piece in enumerate(words.pieces)}
+    if len(table) < words.vocab_size:
+        both = [name for name in words.special_tokens if name in words.pieces[:table[name]]]
+        raise ValueError(f"the special token {both[0]!r} is spelled like a word: "
+                         "in a tokenizer.json they would be one")
     split = {"type": "Split", "pattern": {"Regex": words.pattern}, "behavior": "Isolated",
              "invert": False}
     return {

@@ -1,5 +1,5 @@
 """Chapter 3 beyond its own cells: peers on fuzzed Unicode, the real GPT-2, streams cut anywhere, and files that break."""
-import itertools, json, os, pickle, random, subprocess, sys, time
+import itertools, json, os, pickle, random, re, subprocess, sys, time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from shapes import unchecked
 import llm_from_scratch.bpe as bpe
 from llm_from_scratch.bpe import (GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, compile_pattern, count_pretokens,
                                   learn_merges, load_tokenizer, merge_bytes, model_folder)
+from llm_from_scratch.data import fingerprint
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, pydoc_corpus
 
 INPUTS = []
@@ -136,7 +137,7 @@ def test_gpt2_goes_to_hf_and_back_its_merges_recovered_from_ids_alone(gpt2, shar
 
 
 def test_hf_and_back(own, tmp_path):
-    for tokenizer in own, trained(r'\w+|\s'):
+    for tokenizer in own, trained(r'\p{L}+|\s'):
         tokenizer.to_hf(tmp_path)
         back = BPETokenizer.from_hf(tmp_path)
         assert (back.vocab, back.special_tokens) == (tokenizer.vocab, tokenizer.special_tokens)
@@ -159,16 +160,117 @@ def test_from_hf_reads_what_tokenizers_trained(tmp_path):
     (lambda f: f['model'].update(byte_fallback=True), 'byte_fallback'),
     (lambda f: f['model']['merges'].reverse(), 'order of merges'),
     (lambda f: f['model'].pop('vocab'), 'vocab'),
-    (lambda f: f.update(normalizer={'type': 'NFC'}), 'NFC'),
+    (lambda f: f.update(normalizer={'type': 'NFKC'}), 'NFKC'),
     (lambda f: f.update(pre_tokenizer={'type': 'Whitespace'}), 'Whitespace'),
     (lambda f: f['pre_tokenizer']['pretokenizers'][1].update(add_prefix_space=True), 'add_prefix_space'),
-    (lambda f: f['pre_tokenizer']['pretokenizers'][0].update(behavior='Removed'), 'Isolated'),
+    (lambda f: f['pre_tokenizer']['pretokenizers'][0].update(behavior='Removed'), 'behavior'),
 ])
 def test_from_hf_names_what_it_cannot_do(hf_file, tmp_path, change, names):
     file = json.loads(hf_file.read_text(encoding='utf-8'))
     change(file)
     (tmp_path/'tokenizer.json').write_text(json.dumps(file), encoding='utf-8')
     with pytest.raises(ValueError, match=names): BPETokenizer.from_hf(tmp_path)
+
+
+def flags(**given): return {**dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized'), False), 'special': True, **given}
+
+
+def spelled(token): return ''.join(bpe.byte_alphabet()[b] for b in token)
+
+
+@st.composite
+def pipelines(draw):
+    "The content of a tokenizer.json: random merges, in an order of their own, and random values of every field that changes ids."
+    tokens, merges = [bytes([b]) for b in range(256)], []
+    parts = [b'a', b'b', b'c', b' ', b'\xc3', b'\xa9']
+    for _ in range(draw(st.integers(0, 6))):
+        a, b = draw(st.sampled_from(parts)), draw(st.sampled_from(parts))
+        if a + b in parts and draw(st.booleans()): continue
+        merges.append([spelled(a), spelled(b)])
+        if a + b not in tokens: tokens.append(a + b); parts.append(a + b)
+    vocab = {spelled(token): i for i, token in enumerate(tokens)}
+    names = draw(st.lists(st.sampled_from(['<e>', '<e>x', '<s>', 'é<', 'a<', '  ']), unique=True, max_size=3))
+    some, byte_level = st.fixed_dictionaries({f: st.booleans() for f in ('lstrip', 'rstrip', 'single_word')}), {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
+    added = [{'id': len(vocab) + i, 'content': name, **flags(**draw(some))} for i, name in enumerate(names)]
+    pattern = draw(st.sampled_from(['', GPT2_PATTERN, GPT4_PATTERN, r'\p{L}+', r' ?[ab]+|c']))
+    pre = {**byte_level, 'use_regex': draw(st.booleans())} if not pattern else {'type': 'Sequence', 'pretokenizers': [
+        {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}, {**byte_level, 'use_regex': False}]}
+    nothing = {'type': 'TemplateProcessing', 'single': [{'Sequence': {'id': 'A', 'type_id': 0}}], 'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}], 'special_tokens': {}}
+    return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'pre_tokenizer': pre, 'decoder': byte_level | {'use_regex': True},
+            'normalizer': draw(st.sampled_from([None, {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': []}, {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}])),
+            'post_processor': draw(st.sampled_from([None, byte_level | {'use_regex': True}, nothing])),
+            'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None, 'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
+                      'ignore_merges': draw(st.booleans()), 'vocab': vocab, 'merges': merges}}
+
+
+marked = st.lists(st.sampled_from(['a', 'b', 'c', 'ab', 'é', 'e\u0301', '<e>', '<e>x', '<s>', ' ', '  ', '\n', '.', '<', 'x', '_', '²']), max_size=12).map(''.join)
+
+
+@settings(max_examples=80)
+@given(content=pipelines(), texts=st.lists(marked, min_size=1, max_size=5))
+def test_a_foreign_file_gives_the_same_ids_or_is_refused(tmp_path_factory, content, texts):
+    path = tmp_path_factory.mktemp('hf')/'tokenizer.json'
+    path.write_text(json.dumps(content), encoding='utf-8')
+    peer = tokenizers.Tokenizer.from_file(str(path))
+    try: ours = BPETokenizer.from_hf(path)
+    except ValueError as e:
+        assert re.search('merges|white space at an end', str(e)), e
+        return
+    expected = [peer.encode(text).ids for text in texts]
+    assert [ours.encode(text, 'all') for text in texts] == expected == ours.encode_batch(texts, 'all') == [list(ours.encode_iterable(text, 'all')) for text in texts]
+    assert ours.encode_batch(texts) == [ours.encode(text) for text in texts]
+    ours.save(path.with_name('saved.json')); ours.to_hf(path)
+    for again in BPETokenizer.load(path.with_name('saved.json')), BPETokenizer.from_hf(path), tokenizers.Tokenizer.from_file(str(path)):
+        if isinstance(again, BPETokenizer): assert [again.encode(text, 'all') for text in texts] == expected and fingerprint(again) == fingerprint(again)
+        else: assert [again.encode(text).ids for text in texts] == expected
+
+
+def example(change=lambda file: None, tokens=(), merges=(), added=()):
+    vocab = {spelled(bytes([b])): b for b in range(256)} | {spelled(token): 256 + i for i, token in enumerate(tokens)}
+    file = {'version': '1.0', 'added_tokens': list(added), 'normalizer': None, 'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}, 'post_processor': None,
+            'decoder': None, 'model': {'type': 'BPE', 'ignore_merges': False, 'vocab': vocab, 'merges': [[spelled(a), spelled(b)] for a, b in merges]}}
+    change(file)
+    return file
+
+
+BOS = {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': '<s>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]}
+
+
+@pytest.mark.parametrize('file, names', [
+    (example(tokens=[b'ab', b'bc', b'abc'], merges=[(b'a', b'b'), (b'b', b'c'), (b'a', b'bc')]), "never make b'abc'"),
+    (example(tokens=[b'abc'], merges=[]), 'ids and merges disagree'),
+    (example(lambda f: f.update(post_processor=BOS)), 'post_processor TemplateProcessing'),
+    (example(lambda f: f.update(post_processor={'type': 'Sequence', 'processors': [BOS]})), 'post_processor TemplateProcessing'),
+    (example(lambda f: f.update(truncation={'max_length': 3})), 'truncation'), (example(lambda f: f.update(padding={'strategy': 'BatchLongest'})), 'padding'),
+    (example(lambda f: f.update(version='2.0')), "version='2.0'"), (example(lambda f: f.update(news=1)), 'news=1'), (example(lambda f: f['model'].update(news=1)), 'news=1'),
+    (example(lambda f: f.update(normalizer={'type': 'Sequence', 'normalizers': [{'type': 'NFC'}, {'type': 'Lowercase'}]})), 'Lowercase'),
+    (example(lambda f: f.update(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [{'type': 'Digits'}, {'type': 'ByteLevel'}]})), 'Digits'),
+    (example(lambda f: f.update(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [{'type': 'Split', 'pattern': {'Regex': r'\h+'}, 'behavior': 'Isolated'}, {'type': 'ByteLevel', 'use_regex': False}]})), 'something else'),
+    (example(added=[{'id': 256, 'content': '<a>', **flags(normalized=True)}, {'id': 257, 'content': '<b>', **flags()}]), 'normalized'),
+    (example(lambda f: f.update(normalizer={'type': 'NFC'}), added=[{'id': 256, 'content': '<a>', **flags(normalized=True)}]), 'normalized'),
+    (example(added=[{'id': 300, 'content': '<a>', **flags()}]), "'<a>' has the id 300, by the order of the file it is 256"),
+    (example(added=[{'id': 124, 'content': '|', **flags()}]), "'|' is one of its merges"),
+])
+def test_what_would_change_ids_is_refused_by_name(tmp_path, file, names):
+    (tmp_path/'tokenizer.json').write_text(json.dumps(file), encoding='utf-8')
+    with pytest.raises(ValueError, match=re.escape(names)): BPETokenizer.from_hf(tmp_path)
+
+
+@settings(max_examples=30)
+@given(corpus=spicy, names=st.lists(st.sampled_from(['<|a|>', '<|a|>x', 'b', '|', ' ', 'é', '<', 'x|']), unique=True, max_size=3), ids=st.permutations(range(290, 293)), texts=st.lists(spicy, max_size=4))
+def test_an_export_gives_the_same_ids_or_is_refused(tmp_path_factory, corpus, names, ids, texts):
+    "Special tokens of any spelling, with any ids."
+    ours = BPETokenizer(BPETokenizer.train(corpus, 270).vocab, special_tokens=dict(zip(names, ids)))
+    texts = [*texts, *(''.join(order) for order in itertools.permutations(['<|a|>', 'x', '|', ' b']))]
+    path = tmp_path_factory.mktemp('export')/'tokenizer.json'
+    prefixes = any(b.startswith(a) for a, b in itertools.permutations(names, 2))
+    if prefixes: pytest.raises(ValueError, ours.to_tiktoken)
+    else: assert [ours.to_tiktoken().encode(text, allowed_special='all') for text in texts] == [ours.encode(text, 'all') for text in texts]
+    if set(names) & {spelled(token) for token in ours.vocab}:
+        with pytest.raises(ValueError, match='is spelled like a token'): ours.to_hf(path)
+        return
+    ours.to_hf(path)
+    assert [e.ids for e in tokenizers.Tokenizer.from_file(str(path)).encode_batch(texts)] == [ours.encode(text, 'all') for text in texts]
 
 
 def test_from_hf_reads_the_file_that_those_were_made_of(own, hf_file): assert BPETokenizer.from_hf(hf_file.parent).vocab == own.vocab
@@ -294,7 +396,7 @@ def test_own_patterns_lose_nothing_and_agree(pattern):
     tokenizer = trained(pattern, 400)
     for text in [*SENTENCES, 'abc 12345\n']:
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and ids == tokenizer._fast.encode_ordinary(text) == list(tokenizer.encode_iterable(text))
+        assert tokenizer.decode(ids) == text and ids == tokenizer.encode_batch([text])[0] == list(tokenizer.encode_iterable(text))
 
 
 @settings(max_examples=120)
@@ -390,6 +492,38 @@ def test_work_grows_with_the_length_of_a_piece(n):
 @given(texts=st.lists(texts, max_size=5), allowed=st.sampled_from([(), ('<|end|>',), 'all']))
 def test_batches_are_single_texts(own, texts, allowed):
     assert own.encode_batch(texts, allowed) == [own.encode(text, allowed) for text in texts]
+
+
+@pytest.mark.parametrize('pattern', [r'\X', r'\h+', r'\w+', r'(?:low){e<=1}', r'(?V1)[\w--\d]+', r'x{2}+', r'low$', r'(?|low|er)', r'(?i:ss)'])
+def test_what_other_engines_read_otherwise_is_encoded_here_and_not_exported(pattern, tmp_path):
+    ours = BPETokenizer.train(['low lower e\u0301 xxxxx a--b ab'] * 9, 290, pattern=pattern)
+    for text in 'low e\u0301\u0302 xxxxx', 'a--b  lowe\n', ' 12 ½low': assert ours.encode_batch([text]) == [ours.encode(text)]
+    with pytest.raises(ValueError, match='may mean something else'): ours.to_tiktoken()
+    with pytest.raises(ValueError, match='may mean something else'): ours.to_hf(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_white_space_than_tiktoken_can_look_over(tmp_path):
+    own, text = small(), 'low' + ' ' * 1_050_000 + 'low'
+    with unchecked():
+        expected = own.encode(text)
+        (tmp_path/'text.txt').write_bytes(text.encode())
+        assert own.encode_batch([text, 'low']) == [expected, own.encode('low')] and sum(own.encode_file(tmp_path/'text.txt'), []) == expected
+
+
+def test_what_can_be_read_once_is_read_once(own):
+    texts = ['a<|end|>', 'low', '<|end|>!']
+    with unchecked():
+        for allowed in (), ['<|end|>'], 'all':
+            again = (lambda: iter(allowed)) if isinstance(allowed, list) else (lambda: allowed)
+            expected = [own.encode(text, allowed) for text in texts]
+            assert own.encode_batch(iter(texts), again()) == expected == [own.encode(text, again()) for text in texts]
+            assert list(own.encode_iterable(iter(texts), again())) == own.encode(''.join(texts), allowed)
+        assert BPETokenizer.train(iter(texts), 260, iter(['<|end|>'])) == BPETokenizer.train(texts, 260, ['<|end|>'])
+        assert count_pretokens(texts * 2, special_tokens=iter(['<|end|>'])) == count_pretokens(texts * 2, special_tokens=['<|end|>'])
+        for call in (lambda: own.encode_batch('ab'), lambda: own.encode_batch([1]), lambda: own.encode_batch([b'a']), lambda: own.encode_batch(['a'], '<|end|>'),
+                     lambda: BPETokenizer.train('ab', 260, '<e>'), lambda: count_pretokens('ab', special_tokens='<e>')):
+            with pytest.raises(TypeError, match='expected|allowed_special'): call()
 
 
 def test_the_longest_special_token_wins(own):

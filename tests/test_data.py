@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from shapes import unchecked
 
 from llm_from_scratch import data
 from llm_from_scratch.data import (IGNORE, SOURCES, SPLITS, BatchLoader, BatchPlan, DownloadError, Source, TokenFile, TokenWriter, as_ids, check_ids, check_windows,
@@ -287,6 +288,8 @@ def test_the_tokenizer_must_be_the_one(tmp_path):
     one, other = CharTokenizer.train(['abc'], special_tokens=['<|endoftext|>']), CharTokenizer.train(['abd'], special_tokens=['<|endoftext|>'])
     file = TokenFile.from_texts(tmp_path/'x.tok', ['ab', 'ca'], one)
     assert [ids.tolist() for ids in file] == [[0, 1, 3], [2, 0, 3]]
+    with unchecked(), pytest.raises(TypeError, match='got one string'): TokenFile.from_texts(tmp_path/'new.tok', 'abc', one)
+    assert not (tmp_path/'new.tok').exists()
     TokenFile.open(tmp_path/'x.tok', tokenizer=one)
     for use in TokenFile.open, lambda *a: TokenFile.extend(*a).__enter__():
         with pytest.raises(ValueError, match='x.tok was made by another tokenizer'): use(tmp_path/'x.tok', other)
@@ -498,7 +501,7 @@ def test_batches_against_torch_dataloader(tmp_path):
 
 @pytest.mark.parametrize('options, words', [
     (dict(vocab_size=299), "x.tok has ids up to 299, the model's vocabulary ends at 298"),
-    (dict(context_length=300), 'a window of 300 tokens and its last target need 301 tokens; the data has 300'),
+    (dict(context_length=300), 'a window of 300 tokens and its last target need 301 tokens; x.tok has 300'),
     (dict(context_length=0), 'context_length is 0'), (dict(batch_size=0), 'batch of 0 rows'),
     (dict(rank=2, world_size=2), 'rank 2 is out of range: 2 ranks are numbered 0 to 1'), (dict(rank=-1), 'rank -1 is out of range'),
     (dict(world_size=0), 'world_size is 0'), (dict(world_size=5), 'a batch of 4 rows cannot be shared by 5 ranks')])

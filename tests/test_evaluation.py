@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from shapes import unchecked
 from torch import nn
 
 from llm_from_scratch.bpe import BPETokenizer
@@ -164,7 +165,10 @@ def test_evaluate_text(model):
         low, high = found.interval(unit)
         assert low <= getattr(found, unit) <= high
     with pytest.raises(ValueError, match="unknown unit 'bits'"): found.interval('bits')
-    with pytest.raises(TypeError, match='write'): evaluate_text(model, letters, 'abc')
+    with unchecked(): read_once = evaluate_text(model, letters, (text for text in texts))
+    assert read_once.n_bytes.tolist() == found.n_bytes.tolist() and read_once.nats.tolist() == found.nats.tolist()
+    for call in (lambda: evaluate_text(model, letters, 'abc'), lambda: rank_answers(model, letters, 'a', 'bc', end=END), lambda: cloze(next(stories(1)), letters, 'names')):
+        with unchecked(), pytest.raises(TypeError, match='got one string'): call()
     with pytest.raises(ValueError, match='no text'): evaluate_text(model, letters, [])
     with pytest.raises(ValueError, match="no special token '<eos>'; it has"): evaluate_text(model, letters, ['a'], end='<eos>')
 

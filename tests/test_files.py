@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shapes import unchecked
 
-from llm_from_scratch.bpe import BPETokenizer
+from llm_from_scratch import files
+from llm_from_scratch.bpe import BPETokenizer, load_tokenizer, model_folder
 from llm_from_scratch.data import TokenFile
-from llm_from_scratch.files import (BelowOne, Config, NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, PositiveShare, check_checksum, check_fields, checked, checksum, digest,
-                                    file_checksum, parse_json, read_json, replacing, revived, write_text)
+from llm_from_scratch.files import (BelowOne, Config, NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, PositiveShare, alone_in, check_checksum, check_fields, checked, checksum,
+                                    digest, file_checksum, finish_replacing, is_occupied, json_text, parse_json, read_json, reading, replacing, replacing_together, revived, write_text)
 from llm_from_scratch.generation import Sampler
 from llm_from_scratch.gpt import GPTConfig
 from llm_from_scratch.positions import RopeScaling
@@ -143,6 +144,145 @@ def test_long_names_and_missing_folders(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
+# Locks ------------------------------------------------------------------------------------------------------------
+
+def in_another_process(folder, wish='pass'):
+    code = f'import os; from llm_from_scratch.files import alone_in\nwith alone_in({str(folder)!r}): print("in", flush=True); {wish}'
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_another_process_is_kept_out_until_we_leave(tmp_path):
+    with alone_in(tmp_path/'run'), alone_in(tmp_path/'run'):
+        done = in_another_process(tmp_path/'run')
+        assert done.stdout == '' and done.stderr.endswith(f"BlockingIOError: {tmp_path/'run'} is in use by another process\n")
+        assert not is_occupied(tmp_path/'run')                     # by others
+    assert in_another_process(tmp_path/'run').stdout == 'in\n'
+
+
+def test_a_lock_dies_with_its_process_and_the_file_it_leaves_means_nothing(tmp_path):
+    assert in_another_process(tmp_path, 'os._exit(9)').returncode == 9 and (tmp_path/'.lock').exists()
+    assert not is_occupied(tmp_path) and not is_occupied(tmp_path/'none')
+    with open(tmp_path/'.lock', 'ab') as other:                    # as another process would have it
+        assert files._take(other) and is_occupied(tmp_path)
+    with alone_in(tmp_path): pass
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path): raise ZeroDivisionError
+    with alone_in(tmp_path): pass
+
+
+@posix
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    import errno, fcntl
+    def unknown(*_): raise OSError(errno.ENOLCK, 'no locks available')
+    monkeypatch.setattr(fcntl, 'flock', unknown)
+    with alone_in(tmp_path): assert in_another_process(tmp_path).stdout == 'in\n' and not is_occupied(tmp_path)
+@posix
+def test_a_hard_link_is_a_backup_that_stays(tmp_path):
+    (tmp_path/'a').write_text('old'); os.link(tmp_path/'a', tmp_path/'backup')
+    write_text(tmp_path/'a', 'new')
+    assert ((tmp_path/'a').read_text(), (tmp_path/'backup').read_text()) == ('new', 'old')
+
+
+@posix
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path/'file').write_text('x'); (tmp_path/'loop').symlink_to('loop'); (tmp_path/'link').symlink_to('no/where')
+    for name in 'none/x', 'file/x', 'loop', 'link', 'x' * 300:
+        with pytest.raises(OSError) as raised: write_text(tmp_path/name, 'new')
+        assert (raised.value.filename, raised.value.filename2) == (str(tmp_path/name), None)
+    assert (tmp_path/'loop').is_symlink() and sorted(os.listdir(tmp_path)) == ['file', 'link', 'loop']
+
+
+@posix
+def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    def old(path):
+        os.utime(path, (0, 0))
+        return path
+    left = [old(tmp_path/'.x.txt.00000001.tmp') for _ in [(tmp_path/'.x.txt.00000001.tmp').touch()]]
+    (folder := tmp_path/'.new.00000002.tmp').mkdir(); (folder/'half').touch(); old(folder)
+    (other := tmp_path/'.y.00000003.tmp').touch(); old(other)
+    with replacing(tmp_path/'x.txt') as file, replacing_together(tmp_path) as beside:
+        (beside/'z').touch()
+        mine = old(next(p for p in tmp_path.glob('.x.txt.*.tmp')))
+        old(beside)
+        for n in 1, 2:
+            write_text(tmp_path/'x.txt', str(n))
+            with replacing_together(tmp_path) as more: (more/'w').touch()
+        assert mine.exists() and beside.exists() and not left[0].exists() and not folder.exists() and other.exists()
+        file.write(b'last')
+    assert (tmp_path/'x.txt').read_text() == 'last' and sorted(os.listdir(tmp_path)) == ['.y.00000003.tmp', 'w', 'x.txt', 'z']
+
+
+# Several files together -------------------------------------------------------------------------------------------
+
+def write_both(folder, word):
+    with replacing_together(folder) as beside:
+        for name in 'ab': write_text(beside/name, word)
+
+
+def test_several_files_take_their_places_together_or_not_at_all(tmp_path):
+    folder = tmp_path/'deep'/'pair'
+    with pytest.raises(ZeroDivisionError), replacing_together(folder): raise ZeroDivisionError
+    assert not folder.exists()
+    write_both(folder, 'old'); (folder/'mine').write_text('kept')
+    with pytest.raises(ZeroDivisionError), replacing_together(folder) as beside:
+        write_text(beside/'a', 'new'); raise ZeroDivisionError
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {'a': 'old', 'b': 'old', 'mine': 'kept'}
+    write_both(folder, 'new')
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {'a': 'new', 'b': 'new', 'mine': 'kept'}
+    (folder/'a').unlink(); (folder/'a').mkdir()
+    with pytest.raises(IsADirectoryError): write_both(folder, 'third')
+    assert (folder/'b').read_text() == 'new' and sorted(os.listdir(folder)) == ['a', 'b', 'mine']
+
+
+@posix
+def test_files_of_a_folder_keep_links_pipes_and_permissions(tmp_path):
+    write_both(tmp_path, 'old')
+    (tmp_path/'a').rename(tmp_path/'there'); (tmp_path/'a').symlink_to('there'); (tmp_path/'b').chmod(0o600)
+    write_both(tmp_path, 'new')
+    assert (tmp_path/'a').is_symlink() and (tmp_path/'there').read_text() == 'new' == (tmp_path/'b').read_text() and mode(tmp_path/'b') == 0o600
+    assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'there']
+
+
+def killed_at(step, do):
+    "Run `do` in a child that dies, with nothing cleaned up, at its call number `step` of the system; whether it lived to the end."
+    child = os.fork()
+    if child: return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    count = iter(range(1000))
+    def dying(call):
+        def called(*a, **k):
+            if next(count) == step: os._exit(9)
+            return call(*a, **k)
+        return called
+    for name in 'open', 'mkdir', 'rename', 'replace', 'unlink', 'rmdir', 'fsync': setattr(os, name, dying(getattr(os, name)))
+    try: do(); os._exit(0)
+    finally: os._exit(1)
+
+
+@posix
+def test_a_kill_between_any_two_steps_leaves_all_old_or_all_new(tmp_path):
+    seen, lived, step = set(), False, 0
+    while not lived:
+        write_both(tmp_path, 'old')
+        lived = killed_at(step, lambda: write_both(tmp_path, 'new'))
+        finish_replacing(tmp_path)
+        seen.add(words := tuple((tmp_path/name).read_text() for name in 'ab'))
+        assert words in {('old', 'old'), ('new', 'new')} and not (tmp_path/'.complete').exists(), step
+        step += 1
+    assert len(seen) == 2 and step > 12
+
+
+@posix
+def test_readers_finish_what_a_kill_interrupted(tmp_path):
+    "A token file, a tokenizer and the folder of a model: whichever is opened first."
+    for reader in (lambda: TokenFile.open(tmp_path/'x.tok').close(), lambda: load_tokenizer(tmp_path/'tokenizer.json'), lambda: model_folder(tmp_path)):
+        with replacing_together(tmp_path) as beside:
+            token_file(beside/'x.tok'); BPETokenizer.train('low lower', 258).save(beside/'tokenizer.json')
+        os.mkdir(tmp_path/'.complete')
+        write_text(tmp_path/'.complete'/'note', 'new')
+        reader()
+        assert (tmp_path/'note').read_text() == 'new' and not (tmp_path/'.complete').exists()
+        (tmp_path/'note').unlink()
+
+
 # Checksums --------------------------------------------------------------------------------------------------------
 
 def test_the_published_check_value():
@@ -203,6 +343,21 @@ def test_unknown_fields_are_refused_wherever_they_are_given():
     with pytest.raises(ValueError, match="has no part 'b': expected one of xyz"): check_fields(['xyz'], ['b'], 'no part')
     with pytest.raises(ValueError, match='expected a JSON object, got int'): revived(Outer, 3)
     check_fields([f.name for f in fields(Outer)], ['size', 'inner'])
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"size": {}}', '{"size": [], "rates": 3}', '{"other": 1}', '{"size": 1e999}', '[' * 100_000])
+def test_wrong_content_is_told_with_the_name_of_the_file(tmp_path, text):
+    (tmp_path/'x.json').write_text(text)
+    with pytest.raises(ValueError, match='x.json is not a size: '), reading(tmp_path/'x.json', 'a size'):
+        int(read_json(tmp_path/'x.json')['size'] + 0)
+    with pytest.raises(FileNotFoundError), reading('x', 'a size'): open(tmp_path/'none')
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
+def test_json_is_json(content):
+    def strict(word): raise ValueError(word)
+    read = json.loads(json_text(content), parse_constant=strict)
+    assert read == json.loads(json.dumps(content), parse_constant=lambda word: None)
 
 
 @pytest.mark.parametrize('value, hint, kept', [

@@ -466,6 +466,11 @@ def test_a_stop_string_across_tokens_ends_a_row_and_its_stream():
     options = dict(stop=['ef', 'j'], tokenizer=letters)
     assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, **options)] == ['bcdef', 'hij', 'ef']
     assert ''.join(stream(counts, letters, 'a', 9, stop=['ef', 'j'])) == 'bcd'
+    with unchecked():
+        assert [letters.decode(row) for row in generate(counts, [[0], [6], [3]], 9, stop=iter(['ef', 'j']), tokenizer=letters)] == ['bcdef', 'hij', 'ef']   # read once, for every row
+        assert ''.join(stream(counts, letters, 'a', 9, stop=iter(['ef', 'j']))) == 'bcd'
+        for call in (lambda: generate(counts, [[0]], 9, stop='ef', tokenizer=letters), lambda: stream(counts, letters, 'a', 9, stop='ef')):
+            with pytest.raises(TypeError, match='got one string'): call()
     assert ''.join(stream(counts, letters, 'abc', 9, stop=['cd', 'abc'])) == '' and generate(counts, [[2]], 9, stop=['cd', 'c'], tokenizer=letters) == [[3]]
 
 
@@ -517,3 +522,13 @@ def test_any_object_with_the_five_methods_can_constrain():
     rows = generate(opinionated(), RAGGED, 20, constraint=Rising())
     assert all(row == sorted(set(row)) for row in rows) and len({*map(tuple, rows)}) == 4
     assert [generate(opinionated(), [p], 20, seed=[s], constraint=Rising())[0] for p, s in zip(RAGGED, row_seeds(0, 4))] == rows
+
+
+def test_what_no_tokenizer_knows_is_never_drawn():
+    "A vocabulary that was padded to a round number: the model gives the padding the highest score."
+    letters = CharTokenizer.train(['abc'])
+    padded = GPT(GPTConfig(64, 8, 8, 1, 1))
+    padded.forward = lambda ids, **_: torch.arange(64.).expand(*ids.shape, 64)
+    assert ''.join(stream(padded, letters, 'a', 4, Sampler(temperature=0))) == 'cccc'
+    assert generate(padded, [[0]], 3, Sampler(temperature=0, banned=(2,)), tokenizer=letters) == [[1, 1, 1]]
+    assert generate(padded, [[0]], 3, Sampler(temperature=0)) == [[63, 63, 63]]          # without a tokenizer, nobody knows

@@ -1,5 +1,6 @@
 "Chapter 9 beyond its chapter: counts, memory, compilation."
-import copy, math, pickle
+import copy, math, os, pickle
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -405,6 +406,23 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
         with unchecked(), pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
 
 
+def test_a_save_that_dies_between_two_files_leaves_the_old_model_or_the_new(tmp_path, monkeypatch):
+    old, new, rename = GPT(GPTConfig(3, 2, 2, 1, 1)), GPT(GPTConfig(3, 2, 4, 1, 1)), os.replace
+    for fatal in range(8):
+        old.save_pretrained(tmp_path)
+        left = [fatal]
+
+        def dying(a, b):
+            left[0] -= 1
+            if left[0] < 0: raise SystemExit
+            rename(a, b)
+        with monkeypatch.context() as m, suppress(SystemExit):
+            for name in 'rename', 'replace': m.setattr(os, name, dying)
+            new.save_pretrained(tmp_path)
+        found = GPT.from_pretrained(tmp_path)
+        assert found.config == (old if fatal < 3 else new).config
+
+
 @pytest.mark.parametrize('change, words', [
     (lambda t: t.pop('norm.bias'), 'model.safetensors lacks: norm.bias'), (lambda t: t.update(more=torch.zeros(1)), 'no place in it .*: more'),
     (lambda t: t.update({'norm.weight': torch.zeros(15)}), r'norm.weight has shape \(15,\), expected \(16,\)')])
@@ -432,7 +450,8 @@ def test_folders_of_earlier_versions_are_read(tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('', ''), ('[]', 'expected a JSON object'), ('{}', ''), ('{"n_layer": 2}', "did you mean 'n_layers'"),
-    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0')])
+    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0'),
+    ('{"vocab_size": 9, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4, "norm_eps": 1' + '0' * 400 + '}', '')])
 def test_configurations_that_are_none(tmp_path, text, words):
     model().save_pretrained(tmp_path)
     (tmp_path/'config.json').write_text(text, encoding='utf-8')
@@ -444,6 +463,22 @@ def test_another_value_in_the_configuration_is_noticed(tmp_path):
     path = tmp_path/'config.json'
     path.write_text(path.read_text(encoding='utf-8').replace('"rope_base": 10000.0', '"rope_base": 20000.0'), encoding='utf-8')
     with pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(tmp_path)
+
+
+def test_a_model_knows_its_tokenizer(tmp_path):
+    "With another tokenizer beside it, every id would mean another word."
+    from llm_from_scratch.bpe import BPETokenizer
+    from llm_from_scratch.text import CharTokenizer
+    for table, other in ((CharTokenizer.train(['abc']), CharTokenizer.train(['abd'])), (BPETokenizer.train('low lower', 258), BPETokenizer.train('new newer', 258))):
+        model().save_pretrained(tmp_path, table)
+        assert load_tokenizer(tmp_path).vocab_size == table.vocab_size
+        GPT.from_pretrained(tmp_path)
+        other.save(tmp_path/'tokenizer.json')
+        with pytest.raises(ValueError, match=r'tokenizer.json is not the tokenizer that this model was saved with: its fingerprint is \w{8}, expected \w{8}'): GPT.from_pretrained(tmp_path)
+    (tmp_path/'tokenizer.json').unlink()
+    GPT.from_pretrained(tmp_path)                                                         # the weights alone
+    other.save(tmp_path/'tokenizer.json'); model().save_pretrained(tmp_path)
+    GPT.from_pretrained(tmp_path)                                                         # saved without one, as earlier versions did
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):

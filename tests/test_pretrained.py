@@ -156,6 +156,8 @@ def test_llama2c_files(tmp_path):
     with pytest.raises(ValueError, match='its header asks for'): read_llama2c(path)
     path.write_bytes(b'short')
     with pytest.raises(ValueError, match='no header'): read_llama2c(path)
+    path.write_bytes(bytes(28))
+    with pytest.raises(ValueError, match=f'{path.name} is not a checkpoint of llama2.c: vocab_size'): read_llama2c(path)
 
 
 # Folders of transformers ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ except ImportError: import sre_parse as sre       # Python 3.10
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
+from shapes import unchecked
 
 from llm_from_scratch.text import (CLEANING_STEPS, RULE, UNKNOWN, WHITESPACE_PATTERN, WORD_PATTERN, CharTokenizer, MinHash, SpacedWordTokenizer, Tokenizer, WordTokenizer, choose_bands, clean,
                                    deduplicate, excerpts, fit_power_law, jaccard, lsh_pairs, near_duplicates, pydoc_corpus, shingles, split_words, stable_hash)
@@ -299,8 +300,16 @@ def test_mistakes_are_named(mistake, message):
 
 
 def test_one_text_is_not_several():
-    for tokenizer in CharTokenizer, WordTokenizer:
-        with pytest.raises(TypeError, match='one string'): tokenizer.train('one text')
+    for kind in CharTokenizer, WordTokenizer, SpacedWordTokenizer:
+        for call in lambda: kind.train('one text'), lambda: kind.train(['a'], special_tokens='<end>'), lambda: kind('ab'), lambda: kind(['a'], '<end>'):
+            with unchecked(), pytest.raises(TypeError, match='one string'): call()
+
+
+def test_what_can_be_read_once_is_read_once():
+    for kind in CharTokenizer, WordTokenizer, SpacedWordTokenizer:
+        with unchecked():
+            assert kind.train(iter(['a b', 'c']), special_tokens=iter(['<unk>'])) == kind.train(['a b', 'c'], special_tokens=['<unk>'])
+            assert kind(iter('ab'), iter(['<unk>'])) == kind(['a', 'b'], ['<unk>'])
 
 
 @given(st.floats(.1, 10), st.floats(-3, 3))

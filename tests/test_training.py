@@ -193,9 +193,9 @@ def steps_of_a_second(monkeypatch):
     matrix_speed(torch.device('cpu'), torch.float32)                     # measured by the real clock, and remembered
     now = [100.0]
     monkeypatch.setattr(training, 'time', SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
-    def begin(folder=None, seconds=4.5):
-        made = make(folder, validation=False, steps=None, seconds=seconds)
-        made.model.register_forward_pre_hook(lambda *_: now.append(now.pop() + 1))
+    def begin(folder=None, seconds=4.5, **settings):
+        made = make(folder, validation=False, **{'steps': None, 'seconds': seconds, **settings})
+        made.model.register_forward_pre_hook(lambda model, _: now.append(now.pop() + model.training))
         return made
     return begin
 
@@ -216,6 +216,27 @@ def test_seconds_count_across_interruptions(tmp_path, steps_of_a_second):
     assert again.resume() == 2 and again.fit().step == 5
     once_more = steps_of_a_second(tmp_path)
     assert once_more.resume() == 5 and once_more.fit().step == 5
+
+
+def test_a_run_is_saved_by_the_clock_unasked(tmp_path, steps_of_a_second):
+    assert TrainConfig(steps=1).save_seconds == 300
+    steps_of_a_second(tmp_path, 10, save_seconds=3, keep=9).fit()
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [3, 6, 9, 10]
+    never = steps_of_a_second(tmp_path/'never', 10, save_seconds=None)
+    never.fit()
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path/'never')] == [10]
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path, steps_of_a_second, monkeypatch):
+    made = steps_of_a_second(tmp_path, 100, save_seconds=3, keep=99)
+    save = training.save_checkpoint
+    def slow(*args):
+        made.model.train()(torch.zeros(1, 1, dtype=torch.long)); made.model.train()          # a second passes
+        return save(*args)
+    monkeypatch.setattr(training, 'save_checkpoint', slow)
+    made.fit()
+    at = [int(p.name[5:]) for p in checkpoints(tmp_path)]
+    assert at[:2] == [3, 5] and {b - a for a, b in zip(at[1:], at[2:-1])} == {19}, at      # what the first took is known at the second
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
@@ -398,7 +419,8 @@ class TestSaveAndLoad:
         torch.save(model.state_dict(), tmp_path/'model.pt')
         safetensors.torch.save_file(model.state_dict(), tmp_path/'model.safetensors')
         (tmp_path/'list').write_bytes((2).to_bytes(8, 'little') + b'[]')
-        for name, words in (('model.pt', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
+        (tmp_path/'words').write_bytes((23).to_bytes(8, 'little') + b'{"__metadata__": [1, 2]}')
+        for name, words in (('model.pt', 'no readable header'), ('words', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
             with pytest.raises(DamagedCheckpoint, match=f'{name} .*{words}'): load(tmp_path/name, model, optimizers)
         with pytest.raises(FileNotFoundError): load(tmp_path/'none', model)
 

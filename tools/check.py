@@ -553,6 +553,18 @@ def stale_pictures(book):
             yield f'{cell.where}: its picture is older than its code or the results it shows; `make execute n={cell.page}` draws it again'
 
 
+@rule
+def anywhere(book):
+    "Every notebook begins with the same hidden cell, which brings the library where it is missing, in the version of the page: a reader opens it in Colab, or alone in an empty folder."
+    from anywhere import ID, first_cell
+    from finish import read_settings
+    wanted = first_cell(read_settings(book.root))
+    for stem, cells in book.pages.items():
+        found = [c for c in cells if c.kind == 'code']
+        if not found or found[0].source != wanted or [c.raw.get('id') for c in found].count(ID) != 1:
+            yield f'{stem}: does not begin with the cell of tools/anywhere.py; `python tools/check.py --mend` writes it'
+
+
 def unclean(book, path):
     "Cells that `nbdev_clean` would change."
     from execnb.nbio import nb2str
@@ -923,7 +935,7 @@ def form_faults(stem, cells):
     promise = plain(cells[0].source).partition('\n')[2].strip() if cells else ''
     if not promise.startswith('After this chapter') or len(re.findall(r'[.!?](?=\s|$)', promise)) != 1:
         yield f'{stem}: cell 0: below the title stands no promise; write one sentence that begins "After this chapter you can"'
-    if not any('pipeline(' in c.body for c in cells[1:6]) and not stem.startswith('00'):
+    if not any('pipeline(' in c.body for c in cells[1:7]) and not stem.startswith('00'):
         yield f'{stem}: its head does not show where it is in the pipeline; add a cell `#| echo: false` with `pipeline("ids")` below the title'
     if not stem.startswith('00') and not re.search(r'^## Going deeper[ \t]*(\{[^}\n]*\})?[ \t]*$', text, re.M): yield f'{stem}: has no section `## Going deeper`; the core path ends there'
     yield from callout_faults(stem, cells, text)
