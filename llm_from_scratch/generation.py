@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import index
 from typing import Annotated, Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
@@ -24,7 +24,7 @@ from llm_from_scratch.files import (
     Config, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Probability, Range,
     plain,
 )
-from .text import Tokenizer
+from .text import Tokenizer, several
 
 # %% auto #0
 __all__ = ['PROCESSORS', 'Sampler', 'SimpleCache', 'generate', 'TextStream', 'stream', 'beam_search']
@@ -479,7 +479,9 @@ def generate_steps(
 
     Raises ValueError, before the first token, for what cannot work."""
     texts, ends = _as_prompts(prompts), as_end_tokens(end_tokens)
+    stop = tuple(several(stop, "stop strings"))
     _check_prompts(texts, max_new_tokens, sampler, ends, stop, tokenizer)
+    if tokenizer is not None: sampler = _without_padding(sampler, model, tokenizer)
     limit = _context_limit(model, context_length)
     _check_room(texts, max_new_tokens, limit, overflow)
     if constraint is not None: constraint = constraint.prepare(sampler, max_new_tokens)
@@ -531,6 +533,12 @@ def _constrain(scores: Tensor, state: int, remaining: int, ends: tuple[int, ...]
     scores[list(ends)] = closing
 
 # %% ../nbs/13_generation.ipynb #ff6ff0bf
+def _without_padding(sampler: Sampler, model: Any, tokenizer: Tokenizer) -> Sampler:
+    "A sampler that draws no id beyond the tokenizer's, where a model's vocabulary is padded."
+    size = getattr(getattr(model, "config", None), "vocab_size", 0)
+    padding = range(tokenizer.vocab_size, size)
+    return replace(sampler, banned=(*sampler.banned, *padding)) if padding else sampler
+
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
                    ends: Sequence[int], stop: Sequence[str],
                    tokenizer: Tokenizer | None) -> None:
@@ -626,9 +634,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
                  prompt: Sequence[int] = ()) -> None:
-        if isinstance(stop, str): raise TypeError(f"stop is a list of strings: [{stop!r}]")
-        if "" in stop: raise ValueError("a stop string cannot be empty")
-        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
+        self.tokenizer, self.stopped = tokenizer, False
+        self.stop = tuple(several(stop, "stop strings"))
+        if "" in self.stop: raise ValueError("a stop string cannot be empty")
         self._ids, self._known = list(prompt), tokenizer.decode(list(prompt))
         begun = _may_stop(self._known, self.stop)
         self._held, self._old = self._known[len(self._known) - begun :], begun
@@ -680,7 +688,8 @@ def stream(
     """
     ids, ends = [*as_ids(start).tolist(), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
     text = TextStream(tokenizer, stop, ids)
-    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends, **options)
+    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends,
+                           tokenizer=tokenizer, **options)
     return _pieces(steps, text, ends)
 
 

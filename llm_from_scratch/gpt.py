@@ -25,10 +25,12 @@ from llm_from_scratch.blocks import (
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .costs import count_parameters, estimate_memory, flops_per_token
+from .data import fingerprint
 from .figures import SVG, count_weights, model_svg, parts_of
 from llm_from_scratch.files import (
     BelowOne, Config, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, PositiveShare,
-    check_fields, checked, checksum, parse_json, replacing, revived,
+    check_fields, checked, checksum, parse_json, reading, replacing, replacing_together,
+    revived,
 )
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
@@ -356,12 +358,17 @@ class GPT(nn.Module):
         "The model as a picture, drawn from its own modules."
         return model_svg(self)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str],
+        tokenizer: Any = None,      # whose ids it reads: is saved with it
+    ) -> None:
         """Write `config.json` and `model.safetensors` into a folder, see @sec-gpt-saved.
 
         Raises ValueError for a model that is no longer what its `config` says."""
         _check_tensors("the model", tensors := self.state_dict(), blueprint(self.config))
-        write_model(Path(folder), self.config.to_json(), tensors)
+        with replacing_together(folder) as beside:
+            if tokenizer is not None: tokenizer.save(beside / "tokenizer.json")
+            write_model(beside, self.config.to_json(), tensors, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -595,15 +602,15 @@ def write_model(
     folder: Path,
     config: str,                            # the text of config.json
     tensors: Mapping[str, Tensor],          # name -> tensor
+    tokenizer: Any = None,                  # whose ids the model reads
 ) -> None:
-    "Both files are written whole before either takes its name."
-    folder.mkdir(parents=True, exist_ok=True)
+    "Both files replace older ones together, or not at all."
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     marks = {"crc32": _model_checksum(config, tensors), "format": "pt"}
-    text, weights = (folder / name for name in _FILES)
-    with replacing(text) as first, replacing(weights) as second:
-        first.write(config.encode())
-        second.write(_as_bytes(tensors, marks))
+    if tokenizer is not None: marks["tokenizer"] = fingerprint(tokenizer)
+    with replacing_together(folder) as beside:
+        for name, data in zip(_FILES, (config.encode(), _as_bytes(tensors, marks))):
+            with replacing(beside / name) as file: file.write(data)
 
 # %% ../nbs/09_gpt.ipynb #2f281076
 def complain(what: str, names: Sequence[str]) -> None:
@@ -624,6 +631,16 @@ def _read_tensors(path: Path, config: str) -> dict[str, Tensor]:
     if mark in (None, found := _model_checksum(config, tensors)): return tensors
     raise ValueError(f"{path} or {_FILES[0]} is damaged, or they were not saved together: "
                      f"their checksum is {found}, expected {mark}")
+
+
+def _check_tokenizer(path: Path, weights: Path) -> None:
+    "ValueError if the tokenizer beside a model is not the one that it was saved with."
+    with safetensors.safe_open(weights, "pt") as file:
+        mark = (file.metadata() or {}).get("tokenizer")
+    if mark is None or not path.is_file(): return
+    if (found := fingerprint(load_tokenizer(path))) != mark:
+        raise ValueError(f"{path} is not the tokenizer that this model was saved with: "
+                         f"its fingerprint is {found[:8]}, expected {mark[:8]}")
 
 
 def _check_tensors(where: Path | str, given: Mapping[str, Tensor], model: GPT) -> None:
@@ -659,12 +676,11 @@ def _read_model(
             raise FileNotFoundError(f"{folder} has no {name}: a model is saved as "
                                     f"{' and '.join(_FILES)}")
     text, weights = (folder / name for name in _FILES)
-    try:
+    with reading(text, "the configuration of a model"):
         written = text.read_text(encoding="utf-8")
         config, renamed = _understood(parse_json(written))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
+    _check_tokenizer(folder / "tokenizer.json", weights)
     with torch.device("meta"): model = kind(config)              # no number is drawn
     try: tensors = renamed(model, tensors)
     except ValueError as e: raise ValueError(f"{weights}: {e}") from e

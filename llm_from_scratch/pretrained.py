@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .bpe import BPETokenizer
-from .files import Config, PositiveInt, write_text
+from .files import (
+    Config, PositiveInt, reading, replacing_together, write_text)
 from .gpt import GPT, PRESETS, GPTConfig, complain, write_model
 from .text import SpacedWordTokenizer, Tokenizer
 
@@ -373,17 +374,17 @@ def save_hf(
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer's vocabulary of {tokenizer.vocab_size} is larger than "
                          f"the model's, {model.config.vocab_size}")
-    kinds, folder = ("bos", "eos", "pad"), Path(folder)
+    kinds = "bos", "eos", "pad"
     config = {**config_to_hf(model.config, model_type), **{f"{k}_token_id": at for k in kinds}}
     tensors = export_weights(model, FAMILIES[model_type].lines)
     about = {"tokenizer_class": "PreTrainedTokenizerFast",
              "clean_up_tokenization_spaces": False,
              "model_max_length": model.config.context_length,
              **{f"{k}_token": end for k in kinds}}
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.to_hf(folder)
-    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
-    write_model(folder, json.dumps(config, indent=1) + "\n", tensors)
+    with replacing_together(folder) as beside:
+        tokenizer.to_hf(beside)
+        write_text(beside / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
+        write_model(beside, json.dumps(config, indent=1) + "\n", tensors, tokenizer)
 
 # %% ../nbs/pretrained.ipynb #70a00002
 TOUR_WEIGHTS: tuple[Weight, ...] = (
@@ -447,8 +448,9 @@ def read_llama2c(
     data = Path(path).read_bytes()
     if len(data) < 28: raise ValueError(f"{path} has {len(data)} bytes, and no header of 28")
     D, F, L, H, K, V, T = np.frombuffer(data, "<i4", 7).tolist()
-    config = replace(PRESETS["llama-260k"], vocab_size=abs(V), context_length=T, d_model=D,
-                     n_layers=L, n_heads=H, n_kv_heads=K, d_ff=F, tie_embeddings=V > 0)
+    with reading(path, "a checkpoint of llama2.c"):
+        config = replace(PRESETS["llama-260k"], vocab_size=abs(V), context_length=T, d_model=D,
+                         n_layers=L, n_heads=H, n_kv_heads=K, d_ff=F, tie_embeddings=V > 0)
     shapes = _llama2c_shapes(config)
     expected = 28 + 4 * sum(math.prod(shape) for _, shape in shapes)
     if len(data) != expected:

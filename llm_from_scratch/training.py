@@ -8,7 +8,7 @@ import shutil, signal, statistics, struct, time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BufferedIOBase
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from .attention import document_mask, document_positions
 from .costs import Trace, flops_per_token, trace_step
-from .data import IGNORE, BatchLoader
-from llm_from_scratch.files import (
+from .data import IGNORE, BatchLoader, TokenFile, mix
+from .files import (
     BelowOne, Config, NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt,
-    Probability, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
-    write_text)
+    Probability, alone_in, check_checksum, checksum, file_checksum, parse_json, replacing,
+    sync_folder, write_text)
 from .gpt import GPTConfig
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
@@ -136,7 +136,8 @@ class TrainConfig(Config):
     eval_every: PositiveInt | None = None  # steps between evaluations; None: only at the end
     eval_batches: PositiveInt = 16      # batches that an evaluation reads
     patience: PositiveInt | None = None # stop after so many evaluations without a new best
-    save_every: PositiveInt | None = None  # steps between checkpoints; None: only at the end
+    save_every: PositiveInt | None = None  # steps between checkpoints; None: by the clock
+    save_seconds: PositiveFloat | None = 300.0  # seconds between checkpoints
     keep: PositiveInt = 3               # newest checkpoints that stay, beside the best
     on_nan: Literal["stop", "skip"] = "stop"      # at a loss or gradient NaN or infinite
     on_spike: Literal["ignore", "skip", "stop"] = "ignore"  # at a loss far above the last ones
@@ -312,7 +313,7 @@ def choose_precision(
 class Precision:
     "The number format of a run: where to cast, and how `float16` scales."
     def __init__(self, name: str, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device, self.asked = torch.device(device), name
         self._choose(name)
 
     def _choose(self, name: str) -> None:
@@ -360,9 +361,10 @@ class Precision:
         return {"name": self.name, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Decide as the run that was saved had decided."
-        if state["name"] != self.name: self._choose(state["name"])
-        if state["scaler"]: self.scaler.load_state_dict(dict(state["scaler"]))
+        "Where `auto` is asked for, decide as the run that was saved had decided."
+        if self.asked == "auto" and state["name"] != self.name: self._choose(state["name"])
+        if state["scaler"] and self.scales:
+            self.scaler.load_state_dict(dict(state["scaler"]))
 
 # %% ../nbs/11_training.ipynb #175c7705
 def missing_compiler(device: torch.device | str) -> str | None:
@@ -832,7 +834,7 @@ class Trainer:
         self.train.step += 1
         loss, passed = self.agreement.share(part, self.train.step, self.ending)
         norm = self.precision.clip(self.model, self.optimizers, self.config.clip)
-        record = {"step": self.step + 1, "loss": loss,
+        record = {"step": self.step + 1, "loss": loss if targets else None,
                   "lr": multiplier * self.config.lr, **norm,
                   "tokens": self.tokens + int(targets)}
         judged = [callback.judge(self, record) for callback in self.callbacks]
@@ -936,7 +938,7 @@ class Trainer:
     ) -> int:                              # steps already made; 0 if none
         "Resume the last checkpoint; a `DamagedCheckpoint` names the one before."
         home = Path(folder or self.folder or ".")
-        checkpoint = _read_newest(_found(home, step), skip_damaged)
+        checkpoint = newest_checkpoint(_found(home, step), skip_damaged)
         if checkpoint is not None: _restore(self, checkpoint)
         for callback in self.callbacks: callback.resumed(self, home)
         return self.step
@@ -1035,6 +1037,7 @@ def find_fault(
 ) -> tuple[str, str] | None:          # the kind of fault, and what it is
     "What is wrong with a step, the most severe first; None if nothing is."
     loss, fault = record["loss"], record.pop("fault", None)
+    if loss is None: return "empty", "no target of its batch counts"
     if not math.isfinite(loss):
         record["gradient"] = None
         return "nan", f"the loss is {loss}"
@@ -1068,9 +1071,10 @@ class SpikeGuard(Callback):
         message += "; the weights stay as they were"
         _log.warning(message)
         again = f", for {self.skipped} steps in a row"
-        if self.wishes[found[0]] == "stop": trainer.stop(found[0], message, agreed=True)
+        reason = "nan" if found[0] == "empty" else found[0]
+        if self.wishes.get(found[0]) == "stop": trainer.stop(reason, message, agreed=True)
         elif self.skipped >= self.max_skips:
-            trainer.stop(found[0], message + again, agreed=True)
+            trainer.stop(reason, message + again, agreed=True)
         return message
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -1097,8 +1101,11 @@ class Evaluator(Callback):
             trainer.precision.autocast, loss=trainer.loss,
             segments=trainer.config.document_mask)
         total, counted = trainer.world.reduce(*found)
-        record["validation"] = loss = total / max(1, counted)
-        if self.best is None or loss < self.best[0]:
+        if not counted:
+            return _log.warning("step %d: no target of the validation data counts: "
+                                "it has no loss", trainer.step)
+        record["validation"] = loss = total / counted
+        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
             self.best = loss, trainer.step
 
     def state_dict(self) -> dict[str, Any]: return {"best": self.best}
@@ -1162,15 +1169,32 @@ def read_log(
     try: text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError: return []
     for line in text.splitlines():
-        with suppress(ValueError): records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)
-            and (until is None or r["step"] <= until)]
+        with suppress(ValueError, KeyError, TypeError):
+            record = parse_json(line)
+            if until is None or record["step"] <= until: records.append(record)
+    return records
 
 def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     "Put a log back to these records."
     if not path.exists(): return
     with replacing(path) as file:
         for record in records: file.write((json.dumps(record) + "\n").encode())
+
+# %% ../nbs/11_training.ipynb #b4c44ba7
+class RunFolder(Callback):
+    "The folder of a run is its own: no other process is in it, and no other run."
+    def __init__(self) -> None: self.held = ExitStack()
+
+    def begin(self, trainer: Trainer) -> None:
+        if trainer.folder is None or not trainer.world.is_main: return
+        self.held.enter_context(alone_in(trainer.folder))
+        if trainer.step: return                # it goes on
+        if found := latest_checkpoint(trainer.folder):
+            raise FileExistsError(f"{trainer.folder} holds a run already, with "
+                                  f"{found.name}: resume it, or take another folder")
+        (trainer.folder / "log.jsonl").unlink(missing_ok=True)
+
+    def close(self, trainer: Trainer) -> None: self.held.close()
 
 # %% ../nbs/11_training.ipynb #4b2b83c5
 class RunLog(Callback):
@@ -1192,33 +1216,52 @@ class RunLog(Callback):
 
 def _cannot_save(trainer: Trainer, error: OSError) -> None:
     "The disk is full or gone: end the run, or go on, as configured."
-    found = latest_checkpoint(trainer.folder or ".")
     message = (f"step {trainer.step}: cannot save: "
-               f"{error.strerror or error}; the last checkpoint is "
-               f"{found.name if found else 'not there'}")
+               f"{error.strerror or error}; {_last_saved(trainer)}")
     _log.warning(message)
     if trainer.config.on_save_error == "stop":
         trainer.stop("save error", message)
 
+def _last_saved(trainer: Trainer) -> str:
+    found = latest_checkpoint(trainer.folder or ".")
+    return f"the last checkpoint is {found.name if found else 'not there'}"
+
 # %% ../nbs/11_training.ipynb #4433f1cd
 class Checkpoints(Callback):
     "Saves a run when that is due; the newest few and the best one stay."
-    def __init__(self, every: int | None = None, keep: int = 3) -> None:
-        self.every, self.keep, self.saved = every, keep, 0
+    def __init__(
+        self, every: int | None = None, keep: int = 3,
+        seconds: float | None = None,      # save by the clock as well
+    ) -> None:
+        self.every, self.keep, self.seconds, self.saved = every, keep, seconds, 0
+        self.clock = 0.0                   # of the run, at the last checkpoint
+        self.cost = self.took = 0.0        # seconds that saving took: all know, or rank 0
+
+    def begin(self, trainer: Trainer) -> None: self.clock = trainer.seconds
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         is_best = trainer.best is not None and trainer.best[1] == trainer.step
-        if trainer.due(self.every) or is_best: self.save(trainer)
+        waited = trainer.seconds - self.clock
+        late = self.seconds is not None and waited >= max(self.seconds, 20 * self.cost)
+        if trainer.due(self.every) or is_best or late: self.save(trainer)
 
     def end(self, trainer: Trainer) -> None:
         if self.saved != trainer.step: self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        "Write a checkpoint, where there is a folder; all processes call this."
-        self.saved = trainer.step
+        "Write a good state, where there is a folder; all processes call this."
+        self.saved, self.clock = trainer.step, trainer.seconds
         if trainer.folder is None: return
+        start = time.perf_counter()
+        ruined, self.cost = trainer.world.reduce(_is_ruined(trainer), self.took)
+        if ruined: return _say_ruined(trainer)
+        self.write(trainer)
+        self.took = time.perf_counter() - start if trainer.world.is_main else 0.0
+
+    def write(self, trainer: Trainer) -> None:
+        "Write a checkpoint; all processes call this."
         tensors, state = split_parts(trainer.state_dict())
-        if not trainer.world.is_main: return
+        if trainer.folder is None or not trainer.world.is_main: return
         best = trainer.best[1] if trainer.best else None
         state = {"about": _about(trainer), "parts": state}
         try: save_checkpoint(trainer.folder, trainer.step, tensors, state,
@@ -1231,6 +1274,26 @@ class Checkpoints(Callback):
         for path in checkpoints(folder):
             if int(path.name[5:]) > trainer.step: _set_aside(path)
 
+# %% ../nbs/11_training.ipynb #2c748fec
+@torch.no_grad()
+def _is_ruined(trainer: Trainer) -> bool:
+    "Whether the weights give no finite loss on the next batch."
+    model, rows = trainer.model, trainer.config.micro_batch_size
+    batch = [t[:rows] for t in trainer.batches.at(trainer.train.step)[1]]
+    states = generator_states(model)
+    model.eval()
+    with trainer.precision.autocast(): loss = float(trainer.loss(model, batch))
+    trainer.ready.train()
+    restore_generators(model, states)
+    return count_targets(batch[1]) > 0 and not math.isfinite(loss)
+
+def _say_ruined(trainer: Trainer) -> None:
+    "Warn; at the end of a run, when no further step can tell, it is why the run ended."
+    message = (f"step {trainer.step}: its weights give no finite loss and are not saved; "
+               f"{_last_saved(trainer)}")
+    _log.warning(message)
+    if trainer.ending.now: trainer.stop("nan", message, agreed=True)
+
 def _set_aside(path: Path) -> None:
     "Rename a checkpoint of an abandoned future: nobody shall resume from it."
     other = path.with_name(f"aside-{path.name}-{secrets.token_hex(2)}")
@@ -1240,7 +1303,7 @@ def _set_aside(path: Path) -> None:
 
 # %% ../nbs/11_training.ipynb #bac06ce2
 class Interrupts(Callback):
-    "Ctrl-C or SIGTERM ends the run after its step; a second one, at once."
+    "Ctrl-C, SIGTERM or SIGHUP ends the run after its step; a second one, at once."
     def __init__(self) -> None: self.before: dict[int, Any] = {}
 
     def begin(self, trainer: Trainer) -> None:
@@ -1251,7 +1314,8 @@ class Interrupts(Callback):
             signal.signal(number, self.before[number])
 
         if current_thread() is not main_thread(): return   # signals go there
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if (number := getattr(signal, name, None)) is None: continue   # on Windows
             handler = signal.getsignal(number)
             if handler in (signal.SIG_IGN, None): continue
             self.before[number] = handler
@@ -1273,7 +1337,8 @@ class ProgressBar(Callback):
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         self.bar.total = trainer.planned_steps()
         speed = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f}"
-        shown = {"loss": f"{record['loss']:.3f}", "tokens/s": speed}
+        loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
+        shown = {"loss": loss, "tokens/s": speed}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
@@ -1287,11 +1352,11 @@ def usual_callbacks(
 ) -> list[Callback]:
     "The callbacks of a run, in the order in which they are called."
     found = [
-        Budget(c.steps, c.tokens, c.seconds),
+        RunFolder(), Budget(c.steps, c.tokens, c.seconds),
         SpikeGuard(c.on_nan, c.on_spike, c.spike_sigmas, c.max_skips),
         Evaluator(c.eval_every, c.eval_batches), EarlyStopping(c.patience),
-        Throughput(), *more, RunLog(), Checkpoints(c.save_every, c.keep),
-        Interrupts()]
+        Throughput(), *more, RunLog(),
+        Checkpoints(c.save_every, c.keep, c.save_seconds), Interrupts()]
     names = [callback.name for callback in found]
     for name in names:
         if names.count(name) > 1:
@@ -1460,8 +1525,8 @@ _FORMAT = "llm-from-scratch: model, optimizer, step"
 def _read_saved(data: bytes, name: str) -> dict[str, Any]:
     "The state in a file that `save` wrote, if every byte of it is there."
     length = int.from_bytes(data[:8], "little")
-    try: about = json.loads(data[8:8 + length]).get("__metadata__", {})
-    except (ValueError, AttributeError, RecursionError):
+    try: about = dict(parse_json(data[8:8 + length].decode()).get("__metadata__", {}))
+    except (ValueError, TypeError):
         raise DamagedCheckpoint(f"{name} is damaged, or was not written by `save`: "
                                 "it has no readable header") from None
     if about.get("format") != _FORMAT:
@@ -1519,23 +1584,38 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     loader, plan = trainer.train, trainer.train.plan
     data = {"tokens": len(loader.ids), "batch_size": plan.batch_size,
             "shuffle": plan.shuffle, "context_length": loader.context_length,
-            "seed": int(plan._seed[0])}
+            "seed": plan.seed, **_identity(loader)}
     config: Any = getattr(trainer.model, "config", None)
     shape = json.loads(config.to_json()) if hasattr(config, "to_json") else {}
     return {"config": asdict(trainer.config), "data": data, "model": shape}
 
+def _identity(loader: BatchLoader) -> dict[str, str]:
+    "What tells data from other data of the same length."
+    if not isinstance(loader.source, TokenFile):
+        return {"ids": f"{checksum(np.ascontiguousarray(loader.ids)):08x}"}
+    header = loader.source.header
+    return {"ids": f"{header.ids_crc:08x}", "tokenizer": header.fingerprint.hex()}
+
 def _check_same(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    "Other data or another model is refused, another configuration reported."
+    "Other data, model or optimizer is refused, another configuration reported."
     now, was = json.loads(json.dumps(now)), {**was, "config": renamed(was["config"])}
+    if "ids" not in was["data"]: was["data"] = _as_today(was["data"], now["data"]["seed"])
     for part in "data", "model", "config":
-        for key in {**was[part], **now[part]}:
-            old, new = was[part].get(key), now[part].get(key)
-            if old == new: continue
-            if part != "config":
-                raise ValueError(f"the checkpoint was made with another {part}: "
-                                 f"{key} was {old!r} and is {new!r}")
+        for key, old in was[part].items():       # what was not known then is not asked
+            if old == (new := now[part].get(key)): continue
+            if part != "config" or key == "optimizer":
+                kind, name = (part, _NAMES.get(key, key)) if part != "config" else (key, "it")
+                raise ValueError(f"the checkpoint was made with another {kind}: "
+                                 f"{name} was {old!r} and is {new!r}")
             _log.warning("resumed with another %s: it was %r and is %r",
                          key, old, new)
+
+_NAMES = {"ids": "the checksum of its ids", "tokenizer": "the fingerprint of its tokenizer"}
+
+def _as_today(data: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    "What an earlier version wrote of the data, which was a hash for the seed."
+    hashed = int(mix(np.array([seed % 2**64], np.uint64))[0])
+    return {**data, "seed": seed if data["seed"] == hashed else data["seed"]}
 
 # %% ../nbs/11_training.ipynb #cd82718f
 def _found(home: Path, step: int | None) -> list[Path]:
@@ -1545,7 +1625,7 @@ def _found(home: Path, step: int | None) -> list[Path]:
     if step is None or found: return found
     raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
 
-def _read_newest(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
+def newest_checkpoint(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
     "The newest of these checkpoints, or the newest one that is whole."
     while found:
         try: return load_checkpoint(found.pop())
@@ -1559,10 +1639,23 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if "parts" not in checkpoint.state:
         raise ValueError(f"{checkpoint.path.name} was written by an older "
                          "version of this library and cannot be resumed")
-    _check_same(checkpoint.state["about"], _about(trainer))
+    about = checkpoint.state["about"]
+    _check_same(about, _about(trainer))
     trainer.load_state_dict({
         name: join_state(checkpoint.tensors.get(name, {}), rest)
         for name, rest in checkpoint.state["parts"].items()})
+    with suppress(ValueError, TypeError):      # settings that another version knew
+        _say_rate(trainer, TrainConfig.from_dict(about["config"]))
+
+def _say_rate(trainer: Trainer, was: TrainConfig) -> None:
+    "Warn of a learning rate that does not go on from where the saved run had it."
+    def rate(c: TrainConfig) -> float:
+        total = expected_steps(c, trainer.train, trainer.step, trainer.seconds)
+        return c.lr * lr_multiplier(c, min(trainer.step, total - 1), total)
+    before, after = rate(was), rate(trainer.config)
+    if not 0.9 * before <= after <= 1.1 * before:
+        _log.warning("the learning rate goes on at %.2g, where the run that was saved "
+                     "had come to %.2g", after, before)
 
 # %% ../nbs/11_training.ipynb #74c067ac
 @dataclass(frozen=True)
