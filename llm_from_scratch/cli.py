@@ -646,22 +646,24 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     if {"-h", "--help"} & {*words}: words = []               # a page needs no run
     if "--resume" not in words:
         return {"shape": _shape(_peek(words, "--preset", "tiny")), "settings": _recipe(words)}
-    from llm_from_scratch.files import revived
+    from llm_from_scratch.files import read_json, reading, revived
     from llm_from_scratch.gpt import GPTConfig
     from llm_from_scratch.training import TrainConfig, renamed
     out = Path(_peek(words, "--out", "run"))
     path = out / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
-    saved = _json_file(path)
-    if missing := {"data", "shape", "settings"} - saved.keys():
-        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = revived(TrainConfig, renamed(saved["settings"]))
+    with reading(path, "the description of a run"):
+        saved = read_json(path)
+        if missing := {"data", "shape", "settings"} - saved.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        settings = revived(TrainConfig, renamed(saved["settings"]))
+        TrainConfig(**settings)                  # checked while it is known whose they are
+        shape = GPTConfig.from_dict(saved["shape"])
+        given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
+        data = given or _data_of(out, saved["data"])
     settings |= _settings(_peek(words, "--config", ""))
-    shape = GPTConfig.from_dict(saved["shape"])
-    given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
-    return {"shape": vars(shape), "settings": settings,
-            "data": given or _data_of(out, saved["data"])}
+    return {"shape": vars(shape), "settings": settings, "data": data}
 
 def _data_of(out: Path, saved: str) -> Path:
     "Where the data of a run are; its `run.json` says so as seen from its folder."

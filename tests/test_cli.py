@@ -733,7 +733,12 @@ def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path)
     call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
     (tmp_path/'odd').mkdir()
     (tmp_path/'odd'/'run.json').write_text('{"data": "data"}', encoding='utf-8')
-    assert call('train', '--resume', '--out', 'odd') == ('', f"llmfs: {Path('odd', 'run.json')} is damaged: it has no settings, shape\n", 1)
+    described = f"llmfs: {Path('odd', 'run.json')} is not the description of a run: "
+    assert call('train', '--resume', '--out', 'odd') == ('', f'{described}it has no settings, shape\n', 1)
+    for wrong in '[]', '{', '{"data": 5, "shape": {}, "settings": []}', '{"data": "d", "shape": {}, "settings": {"steps": 5}}', '{"data": "d", "shape": {}, "settings": {"lr": "x"}}':
+        (tmp_path/'odd'/'run.json').write_text(wrong, encoding='utf-8')
+        out, err, status = call('train', '--resume', '--out', 'odd')
+        assert (out, status, err.count('\n')) == ('', 1, 1) and err.startswith(described), err
     file = tmp_path/'run'/'step-00000006'/'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
     out, err, status = call('train', '--resume', '--steps', 8)
