@@ -910,6 +910,16 @@ def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
     assert asked["files"] == {"small.epub": str(tmp_path / "x.epub"), "small.pdf": str(tmp_path / "y.pdf")}
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not on PATH")
+def test_git_ignores_what_a_build_leaves_behind(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    left = ["_site/index.html", ".cache/x", ".quarto/x", "index.html", "nbs/01_one.html", "site_libs/x.js", "nbs/01_one_files/x.svg", "index_files/x", "nbs/01_one.quarto_ipynb"]
+    kept = ["tools/theme/page.html", "nbs/01_one.ipynb", "nbs/images/road.svg", "index.qmd"]
+    said = subprocess.run(["git", "check-ignore", *left, *kept], cwd=tmp_path, capture_output=True, text=True).stdout.split()
+    assert said == left
+
+
 def test_quartos_own_epub_loses_what_epub_forbids(tmp_path):
     with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
         book.writestr("mimetype", "application/epub+zip")
