@@ -1,5 +1,5 @@
 """The library as someone gets it who only wants the library: a wheel, installed alone, imported, typed."""
-import ast, json, os, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from email.parser import Parser
 
@@ -8,7 +8,7 @@ import yaml
 from check import Book
 from conftest import ROOT
 
-INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
+INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'MANIFEST.in', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
 WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'grammar', 'data', 'figures', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
@@ -19,14 +19,21 @@ def run(*command, **options): return subprocess.run([*map(str, command)], captur
 
 
 @pytest.fixture(scope='session')
-def wheel(tmp_path_factory):
-    "The wheel, built without a network from the files that git knows."
-    tree, out = tmp_path_factory.mktemp('tree'), tmp_path_factory.mktemp('wheel')
+def clone(tmp_path_factory):
+    "A copy of the files that git knows."
+    tree = tmp_path_factory.mktemp('tree')
     for path in Book(ROOT).files:
         there = tree/path.relative_to(ROOT)
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, there)
-    done = run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', out, tree)
+    return tree
+
+
+@pytest.fixture(scope='session')
+def wheel(clone, tmp_path_factory):
+    "The wheel, built without a network."
+    out = tmp_path_factory.mktemp('wheel')
+    done = run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', out, clone)
     assert done.returncode == 0, done.stderr
     return next(out.glob('*.whl'))
 
@@ -110,6 +117,15 @@ def test_an_import_of_what_is_missing_would_be_seen(installed):
 def test_a_figure_without_its_extra_names_it(installed):
     done = import_alone(installed, ['figures'], TOOLS + EXTRAS, then='module.use_style()')
     assert done.returncode and "pip install 'llm-from-scratch[plots]'" in done.stderr
+
+
+def test_the_source_distribution_holds_no_test_that_cannot_run(clone, tmp_path):
+    "The tests need the notebooks and tools of the repository, which it does not hold."
+    code = 'import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))'
+    done = run(sys.executable, '-c', code, tmp_path, cwd=clone)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as packed: names = packed.getnames()
+    assert any(name.endswith('llm_from_scratch/cli.py') for name in names) and not [name for name in names if '/tests' in name]
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
