@@ -13,7 +13,7 @@ name ?=
 title ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help book test serve check chapter text update execute export bench experiments slow types hooks clean book-env dev-env
+.PHONY: help book test serve check chapter text update execute export bench campaign experiments slow types release hooks clean book-env dev-env
 
 help:  ## list the targets
 	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ export: dev-env  ## write the library from all notebooks
 bench: dev-env  ## measure beside the peers; the results feed the Measurements page
 	@$(PY) benchmarks/run.py $(args)
 
+campaign: dev-env  ## kill, damage and starve the library; the results feed the Robustness page
+	@$(PY) benchmarks/robustness $(args)
+
 experiments: dev-env  ## run the long experiments of the chapters and store their results under nbs/results/
 	@$(PY) tools/experiments.py $(args)
 
@@ -56,6 +59,9 @@ slow: dev-env  ## the tests that take minutes
 
 types: dev-env  ## check the library's types
 	@$(PY) -m basedpyright
+
+release: dev-env  ## build the packages, try them in empty environments, take the notes from the changelog
+	@$(PY) tools/release.py $(args)
 
 hooks: dev-env  ## install git hooks: notebooks merge cell by cell, a commit checks the rules
 	@$(PY) tools/hooks.py

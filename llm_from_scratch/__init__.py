@@ -6,7 +6,7 @@ A module is loaded when one of its names is asked for, so that the tokenizer sti
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from .bpe import BPETokenizer, load_tokenizer

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .files import BelowOne
 from .positions import LearnedPositions
 from .tensors import Dropout, Embedding, Linear
 
@@ -188,7 +189,7 @@ class FeedForward(nn.Module):
         *,
         activation: str = "gelu",   # a name in `ACTIVATIONS`
         bias: bool = True,          # whether both layers add constants
-        dropout: float = 0.0,       # share of hidden features dropped in training
+        dropout: BelowOne = 0.0,    # share of hidden features dropped in training
     ) -> None:
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
@@ -228,7 +229,7 @@ class GatedFeedForward(nn.Module):
         *,
         activation: str,            # a name in `ACTIVATIONS`
         bias: bool = False,         # whether the three layers add constants
-        dropout: float = 0.0,       # share of hidden features dropped in training
+        dropout: BelowOne = 0.0,    # share of hidden features dropped in training
     ) -> None:
         super().__init__()
         d_ff = matched_width(d_model) if d_ff is None else d_ff
@@ -253,7 +254,7 @@ class SwiGLU(GatedFeedForward):
         d_ff: int | None = None,    # hidden width, F; None: `matched_width`
         *,
         bias: bool = False,         # whether the three layers add constants
-        dropout: float = 0.0,       # share of hidden features dropped in training
+        dropout: BelowOne = 0.0,    # share of hidden features dropped in training
     ) -> None:
         super().__init__(d_model, d_ff, activation="silu", bias=bias, dropout=dropout)
 
@@ -267,7 +268,7 @@ class GeGLU(GatedFeedForward):
         d_ff: int | None = None,    # hidden width, F; None: `matched_width`
         *,
         bias: bool = False,         # whether the three layers add constants
-        dropout: float = 0.0,       # share of hidden features dropped in training
+        dropout: BelowOne = 0.0,    # share of hidden features dropped in training
     ) -> None:
         super().__init__(d_model, d_ff, activation="gelu", bias=bias, dropout=dropout)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Union
 import regex
 
 from llm_from_scratch.files import (
-    digest, finish_replacing, read_json, revived, write_text,
+    digest, finish_replacing, plain, read_json, revived, write_text,
 )
 from llm_from_scratch.text import (
     CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens, several,
@@ -351,6 +351,7 @@ class BPETokenizer:
         ids, known = list(ids), self._bytes
         try: return b"".join([known[i] for i in ids])
         except (KeyError, TypeError):
+            ids = [plain(i) for i in ids]
             at = next(n for n, i in enumerate(ids) if not isinstance(i, int) or i not in known)
             raise ValueError(f"id {ids[at]!r} at position {at} is not in the vocabulary "
                              f"(0 to {self.vocab_size - 1})") from None

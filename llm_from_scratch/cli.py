@@ -66,25 +66,26 @@ _HIDDEN = {"vocab_size", "rope_scaling", "layers", "options"}
 def _flags(kind: Any, given: Mapping[str, Any]) -> Any:
     "A dataclass with the fields of `kind` that can be given as flags, `given` as defaults."
     hints, notes, rows = get_type_hints(kind), _comments(kind), []
+    constrained = get_type_hints(kind, include_extras=True)
     for f in fields(kind):
         if f.name in _HIDDEN: continue
         value = given.get(f.name, f.default if f.default_factory is MISSING
                           else f.default_factory())
         note = notes.get(f.name, "")
-        hint: Any = _plain(hints[f.name], note, sys.modules[kind.__module__])
+        hint: Any = _plain(hints[f.name], getattr(constrained[f.name], "__metadata__", ()))
         if hint == dict[int, float]: value = dict(value)
-        rows.append((f.name, _flag(hint, value, re.sub("^a name in .*", "", note)),
+        rows.append((f.name, _flag(hint, value, note),
                      field(default_factory=lambda v=value: v)))
     return make_dataclass(kind.__name__, rows)
 
-def _plain(hint: Any, note: str, module: Any) -> Any:
+def _plain(hint: Any, constraints: Sequence[Any]) -> Any:
     "The type of a field, as it can be typed on a line; of names, which there are."
+    for constraint in constraints:
+        if names := getattr(constraint, "names", ()): return Literal[tuple(names)]
     text = str(hint)
     if "Mapping[int, float]" in text: return dict[int, float]
     if match := re.fullmatch(r".*Sequence\[(int|str)\]", text):
         return tuple[{"int": int, "str": str}[match[1]], ...]
-    if match := re.search(r"a name in `(\w+)`", note):
-        return Literal[tuple(getattr(module, match[1]))]
     return hint
 
 # %% ../nbs/command.ipynb #7b6c2b7b
@@ -126,14 +127,18 @@ def _parse(name: str, words: Sequence[str]) -> Callable[[], int | None]:
     found = _read(lambda: tyro.cli(page, prog=f"llmfs {name}", args=words,
                                    description=inspect.getdoc(command.function) or "",
                                    config=(OmitArgPrefixes, FlagCreatePairsOff)))
-    arguments = {p: _made(hints[p], given.get(p, {}), value) if is_dataclass(hints[p])
-                 else None if value is _ABSENT else value for p, value in vars(found).items()}
+    flat = {name: value for part in vars(found).values() if is_dataclass(part)
+            for name, value in vars(part).items()}
+    arguments = {p: _made(hint, given.get(p, {}), flat) if is_dataclass(hint)
+                 else _given(getattr(found, p)) for p, hint in hints.items() if p != "return"}
     if "device" in arguments: _check_device(arguments["device"])
     return lambda: command.function(**arguments)
 
 class _Absent(str): "A text that was not given: `None` is a text, too."
 
 _ABSENT = _Absent()
+
+def _given(value: Any) -> Any: return None if value is _ABSENT else value
 
 def _rows(
     function: Callable[..., Any], hints: Mapping[str, Any], given: Mapping[str, Any],
@@ -142,12 +147,39 @@ def _rows(
     notes = _comments(function)
     for p in inspect.signature(function).parameters.values():
         hint, value = hints[p.name], given.get(p.name, p.default)
-        if is_dataclass(hint): yield p.name, _flags(hint, given.get(p.name, {}))
+        if is_dataclass(hint): yield from _parts(p.name, _flags(hint, given.get(p.name, {})))
         else:
             flag = _flag(hint, value, notes.get(p.name, ""))
             if (hint, value) == (str | None, None): flag, value = _as_text(flag), _ABSENT
             yield p.name, flag, field(default=value)
 
+# %% ../nbs/command.ipynb #3d8b1013
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {       # configuration -> part -> fields
+    "TrainConfig": {
+        "length": ("steps", "tokens", "seconds"),
+        "learning": ("batch_size", "optimizer", "lr", "muon_lr", "schedule", "warmup",
+                     "weight_decay", "seed"),
+        "evaluation": ("eval_every", "eval_batches", "patience"),
+        "checkpoint": ("save_every", "save_seconds", "keep", "on_save_error"),
+        "speed": ("micro_batch_size", "precision", "compile"),
+        "fault": ("on_nan", "on_spike", "spike_sigmas", "max_skips", "clip"),
+        "expert": ()},
+    "GPTConfig": {
+        "size": ("context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff",
+                 "dropout"),
+        "architecture": ()},
+}
+
+def _parts(name: str, flags: Any) -> Iterator[tuple[str, Any]]:
+    "A dataclass of flags cut into the parts of its help page."
+    parts = _PARTS.get(flags.__name__, {name: ()})
+    left = {f.name: (f.name, f.type, field(default_factory=f.default_factory))
+            for f in fields(flags)}
+    for part, names in parts.items():
+        mine = [left.pop(n) for n in names or [*left] if n in left]
+        yield part, make_dataclass(flags.__name__, mine)
+
+# %% ../nbs/command.ipynb #5fb6a074
 def _as_text(flag: Any) -> Any:
     "The flag for a text that may be left out, without `None` as a word for that."
     return Annotated[(str, *flag.__metadata__)]
@@ -185,10 +217,11 @@ def _plainly(said: str) -> str:
                   r"\1 cannot be \2", said)
     return said[:1].lower() + said[1:]
 
-def _made(kind: Any, given: Mapping[str, Any], flags: Any) -> Any:
+def _made(kind: Any, given: Mapping[str, Any], flags: Mapping[str, Any]) -> Any:
     "The configuration that flags ask for; what is wrong with it is the caller's mistake."
     hidden = {name: given[name] for name in _HIDDEN & given.keys()}
-    try: return kind(**hidden, **vars(flags))
+    mine = {f.name: flags[f.name] for f in fields(kind) if f.name in flags}
+    try: return kind(**hidden, **mine)
     except (ValueError, TypeError) as e: raise Misuse(str(e)) from e
 
 # %% ../nbs/command.ipynb #f6b31a56
@@ -346,8 +379,7 @@ Let the model that comes with the library tell a story:
 Train one of your own, from text to story:
   llmfs tokenizer train --corpus storyland --kind words --out tokenizer.json
   llmfs data --corpus storyland --tokenizer tokenizer.json --out data
-  llmfs train --data data --out run --seconds 120 \\
-    --optimizer muon --batch-size 8 --lr 0.01
+  llmfs train --data data --out run
   llmfs generate --model run
 
 Every command takes --debug: it shows where an error comes from.
@@ -519,6 +551,52 @@ def _data(
     for facts in found.values():
         _say(f"{facts['path']}: {facts['tokens']:,} tokens in {facts['documents']:,} documents")
 
+# %% ../nbs/command.ipynb #a872a7a9
+_HOLDS = "{} holds a {}: {}--overwrite begins anew, another --out keeps it"
+_GOES_ON = "--resume goes on with it, "
+_LIVES = {              # state -> why not train, --resume; None: it may
+    "empty": (None, "there is no run to resume in {}"),
+    "begun": (None, "nothing to resume: the run in {} ended before its first "
+                    "checkpoint; without --resume, it begins anew"),
+    "interrupted": (_HOLDS.format("{}", "run", _GOES_ON), None),
+    "finished": (_HOLDS.format("{}", "finished run", _GOES_ON), None),
+    "model": (_HOLDS.format("{}", "model", ""), "there is no run to resume in {}: "
+              "it holds a model, and no checkpoint"),
+    "running": ("{} is in use by another process", "{} is in use by another process"),
+}
+
+def _life(out: Path) -> str:
+    "Where a folder is in its life: a name in `_LIVES`."
+    from llm_from_scratch.files import is_occupied
+    if is_occupied(out): return "running"
+    is_run = (out / "run.json").is_file()
+    if any(out.glob("step-" + "[0-9]" * 8)):
+        return "finished" if is_run and _ended(out) in _FINISHED else "interrupted"
+    if (out / "model.safetensors").is_file(): return "model"
+    return "begun" if is_run else "empty"
+
+_FINISHED = "steps", "tokens", "seconds", "patience"
+
+def _ended(out: Path) -> str | None:
+    "Why the run in a folder ended; None if it has not. Earlier versions did not say."
+    known = "seconds" if (out / "model.safetensors").is_file() else None
+    return _json_file(out / "run.json").get("ended", known)
+
+def _check_life(out: Path, resume: bool, overwrite: bool) -> None:
+    "FileExistsError or FileNotFoundError for what may not be done to a folder now."
+    if resume and overwrite: raise Misuse("--resume and --overwrite exclude each other")
+    state = _life(out)
+    refusal = _LIVES[state][resume]
+    if refusal is None or (overwrite and state != "running"): return
+    raise (FileNotFoundError if resume else FileExistsError)(refusal.format(out))
+
+def _clear(out: Path) -> None:
+    "Remove what a run has written, and nothing else."
+    import shutil
+    for name in ("run.json", "log.jsonl", "config.json", "model.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    for path in out.glob("*step-*"): shutil.rmtree(path)
+
 # %% ../nbs/command.ipynb #c9f9c593
 def _peek(words: Sequence[str], flag: str, default: str) -> str:
     "The value of a flag, before all of them are read."
@@ -551,25 +629,49 @@ def _settings(path: str) -> dict[str, Any]:
     except (ValueError, TypeError) as e: raise Misuse(f"{path}: {e}") from e
     return found
 
+_RECIPE = {"optimizer": "muon", "lr": 0.01, "batch_size": 8}     # sentences in two minutes
+
+def _recipe(words: Sequence[str]) -> dict[str, Any]:
+    "The settings of a new run: the recipe's, unless a file says otherwise; two minutes."
+    chosen = _settings(_peek(words, "--config", ""))
+    optimizer = _peek(words, "--optimizer", chosen.get("optimizer", "muon"))
+    found = {**(_RECIPE if optimizer == "muon" else {}), **chosen}
+    ends = "steps", "tokens", "seconds"
+    if not any(found.get(name) or _peek(words, f"--{name}", "") for name in ends):
+        found["seconds"] = 120.0
+    return found
+
 def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     "What stands in the files that a command line names."
     if {"-h", "--help"} & {*words}: words = []               # a page needs no run
     if "--resume" not in words:
-        return {"shape": _shape(_peek(words, "--preset", "tiny")),
-                "settings": _settings(_peek(words, "--config", ""))}
-    from llm_from_scratch.files import revived
+        return {"shape": _shape(_peek(words, "--preset", "tiny")), "settings": _recipe(words)}
+    from llm_from_scratch.files import read_json, reading, revived
     from llm_from_scratch.gpt import GPTConfig
     from llm_from_scratch.training import TrainConfig, renamed
-    path = Path(_peek(words, "--out", "run")) / "run.json"
+    out = Path(_peek(words, "--out", "run"))
+    path = out / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
-    saved = _json_file(path)
-    if missing := {"data", "shape", "settings"} - saved.keys():
-        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = revived(TrainConfig, renamed(saved["settings"]))
+    with reading(path, "the description of a run"):
+        saved = read_json(path)
+        if missing := {"data", "shape", "settings"} - saved.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        settings = revived(TrainConfig, renamed(saved["settings"]))
+        TrainConfig(**settings)                  # checked while it is known whose they are
+        shape = GPTConfig.from_dict(saved["shape"])
+        given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
+        data = given or _data_of(out, saved["data"])
     settings |= _settings(_peek(words, "--config", ""))
-    shape = GPTConfig.from_dict(saved["shape"])
-    return {"shape": vars(shape), "settings": settings, "data": Path(saved["data"])}
+    return {"shape": vars(shape), "settings": settings, "data": data}
+
+def _data_of(out: Path, saved: str) -> Path:
+    "Where the data of a run are; its `run.json` says so as seen from its folder."
+    found = out.resolve() / saved, Path(saved)       # earlier versions: from anywhere
+    for path in found:
+        if (path / "train.tok").is_file(): return Path(os.path.relpath(path))
+    raise FileNotFoundError(f"the data of {out} are not in {found[0]}: "
+                            "--data says where they are now")
 
 # %% ../nbs/command.ipynb #e2bcdc07
 @_command("train", _run_defaults)
@@ -580,7 +682,9 @@ def _train(
     data: Path = Path("data"),        # folder that `llmfs data` has made
     out: Path = Path("run"),          # folder of the run: checkpoints, log, and the model
     resume: bool = False,             # go on where the run in --out was interrupted
+    step: int | None = None,          # resume from the checkpoint of this step
     skip_damaged: bool = False,       # resume from the newest checkpoint that is whole
+    overwrite: bool = False,          # begin anew where --out holds a run or a model
     preset: str = "tiny",             # shape to start from: nano, tiny, small, gpt2, …, or a
                                       #   config.json; the shape flags change it
     config: Path | None = None,       # JSON file of settings; flags change it
@@ -589,35 +693,41 @@ def _train(
 ) -> int:
     """Train a model on files of tokens, and save it.
 
-    Say when to end: --steps, --tokens or --seconds.
+    It ends after two minutes, or --steps, --tokens or --seconds.
 
     Ctrl-C ends after the step; --resume goes on as if nothing had happened.
 
     Examples:
-      llmfs train --seconds 120 --optimizer muon --batch-size 8 --lr 0.01
+      llmfs train
       llmfs train --data data --out run --steps 2000 --schedule wsd
       llmfs train --out run --resume"""
+    from contextlib import nullcontext
     from llm_from_scratch.distributed import join_processes
-    from llm_from_scratch.training import checkpoints
-    if not resume and checkpoints(out):
-        raise FileExistsError(f"{out} holds a run already: --resume goes on with it, "
-                              "another --out begins a new one")
+    from llm_from_scratch.files import alone_in
+    if step is not None and not resume: raise Misuse("--step goes with --resume")
     with join_processes(device) as world:
+        if world.is_main: _check_life(out, resume, overwrite)
         trainer, table = _trainer(settings, shape, data, out, world)
-        if resume: trainer.resume(skip_damaged=skip_damaged)
-        if world.is_main: _note(_outlook(trainer))
-        result = trainer.fit(progress=sys.stderr.isatty())
-        if not world.is_main: return 0
-        _save_model(trainer, result, table, out)
+        with alone_in(out) if world.is_main else nullcontext():
+            if world.is_main: _check_life(out, resume, overwrite)
+            if resume: _resume(trainer, step, skip_damaged)
+            if world.is_main:
+                if overwrite: _clear(out)
+                _write_run(trainer, data, None)
+                table.save(out / "tokenizer.json")
+                _note(_outlook(trainer))
+            result = trainer.fit(progress=sys.stderr.isatty())
+            if not world.is_main: return 0
+            _save_model(trainer, result, table)
+            _write_run(trainer, data, result.reason)
     return _report(result, out, json)
 
 # %% ../nbs/command.ipynb #eb623a16
 def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tuple[Any, Any]:
     "The trainer of a run, and the tokenizer of its data."
-    from dataclasses import asdict, replace
+    from dataclasses import replace
     from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.data import TokenFile
-    from llm_from_scratch.files import write_text
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import seed_all
     from llm_from_scratch.training import Trainer, loader_for
@@ -632,11 +742,25 @@ def _trainer(settings: Any, shape: Any, data: Path, out: Path, world: Any) -> tu
     generator = seed_all(settings.seed)
     trainer = Trainer(GPT(shape, generator=generator), settings, loaders["train"],
                       loaders.get("validation"), out, world=world)
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        run = {"data": str(data), "shape": asdict(shape), "settings": asdict(settings)}
-        write_text(out / "run.json", json_text(run, indent=1))
     return trainer, table
+
+def _resume(trainer: Any, step: int | None, skip_damaged: bool) -> None:
+    "Go on where the run was interrupted; what may be asked for instead, as flags."
+    from llm_from_scratch.training import DamagedCheckpoint
+    try: trainer.resume(step=step, skip_damaged=skip_damaged)
+    except DamagedCheckpoint as e:
+        raise ValueError(re.sub(r"resume\(step=(\d+)\)", r"--step \1", str(e))) from e
+
+def _write_run(trainer: Any, data: Path, ended: str | None) -> None:
+    "What `--resume` needs to know, and why the run ended; None while it goes on."
+    from dataclasses import asdict
+    from llm_from_scratch.files import write_text
+    out = trainer.folder
+    try: seen = os.path.relpath(data.resolve(), out.resolve())
+    except ValueError: seen = str(data.resolve())        # on another drive of Windows
+    run = {"data": Path(seen).as_posix(), "shape": asdict(trainer.model.config),
+           "settings": asdict(trainer.config), "ended": ended}
+    write_text(out / "run.json", json_text(run, indent=1))
 
 def _outlook(trainer: Any) -> str:
     "What the run will need, before it starts."
@@ -650,29 +774,112 @@ def _outlook(trainer: Any) -> str:
     return f"{text}, {left:,.0f} s to go"
 
 # %% ../nbs/command.ipynb #feaa6128
-def _save_model(trainer: Any, result: Any, table: Any, out: Path) -> None:
-    "The best model of a run, and its tokenizer, where `generate` finds them."
-    from llm_from_scratch.training import load_checkpoint
-    if result.best and result.best[1] != result.step:
-        best = out / f"step-{result.best[1]:08d}"
-        if best.is_dir(): trainer.model.load_state_dict(load_checkpoint(best).tensors["model"])
-    trainer.model.save_pretrained(out)
-    table.save(out / "tokenizer.json")
+def _save_model(trainer: Any, result: Any, table: Any) -> None:
+    "The best model of a run, or its last good one, where `generate` finds it."
+    from llm_from_scratch.training import checkpoints, load_checkpoint
+    best = result.best and trainer.folder / f"step-{result.best[1]:08d}"
+    found = [path for path in (*checkpoints(trainer.folder), best) if path and path.is_dir()]
+    if not found: return
+    if found[-1].name != f"step-{result.step:08d}":
+        trainer.model.load_state_dict(load_checkpoint(found[-1]).tensors["model"])
+    trainer.model.save_pretrained(trainer.folder, table)
 
 def _report(result: Any, out: Path, json: bool) -> int:
     "Say how a run ended; its exit status."
     best = {} if not result.best else {"validation": result.best[0], "best": result.best[1]}
     if json: _say(json_text({"reason": result.reason, "message": result.message, **best,
                          "steps": result.step, "tokens": result.tokens, "model": str(out)}))
-    elif result.reason in ("steps", "tokens", "seconds", "patience"):
+    elif result.reason in _FINISHED:
         said = f"; {best['validation']:.4f} nats per token, step {best['best']}" if best else ""
         _say(f"{result.message}{said}; saved in {out}")
     if result.reason == "interrupted":
         _note(f"{result.message}; llmfs train --out {out} --resume goes on")
-        return 143 if "SIGTERM" in result.message else 130
-    if result.reason in ("steps", "tokens", "seconds", "patience"): return 0
+        return 128 + _signal(result.message)
+    if result.reason in _FINISHED: return 0
+    held = "the last good state" if (out / "model.safetensors").is_file() else "no good state"
     raise RuntimeError(f"the run ended early ({result.reason}, see above) at step "
-                       f"{result.step}; {out} holds the last good state")
+                       f"{result.step}; {out} holds {held}")
+
+def _signal(message: str) -> int:
+    "The number of the signal that a message names; without one, of Ctrl-C."
+    import signal
+    found = re.search(r"SIG[A-Z]+", message)
+    return int(getattr(signal, found[0] if found else "SIGINT"))
+
+# %% ../nbs/command.ipynb #514c7256
+@_command("runs")
+def _runs(
+    folder: Positional[Path] = Path(),   # where to look: here, and two folders deep
+    *,
+    json: bool = False,                  # print the result as JSON, a run a line
+) -> None:
+    """List runs: how far each is, and what to type next.
+
+    Examples:
+      llmfs runs
+      llmfs runs trials/"""
+    found = [path.parent for depth in ("", "*/", "*/*/")
+             for path in sorted(folder.glob(f"{depth}run.json"))]
+    if not found and not json: return _note(f"there is no run in {folder}")
+    for facts in map(_run_facts, found):
+        if json: _say(json_text(facts))
+        else: _say("  ".join([f"{facts['run']:16}", f"{facts['state']:11}",
+                              f"step {facts['step']:<8,}", f"{_loss(facts):36}",
+                              facts["next"]]).rstrip())
+
+def _run_facts(out: Path) -> dict[str, Any]:
+    "What `runs` tells of a run."
+    from llm_from_scratch.training import read_log
+    records, state = read_log(out / "log.jsonl"), _life(out)
+    def last(name: str) -> Any:
+        return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
+    return {"run": str(out), "state": state, "step": last("step") or 0,
+            "loss": last("loss"), "validation": last("validation"),
+            "next": _NEXT[state].format(out)}
+
+_NEXT = {"interrupted": "llmfs train --out {} --resume", "begun": "llmfs train --out {} …",
+         "finished": "llmfs generate --model {}", "running": "tail -f {}/log.jsonl"}
+
+def _loss(facts: Mapping[str, Any]) -> str:
+    known = (f"{name} {facts[name]:.4f}" for name in ("loss", "validation")
+             if facts[name] is not None)
+    return ", ".join(known)
+
+# %% ../nbs/command.ipynb #28f52c6e
+def _opened(model: str, device: str | None) -> tuple[Any, Any]:
+    "A model and its tokenizer, by name, by folder or by checkpoint."
+    from llm_from_scratch.bpe import EMBEDDED, load_tokenizer
+    from llm_from_scratch.gpt import GPT
+    from llm_from_scratch.tensors import best_device
+    device = device or best_device()
+    found = None if model in EMBEDDED else _checkpoint_of(Path(model))
+    if found is not None: return _from_checkpoint(found, device)
+    return GPT.from_pretrained(model, device=device), load_tokenizer(model)
+
+def _checkpoint_of(path: Path) -> Any:
+    "The checkpoint that a path means, or the newest of a run that has not ended; else None."
+    from llm_from_scratch.training import checkpoints, load_checkpoint, newest_checkpoint
+    if re.fullmatch(r"step-\d{8}", path.name): return load_checkpoint(path)
+    if not (path / "run.json").is_file() or _ended(path) is not None: return None
+    found = newest_checkpoint(checkpoints(path), skip_damaged=True)
+    if found is None: raise FileNotFoundError(f"the run in {path} has no checkpoint yet")
+    _note(f"the run in {path} has not ended: this is its {found.path.name}")
+    return found
+
+def _from_checkpoint(found: Any, device: Any) -> tuple[Any, Any]:
+    "The model in a checkpoint, and the tokenizer of its run."
+    from llm_from_scratch.bpe import load_tokenizer
+    from llm_from_scratch.data import fingerprint
+    from llm_from_scratch.gpt import GPT, GPTConfig
+    about, home = found.state.get("about", {}), found.path.parent
+    if not about.get("model"): raise ValueError(f"{found.path} does not hold a GPT")
+    table, mark = load_tokenizer(home), about["data"].get("tokenizer")
+    if mark not in (None, fingerprint(table)):
+        raise ValueError(f"{home / 'tokenizer.json'} is not the tokenizer of this run: its "
+                         f"fingerprint is {fingerprint(table)[:8]}, expected {mark[:8]}")
+    made = GPT(GPTConfig.from_dict(about["model"]))
+    made.load_state_dict(found.tensors["model"])
+    return made.to(device).eval(), table
 
 # %% ../nbs/command.ipynb #bd476506
 @_command("generate")
@@ -680,7 +887,8 @@ def _generate(
     sampler: Sampler,
     *,
     model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made
+                                      #   `llmfs train` or `save_pretrained` has made, or
+                                      #   one of a run's checkpoints
     prompt: str | None = None,        # how the text begins; without it, standard input
     max_new_tokens: int = 300,        # write at most so many
     seed: int = 0,                    # another seed, another text
@@ -697,13 +905,9 @@ def _generate(
       llmfs generate --model storyland --prompt "Once upon a time" --seed 5
       echo "Once upon a time" | llmfs generate --temperature 0.7 --top-p 0.95
       llmfs generate --model run --max-new-tokens 100 --temperature 0"""
-    from llm_from_scratch.bpe import load_tokenizer
     from llm_from_scratch.constraints import Constraint
     from llm_from_scratch.generation import stream
-    from llm_from_scratch.gpt import GPT
-    from llm_from_scratch.tensors import best_device
-    made = GPT.from_pretrained(model, device=device or best_device())
-    table = load_tokenizer(model)
+    made, table = _opened(model, device)
     begun = (_heard().rstrip() if prompt is None else prompt)
     end = table.special_tokens.get(END)
     if end is None and not begun:
@@ -722,7 +926,8 @@ def _generate(
 def _eval(
     *,
     model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made
+                                      #   `llmfs train` or `save_pretrained` has made, or
+                                      #   one of a run's checkpoints
     corpus: str = "storyland",        # storyland, pydoc, shakespeare, the-verdict; a text file,
                                       #   a folder of them, or - for standard input
     split: Literal["train", "validation", "test"] = "test",
@@ -740,11 +945,7 @@ def _eval(
     Examples:
       llmfs eval --model storyland
       llmfs eval --model run --corpus my-texts/ --split validation"""
-    from llm_from_scratch.bpe import load_tokenizer
-    from llm_from_scratch.gpt import GPT
-    from llm_from_scratch.tensors import best_device
-    made = GPT.from_pretrained(model, device=device or best_device())
-    table = load_tokenizer(model)
+    made, table = _opened(model, device)
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
     texts = list(_documents(corpus, split, n, size))
     facts = _measured(made, table, texts, size if corpus == "storyland" else None)

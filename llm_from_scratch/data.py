@@ -38,7 +38,10 @@ def as_ids(
         raise ValueError(f"token ids are one row of integers, not {what}")
     return row
 
-def check_windows(n_tokens: int, context_length: int, stride: int) -> None:
+def check_windows(
+    n_tokens: int, context_length: int, stride: int,
+    of: str = "the data",        # whose tokens they are
+) -> None:
     "`ValueError` where `n_tokens` tokens hold no window, or the numbers make no sense."
     T = context_length
     if T < 1: raise ValueError(f"context_length is {T}; a window holds at least 1 token")
@@ -46,7 +49,7 @@ def check_windows(n_tokens: int, context_length: int, stride: int) -> None:
     if n_tokens == 0: raise ValueError("empty corpus: there are no tokens to cut windows from")
     if n_tokens <= T:
         raise ValueError(f"a window of {T:,} tokens and its last target need {T + 1:,} tokens; "
-                         f"the data has {n_tokens:,}")
+                         f"{of} has {n_tokens:,}")
 
 # %% ../nbs/05_data.ipynb #ff695251
 def windows(
@@ -597,6 +600,7 @@ class BatchPlan:
     def __init__(self, n_windows: int, batch_size: int, seed: int = 0, rank: int = 0,
                  world_size: int = 1, shuffle: bool = True):
         self.n_windows, self.batch_size, self.shuffle = n_windows, batch_size, shuffle
+        self.seed = seed
         self.rows = rank_rows(batch_size, rank, world_size)
         self._seed = mix(np.array([seed % 2**64], np.uint64))
         self._together = max(1, 2048 // len(self.rows))    # steps computed at once, and kept
@@ -653,10 +657,11 @@ def _tokens(
     "Ids and offsets of a file or a bare row, if a model of `vocab_size` can read it."
     file = data if isinstance(data, TokenFile) else None
     ids = as_ids(data) if file is None else file.ids
-    check_windows(len(ids), context_length, context_length)
+    name = "the data" if file is None else file.path.name
+    check_windows(len(ids), context_length, context_length, name)
     if file is None: check_ids(ids, vocab_size or 1 << 63, "the model's vocabulary")
     elif vocab_size is not None and file.vocab_size > vocab_size:
-        raise ValueError(f"{file.path.name} has ids up to {file.vocab_size - 1:,}, "
+        raise ValueError(f"{name} has ids up to {file.vocab_size - 1:,}, "
                          f"the model's vocabulary ends at {vocab_size - 1:,}")
     return ids, np.array([0, len(ids)]) if file is None else file.offsets
 
@@ -684,6 +689,7 @@ class BatchLoader:
         cross_documents: bool = True,     # if False, targets in the next document are ignored
     ):
         self.ids, self.offsets = _tokens(data, context_length, vocab_size)
+        self.source = data
         self.context_length, self.cross_documents = context_length, cross_documents
         n_windows = -(-(len(self.ids) - 1) // context_length)
         self.plan = BatchPlan(n_windows, batch_size, seed, rank, world_size, shuffle)

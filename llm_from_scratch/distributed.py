@@ -18,7 +18,7 @@ from .tensors import best_device
 from .training import ProcessGroup
 
 # %% auto #0
-__all__ = ['DataParallel', 'join_processes']
+__all__ = ['DataParallel', 'read_environment', 'join_processes']
 
 # %% ../nbs/distributed.ipynb #8bd6664f
 @dataclass(frozen=True)
@@ -46,6 +46,30 @@ class DataParallel(ProcessGroup):
         return items
 
 # %% ../nbs/distributed.ipynb #cf47223e
+def read_environment() -> tuple[int, int, int] | None:
+    """Rank, number of processes, rank on this machine; None if this process is alone.
+
+    ValueError for an environment that says half of it."""
+    size, rank = _number("WORLD_SIZE"), _number("RANK", "SLURM_PROCID")
+    known = {"RANK": rank, **{name: os.environ.get(name) for name in _MEETING}}
+    missing = [name for name, value in known.items() if value is None]
+    if size is None or (size == 1 and missing): return None
+    if missing or rank is None:
+        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: "
+                         "start the processes with torchrun, which sets them")
+    local = _number("LOCAL_RANK", "SLURM_LOCALID")
+    return rank, size, rank if local is None else local
+
+_MEETING = "MASTER_ADDR", "MASTER_PORT"        # where rank 0 waits for the others
+
+def _number(*names: str) -> int | None:
+    "The whole number in the first of these variables that is set."
+    for name in names:
+        if (text := os.environ.get(name)) is None: continue
+        if text.isdecimal(): return int(text)
+        raise ValueError(f"{name} must be a whole number, got {text!r}")
+    return None
+
 @contextmanager
 def join_processes(
     device: torch.device | str | None = None,  # None: the best there is
@@ -55,14 +79,14 @@ def join_processes(
     >>> with join_processes("cpu") as world: (world.rank, world.size)
     (0, 1)
     """
-    if "WORLD_SIZE" not in os.environ:
+    if (found := read_environment()) is None:
         yield ProcessGroup(device=torch.device(device or best_device()))
         return
-    local = int(os.environ["LOCAL_RANK"])
+    rank, size, local = found
     on_gpu = (torch.device(device).type == "cuda" if device
               else torch.cuda.is_available())
     if on_gpu: torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size)
     here = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     try: yield DataParallel(dist.get_rank(), dist.get_world_size(), here)
     finally: dist.destroy_process_group()

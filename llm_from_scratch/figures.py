@@ -437,7 +437,7 @@ def cells(x: float, y: float, numbers: Any, show: int = 3, largest: float = 1.0)
 # %% ../nbs/figures.ipynb #a1f00006
 _STAGES = {"text": (0, 0, ""), "tokens": (1, 0, "T"), "ids": (2, 0, "T"),
            "vectors": (3, 0, "T × D"), "blocks": (3, 1, "T × D"),
-           "logits": (2, 1, "V"), "next token": (1, 1, "1")}
+           "logits": (2, 1, "T × V"), "next token": (1, 1, "1")}
 _TRAINING = {"loss": (2, 2, ""), "update": (3, 2, "")}
 # each: column, row, shape of what it gives
 
@@ -568,3 +568,42 @@ def _layers(xs: Sequence[float], n_blocks: int) -> list[str]:
                          f'{x + 8:g},334" fill="none" stroke="{COLORS[0]}" '
                          'stroke-width="1.3" marker-end="url(#tip)"/>')
     return parts
+
+# %% ../nbs/figures.ipynb #665d083d
+EXTRAS = {"matplotlib": "plots", "pooch": "hub", "lm_eval": "eval",
+          "tokenizers": "peers", "transformers": "peers"}     # package -> extra
+
+def missing_package(
+    error: BaseException | None,
+    lost: Mapping[str, str],       # names that nobody defined -> package
+) -> str | None:
+    "The optional package whose absence is behind an error, if any is."
+    if isinstance(error, NameError): return lost.get(error.name or "")
+    if not isinstance(error, ImportError): return None
+    package = (error.name or "").partition(".")[0]
+    return package if package in EXTRAS else missing_package(error.__cause__, lost)
+
+def allow_missing_extras() -> None:
+    "From here on, a cell of a notebook that needs a missing extra says so and ends."
+    from IPython import get_ipython
+    from IPython.display import Markdown, display
+    shell = get_ipython()
+    if shell is None or NameError in shell.custom_exceptions: return    # no notebook, or again
+    lost: dict[str, str] = {}
+
+    def explain(shell: Any, kind: type, error: BaseException, trace: Any,
+                tb_offset: int | None = None) -> None:
+        package = missing_package(error, lost)
+        if package is None: shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+        else: display(Markdown(f"*Left out:* this cell needs {package}. `pip install "
+                               f"'llm-from-scratch[{EXTRAS[package]}]'` brings it."))
+
+    def go_on(result: Any) -> None:
+        package = missing_package(result.error_in_exec, lost)
+        if package is None: return
+        code = compile(shell.transform_cell(result.info.raw_cell), "cell", "exec")
+        lost.update({name: package for name in code.co_names if name not in shell.user_ns})
+        result.error_in_exec = None
+
+    shell.set_custom_exc((ImportError, NameError), explain)
+    shell.events.register("post_run_cell", go_on)

@@ -3,13 +3,21 @@
 # %% ../nbs/files.ipynb #02000b27
 from __future__ import annotations
 
-import difflib, errno, hashlib, json, os, secrets, shutil, stat, tempfile, zlib
-from collections.abc import Iterable, Iterator, Mapping
+import difflib, errno, glob, hashlib, json, os, secrets, shutil, stat, tempfile, time, zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib import resources
+from inspect import Parameter
+from itertools import repeat
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Union, get_args, get_origin,
+    get_type_hints,
+)
 
 if TYPE_CHECKING: from typing_extensions import Self
 
@@ -36,9 +44,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with open(path, "wb") as file: shutil.copyfileobj(held, file)
         return
     place = Path(os.path.realpath(path))        # where a link leads
-    beside = place.with_name(f".{place.name[:40]}.{secrets.token_hex(4)}.tmp")
+    _sweep(place.parent, start := f".{place.name[:40]}.")
+    beside = place.with_name(f"{start}{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "x+b") as file:
+            _hold(file.fileno())
             yield file
             file.flush(); os.fsync(file.fileno())
         _take_place(beside, place)
@@ -82,6 +92,36 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     data = text.encode("utf-8")                 # what cannot be encoded fails before it writes
     with replacing(path) as file: file.write(data)
 
+# %% ../nbs/files.ipynb #cba972e9
+_FRESH = 60                                     # seconds
+
+def _sweep(folder: Path, start: str) -> None:
+    "Remove what processes that died have left: temporary files and folders nobody holds."
+    for path in folder.glob(f"{glob.escape(start)}*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < _FRESH: continue
+            with _held(path) as is_ours:
+                if is_ours and path.is_dir(): shutil.rmtree(path)
+                elif is_ours: path.unlink()
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    "Lock a file or folder until the block ends; whether that was possible."
+    if os.name != "posix":
+        yield False                             # Windows removes no open file anyway
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try: yield _hold(handle)
+    finally: os.close(handle)
+
+def _hold(handle: int) -> bool:
+    "Lock an open file until it is closed; False where another process has, or nobody can."
+    try:
+        import fcntl
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError): return False
+    return True
+
 # %% ../nbs/files.ipynb #77f1356b
 _COMPLETE = ".complete"      # holds new files that are whole, on their way to their places
 
@@ -93,9 +133,10 @@ def replacing_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
     folder, made = Path(folder), not os.path.lexists(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish_replacing(folder)
-    beside = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+    _sweep(folder, ".new.")
+    beside = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=folder))
     try:
-        yield beside
+        with _held(beside): yield beside
         for new in beside.iterdir(): _is_special(folder / new.name)   # no folder in the way
         sync_folder(beside)
         os.rename(beside, folder / _COMPLETE)
@@ -121,6 +162,54 @@ def _move(new: Path, path: Path) -> None:
     if not path.is_symlink() and not _is_special(path): return _take_place(new, path)
     with open(new, "rb") as source, replacing(path) as file: shutil.copyfileobj(source, file)
     new.unlink()
+
+# %% ../nbs/files.ipynb #5fa804f4
+_HELD: set[tuple[int, str]] = set()             # of processes (a fork is another one), locks
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of a folder until the block ends, or this process does.
+
+    BlockingIOError if another one is in it. Makes the folder if it is missing.
+
+    >>> import tempfile
+    >>> with alone_in(folder := tempfile.mkdtemp()): is_occupied(folder)   # by others
+    False
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if (me := _place(folder)) in _HELD:
+        yield
+        return
+    with open(me[1], "ab") as file:
+        if not any(_take(file) or time.sleep(0.02) for _ in range(5)):
+            raise BlockingIOError(f"{folder} is in use by another process")
+        _HELD.add(me)
+        try: yield
+        finally: _HELD.remove(me)
+
+def is_occupied(folder: str | os.PathLike[str]) -> bool:
+    "Whether another process is in a folder."
+    if (me := _place(folder)) in _HELD: return False
+    try:
+        with open(me[1], "r+b") as file: return not _take(file)   # closed, it is free
+    except OSError: return False                # no lock, or one of another user
+
+def _place(folder: str | os.PathLike[str]) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(Path(folder, ".lock"))
+
+# %% ../nbs/files.ipynb #0c087a19
+def _take(file: BinaryIO) -> bool:
+    "Whether the lock of an open file is ours now; it ends when the file is closed."
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
 
 # %% ../nbs/files.ipynb #49a00def
 def checksum(
@@ -186,28 +275,140 @@ def parse_json(text: str) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found
 
+# %% ../nbs/files.ipynb #2956484b
+_WRONG_CONTENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                  RecursionError)
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    "ValueError that names the file, where the block finds that it is not `what`."
+    try: yield
+    except _WRONG_CONTENT as e:
+        told = e if isinstance(e, ValueError) else repr(e)
+        raise ValueError(f"{os.fspath(path)} is not {what}: {told}") from e
+
 # %% ../nbs/files.ipynb #06d2d045
+@dataclass(frozen=True)
+class Range:
+    "A constraint: finite numbers for which `test` holds."
+    words: str                          # how an error message goes on after "a number"
+    test: Callable[[float], bool]
+
+    def __contains__(self, x: float) -> bool: return self.test(x)
+
+@dataclass(frozen=True)
+class OneOf:
+    "A constraint: the names in a dictionary, to which others may be added later."
+    names: Collection[str] = field(hash=False)
+
+    def __contains__(self, name: str) -> bool: return name in self.names
+    @property
+    def words(self) -> str: return f"one of {', '.join(self.names)}"
+
+PositiveInt = Annotated[int, Range("of at least 1", lambda x: x >= 1)]
+NonNegativeInt = Annotated[int, Range("of at least 0", lambda x: x >= 0)]
+PositiveFloat = Annotated[float, Range("above 0", lambda x: x > 0)]
+NonNegativeFloat = Annotated[float, Range("of at least 0", lambda x: x >= 0)]
+Probability = Annotated[float, Range("in [0, 1]", lambda x: 0 <= x <= 1)]
+PositiveShare = Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
+BelowOne = Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)]
+
+# %% ../nbs/files.ipynb #598f69db
+class _Misfit(Exception): "A value that is not of the type asked for."
+
+def plain(value: Any) -> Any:
+    "A number of numpy or torch as Python's own; anything else as it is."
+    return value.item() if getattr(value, "shape", None) == () else value
+
+def checked(value: Any, hint: Any, name: str) -> Any:
+    """The value as a field with this type hint keeps it. ValueError if it does not fit.
+
+    >>> checked(-1, PositiveInt | None, "window")
+    Traceback (most recent call last):
+    ValueError: window must be a whole number of at least 1 or None, got -1
+    """
+    try: return _fitted(value, hint)
+    except _Misfit: raise ValueError(f"{name} must be {_words(hint)}, got {value!r}") from None
+
+def _fitted(value: Any, hint: Any) -> Any:
+    kind: Any = get_origin(hint) or hint
+    value, parts = plain(value), get_args(hint)
+    if kind is Annotated: return _constrained(value, *parts)
+    if kind in (Union, UnionType): return _first_fitting(value, parts)
+    if kind in (tuple, Sequence): return _listed(value, parts)
+    if kind is Mapping and isinstance(value, Mapping): return _mapped(value, *parts)
+    if kind is Literal and value in parts: return value
+    if kind is float: return _number(value)
+    if kind is int and isinstance(value, bool): raise _Misfit
+    if kind in (Any, Parameter.empty): return value              # no type, or none is said
+    if isinstance(kind, type) and isinstance(value, kind): return value
+    if Config in getattr(kind, "__mro__", ()) and isinstance(value, Mapping):
+        return kind(**value)                                      # type: ignore[misc]
+    raise _Misfit
+
+def _constrained(value: Any, hint: Any, *constraints: Any) -> Any:
+    value = _fitted(value, hint)
+    if all(value in constraint for constraint in constraints): return value
+    raise _Misfit
+
+def _first_fitting(value: Any, hints: Sequence[Any]) -> Any:
+    for hint in hints:
+        with suppress(_Misfit): return _fitted(value, hint)
+    raise _Misfit
+
+def _listed(value: Any, hints: Sequence[Any]) -> tuple[Any, ...]:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable): raise _Misfit
+    values, fixed = tuple(value), len(hints) > 1 and hints[-1] is not ...
+    if fixed and len(values) != len(hints): raise _Misfit
+    return tuple(map(_fitted, values, hints if fixed else repeat(hints[0])))
+
+def _mapped(value: Mapping[Any, Any], key: Any, content: Any) -> dict[Any, Any]:
+    return {_fitted(k, key): _fitted(v, content) for k, v in value.items()}
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)): raise _Misfit
+    with suppress(OverflowError):                       # a whole number may be too large
+        if isfinite(value): return float(value)
+    raise _Misfit
+
+# %% ../nbs/files.ipynb #428d61f7
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text",
+          type(None): "None", Any: "anything", Mapping: "a dict"}
+
+def _words(hint: Any) -> str:
+    "A type hint in words."
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in _NAMES: return _NAMES[kind]
+    if kind is Literal: return " or ".join(map(repr, parts))
+    if kind is Annotated:
+        more = " ".join(constraint.words for constraint in parts[1:])
+        return more if parts[0] is str else f"{_words(parts[0])} {more}"
+    if kind in (Union, UnionType): return " or ".join(map(_words, parts))
+    if kind not in (tuple, Sequence): return f"of type {kind.__name__}"
+    if parts[1:] in ((), (...,)): return f"a list, each {_words(parts[0])}"
+    return f"a list of {len(parts)}: {', '.join(map(_words, parts))}"
+
+# %% ../nbs/files.ipynb #4039f1e0
+@cache
+def _hints(kind: type) -> dict[str, Any]: return get_type_hints(kind, include_extras=True)
+
 def revived(kind: type, given: Any) -> dict[str, Any]:
-    "The fields of a dataclass as JSON gave them, with tuples and dataclasses put back."
+    "Some fields of a configuration as it keeps them. ValueError for those that do not fit."
     if not isinstance(given, Mapping):
         raise ValueError(f"expected a JSON object, got {type(given).__name__}")
     check_fields([f.name for f in fields(kind)], given)
-    hints = get_type_hints(kind)
-    return {name: _revive(hints[name], value) for name, value in given.items()}
-
-def _revive(hint: Any, value: Any) -> Any:
-    "One value, by the hint of its field; a hint such as `A | None` has several parts."
-    for kind in (hint, *get_args(hint)):
-        if get_origin(kind) is tuple and isinstance(value, list): return tuple(value)
-        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
-            return kind(**revived(kind, value))
-    return value
+    hints = _hints(kind)
+    return {name: checked(value, hints[name], name) for name, value in given.items()}
 
 class Config:
-    "What configurations share: a dataclass that refuses unknown fields and knows JSON."
+    "A dataclass that checks the names, types and ranges of its fields, and knows JSON."
     def __new__(cls, *_: Any, **given: Any) -> Self:
         check_fields([f.name for f in fields(cls)], given)       # type: ignore[arg-type]
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, value in revived(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def to_json(self) -> str:
         "All fields as JSON, one to a line."
@@ -237,3 +438,16 @@ def _finite(content: Any) -> Any:
     if isinstance(content, Mapping): return {k: _finite(v) for k, v in content.items()}
     if isinstance(content, (list, tuple)): return [*map(_finite, content)]
     return content
+
+# %% ../nbs/files.ipynb #d7c694a8
+_RESULTS = {"experiments": "nbs/results", "benchmarks": "benchmarks/results"}
+
+def results_folder(kind: str) -> Path:      # "experiments" or "benchmarks"
+    "Where the stored results are: in the installed package, or else in the clone around it."
+    package = Path(str(resources.files("llm_from_scratch")))
+    inside = package / "results" / kind
+    return inside if inside.is_dir() else package.parent / _RESULTS[kind]
+
+def stored_runs(name: str) -> list[dict[str, Any]]:
+    "The runs of an experiment of the book, one for each seed."
+    return read_json(results_folder("experiments") / f"{name}.json")["runs"]

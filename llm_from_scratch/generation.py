@@ -8,10 +8,10 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import index
-from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from .attention import Cache
 from .data import as_ids
+from llm_from_scratch.files import (
+    Config, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Probability, Range,
+    plain,
+)
 from .text import Tokenizer, several
 
 # %% auto #0
@@ -47,11 +51,12 @@ def _check_choice(possible: Bool[Tensor, "B 1"]) -> None:
 
 # %% ../nbs/13_generation.ipynb #4ec6fdbb
 def row_seeds(
-    seed: SupportsIndex | Sequence[SupportsIndex],     # one for all rows, or one for each
+    seed: SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor,  # one, or one a row
     n_rows: int,
 ) -> list[int]:
     "A seed for each row: hashed from `seed` and the row's number, or as given."
-    if isinstance(seed, Sequence):
+    seed = plain(seed)
+    if isinstance(seed, (Sequence, np.ndarray, Tensor)):
         if len(seed) != n_rows: raise ValueError(f"{len(seed)} seeds for {n_rows} rows")
         return [index(own) for own in seed]
     names = (f"{index(seed)} {row}".encode() for row in range(n_rows))
@@ -207,7 +212,7 @@ PROCESSORS: dict[str, Callable[[Tensor, Any, Context], Tensor]] = {
 
 # %% ../nbs/13_generation.ipynb #22a62c3d
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(Config):
     """How to choose the next token: processors by name, applied in `order`, then a draw.
 
     A field at its default does nothing. Raises ValueError for values that cannot be.
@@ -216,25 +221,29 @@ class Sampler:
     [[0.0, 0.5, 0.5]]
     """
 
-    temperature: float = 1.0            # 0: always the best token
-    top_k: int | None = None            # keep so many tokens
-    top_p: float | None = None          # keep the best that have this probability together
-    min_p: float | None = None          # keep those with this share of the best's probability
-    typical_p: float | None = None      # keep those of typical surprise
-    repetition_penalty: float = 1.0     # above 1: less of what prompt or text contain
-    presence_penalty: float = 0.0       # above 0: less of what was written
-    frequency_penalty: float = 0.0      # above 0: the less, the more often it was written
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # token: what to add
-    banned: Sequence[int] = ()          # tokens that must not come
-    required: Sequence[int] = ()        # tokens that must come before the end
-    order: Sequence[str] = tuple(PROCESSORS)    # in which the processors are applied
+    temperature: Annotated[float, Range(                # 0: always the best token
+        "that is 0 or at least 0.001", lambda x: x == 0 or x >= 1e-3)] = 1.0
+    top_k: PositiveInt | None = None          # keep so many tokens
+    top_p: PositiveShare | None = None        # keep the best with this probability together
+    min_p: Probability | None = None          # keep those at this share of the best probability
+    typical_p: PositiveShare | None = None    # keep those of typical surprise
+    repetition_penalty: PositiveFloat = 1.0   # above 1: less of what prompt or text contain
+    presence_penalty: float = 0.0             # above 0: less of what was written
+    frequency_penalty: float = 0.0            # above 0: the less, the more often it was written
+    logit_bias: (Mapping[NonNegativeInt, float]          # token: what to add
+                 | Sequence[tuple[NonNegativeInt, float]]) = ()
+    banned: Sequence[NonNegativeInt] = ()     # tokens that must not come
+    required: Sequence[NonNegativeInt] = ()   # tokens that must come before the end
+    order: Sequence[str] = tuple(PROCESSORS)  # in which the processors are applied
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         pairs = tuple(sorted(dict(self.logit_bias).items()))
-        for name, value in (("logit_bias", pairs), ("banned", tuple(self.banned)),
-                            ("required", tuple(self.required)), ("order", tuple(self.order))):
-            object.__setattr__(self, name, value)
-        _check_sampler(self)
+        object.__setattr__(self, "logit_bias", pairs)
+        if banned := {*self.banned} & {*self.required}:
+            raise ValueError(f"required must be free of banned tokens, got {sorted(banned)}")
+        if sorted(self.order) != sorted(PROCESSORS):
+            raise ValueError(f"order must be made of {', '.join(PROCESSORS)}, got {self.order}")
 
     @cached_property
     def steps(self) -> tuple[tuple[str, Any], ...]:
@@ -266,28 +275,6 @@ class Sampler:
         best, tokens = scores.max(-1, keepdim=True)
         _check_choice(best > -math.inf)
         return tokens[:, 0].tolist()
-
-# %% ../nbs/13_generation.ipynb #1e1cb8e0
-def _check_sampler(s: Sampler) -> None:
-    "Values that cannot be, by name."
-    def need(good: bool, name: str, what: str) -> None:
-        if not good: raise ValueError(f"{name} must be {what}, got {getattr(s, name)!r}")
-
-    hot = s.temperature == 0 or 1e-3 <= s.temperature < math.inf
-    need(hot, "temperature", "0 (the best token) or at least 0.001")
-    need(s.top_k is None or s.top_k >= 1, "top_k", "at least 1")
-    for name in ("top_p", "typical_p"):
-        need(getattr(s, name) is None or 0 < getattr(s, name) <= 1, name, "above 0, up to 1")
-    need(s.min_p is None or 0 <= s.min_p <= 1, "min_p", "between 0 and 1")
-    need(0 < s.repetition_penalty < math.inf, "repetition_penalty", "positive")
-    for name in ("presence_penalty", "frequency_penalty"):
-        need(math.isfinite(getattr(s, name)), name, "finite")
-    need(all(i >= 0 and math.isfinite(bias) for i, bias in dict(s.logit_bias).items()),
-         "logit_bias", "finite, for token ids from 0 on (to forbid a token, use `banned`)")
-    for name in ("banned", "required"):
-        need(all(i >= 0 for i in getattr(s, name)), name, "made of token ids from 0 on")
-    need(not set(s.banned) & set(s.required), "required", "free of banned tokens")
-    need(sorted(s.order) == sorted(PROCESSORS), "order", f"made of {', '.join(PROCESSORS)}")
 
 # %% ../nbs/13_generation.ipynb #cb3e35ef
 def _places(pads: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
@@ -479,7 +466,7 @@ def generate_steps(
     max_new_tokens: int,
     sampler: Sampler = Sampler(),
     *,
-    seed: SupportsIndex | Sequence[SupportsIndex] = 0,   # see `row_seeds`
+    seed: SupportsIndex | TokenIds = 0,          # see `row_seeds`
     end_tokens: SupportsIndex | TokenIds = (),   # one or several, each of which ends a row
     stop: Sequence[str] = (),                    # strings that end a row; need a tokenizer
     tokenizer: Tokenizer | None = None,
@@ -494,6 +481,7 @@ def generate_steps(
     texts, ends = _as_prompts(prompts), as_end_tokens(end_tokens)
     stop = tuple(several(stop, "stop strings"))
     _check_prompts(texts, max_new_tokens, sampler, ends, stop, tokenizer)
+    if tokenizer is not None: sampler = _without_padding(sampler, model, tokenizer)
     limit = _context_limit(model, context_length)
     _check_room(texts, max_new_tokens, limit, overflow)
     if constraint is not None: constraint = constraint.prepare(sampler, max_new_tokens)
@@ -545,6 +533,12 @@ def _constrain(scores: Tensor, state: int, remaining: int, ends: tuple[int, ...]
     scores[list(ends)] = closing
 
 # %% ../nbs/13_generation.ipynb #ff6ff0bf
+def _without_padding(sampler: Sampler, model: Any, tokenizer: Tokenizer) -> Sampler:
+    "A sampler that draws no id beyond the tokenizer's, where a model's vocabulary is padded."
+    size = getattr(getattr(model, "config", None), "vocab_size", 0)
+    padding = range(tokenizer.vocab_size, size)
+    return replace(sampler, banned=(*sampler.banned, *padding)) if padding else sampler
+
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
                    ends: Sequence[int], stop: Sequence[str],
                    tokenizer: Tokenizer | None) -> None:
@@ -694,7 +688,8 @@ def stream(
     """
     ids, ends = [*as_ids(start).tolist(), *tokenizer.encode(prompt)], as_end_tokens(end_tokens)
     text = TextStream(tokenizer, stop, ids)
-    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends, **options)
+    steps = generate_steps(model, [ids], max_new_tokens, sampler, end_tokens=ends,
+                           tokenizer=tokenizer, **options)
     return _pieces(steps, text, ends)
 
 

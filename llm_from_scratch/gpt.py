@@ -3,19 +3,19 @@
 # %% ../nbs/09_gpt.ipynb #c6e39ff0
 from __future__ import annotations
 
+import inspect
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,21 +25,27 @@ from llm_from_scratch.blocks import (
 )
 from .bpe import load_tokenizer as load_tokenizer, model_folder
 from .costs import count_parameters, estimate_memory, flops_per_token
+from .data import fingerprint
 from .figures import SVG, count_weights, model_svg, parts_of
 from llm_from_scratch.files import (
-    Config, check_fields, checksum, parse_json, replacing, revived,
+    BelowOne, Config, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, PositiveShare,
+    check_fields, checked, checksum, parse_json, reading, replacing, replacing_together,
+    revived,
 )
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
 )
 from llm_from_scratch.tensors import (
-    Dropout, Embedding, Linear, check_targets, may_look, cross_entropy, linear, undrawn,
+    Dropout, Embedding, Linear, checked_targets, may_look, cross_entropy, linear, undrawn,
 )
 
 if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
 __all__ = ['PRESETS', 'GPTConfig', 'GPT']
+
+# %% ../nbs/09_gpt.ipynb #71e51323
+MIXERS: dict[str, Callable[..., nn.Module]] = {}         # what mixes positions, see below
 
 # %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
@@ -52,36 +58,36 @@ class GPTConfig(Config):
     256
     """
 
-    vocab_size: int                         # V
-    context_length: int                     # the longest sequence it reads, in tokens
-    d_model: int                            # D, the width of the residual stream
-    n_layers: int                           # L
-    n_heads: int                            # H, query heads
-    n_kv_heads: int | None = None           # K, key/value heads; see `kv_heads`
-    d_head: int | None = None               # d, width of a head; see `head_width`
-    d_ff: int | None = None                 # F, hidden width; see `ff_width`
-    norm: str = "layernorm"                 # a name in `NORMS`
-    norm_eps: float = 1e-5                  # added to the variance
-    norm_order: str = "pre"                 # where norms stand: a name in `ORDERS`
-    feed_forward: str = "gelu_tanh"         # a name in `FEED_FORWARDS`
-    positions: str = "learned"              # a name in `POSITIONS`
-    rope_base: float = 10_000.0             # the slowest clock: a turn in 2π · base tokens
-    rope_layout: str = "half"               # pairs (i, i + half), or "interleaved"
-    rope_fraction: float = 1.0              # of each head that turns
+    vocab_size: PositiveInt                 # V
+    context_length: PositiveInt             # the longest sequence it reads, in tokens
+    d_model: PositiveInt                    # D, the width of the residual stream
+    n_layers: PositiveInt                   # L
+    n_heads: PositiveInt                    # H, query heads
+    n_kv_heads: PositiveInt | None = None   # K, key/value heads; see `kv_heads`
+    d_head: PositiveInt | None = None       # d, width of a head; see `head_width`
+    d_ff: PositiveInt | None = None         # F, hidden width; see `ff_width`
+    norm: Annotated[str, OneOf(NORMS)] = "layernorm"
+    norm_eps: NonNegativeFloat = 1e-5       # added to the variance
+    norm_order: Annotated[str, OneOf(ORDERS)] = "pre"    # where norms stand
+    feed_forward: Annotated[str, OneOf(FEED_FORWARDS)] = "gelu_tanh"
+    positions: Annotated[str, OneOf(POSITIONS)] = "learned"
+    rope_base: PositiveFloat = 10_000.0     # the slowest clock: a turn in 2π · base tokens
+    rope_layout: Literal["half", "interleaved"] = "half"  # "half": pairs (i, i + half)
+    rope_fraction: PositiveShare = 1.0      # of each head that turns
     rope_scaling: RopeScaling | None = None # for contexts beyond the trained one
     bias: bool = True                       # constants in linear layers and norms
     tie_embeddings: bool = True             # the head is the embedding table
-    dropout: float = 0.0                    # one rate, wherever GPT-2 drops
+    dropout: BelowOne = 0.0                 # one rate, wherever GPT-2 drops
     qk_norm: bool = False                   # normalize queries and keys
-    softcap: float | None = None            # of attention scores
+    softcap: PositiveFloat | None = None    # of attention scores
     sinks: bool = False                     # learn a score of looking nowhere
-    window: int | None = None               # how far back a query may look; None: to the start
-    backend: str = "sdpa"                   # a name in `BACKENDS`
+    window: PositiveInt | None = None       # how far back a query may look; None: to the start
+    backend: Annotated[str, OneOf(BACKENDS)] = "sdpa"
 
     def __post_init__(self) -> None:
-        _check_values(self)
-        _check_names(self)
+        super().__post_init__()
         _check_heads(self)
+        _check_options(self)
         _check_layers(self)
 
     # Biases by place; None: as `bias`
@@ -93,17 +99,22 @@ class GPTConfig(Config):
     # Norms
     norm_offset: float = 0.0                # added to the weights of all norms
     qk_norm_full: bool = False              # over all heads of a position at once
-    qk_norm_eps: float = 1e-6               # added to the mean square
+    qk_norm_eps: NonNegativeFloat = 1e-6    # added to the mean square
+    qk_norm_heads: bool = False             # gains of their own for each head
+    qk_norm_centered: bool = False          # layer norms, not RMS norms
+    qk_norm_bias: bool = False              # constants in these norms
     # Factors
-    attention_scale: float | None = None    # of attention scores; None: 1/√d
-    embedding_scale: float = 1.0            # of token embeddings
-    residual_scale: float = 1.0             # of what each branch adds to the stream
-    logit_scale: float = 1.0                # of logits
-    logit_softcap: float | None = None      # of logits, bent to stay within ± this
+    qkv_clip: PositiveFloat | None = None   # queries, keys and values within ± this
+    attention_scale: PositiveFloat | None = None         # of attention scores; None: 1/√d
+    embedding_scale: PositiveFloat = 1.0    # of token embeddings
+    residual_scale: PositiveFloat = 1.0     # of what each branch adds to the stream
+    logit_scale: PositiveFloat = 1.0        # of logits
+    logit_softcap: PositiveFloat | None = None           # of logits, bent to stay within ± this
     # Layers
-    mixer: str = "attention"                # a name in `MIXERS`
+    mixer: Annotated[str, OneOf(MIXERS)] = "attention"
     layers: Sequence[Mapping[str, Any]] = field(default=(), hash=False)  # exceptions, in turn
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of parts, by name
+    options: Mapping[str, Mapping[str, Any]] = field(    # of parts: {part: {option: value}}
+        default_factory=dict, hash=False)
 
     def layer(self, i: int) -> GPTConfig:
         "The choices of layer i: these, with the exceptions that `layers` makes for it."
@@ -131,13 +142,6 @@ class GPTConfig(Config):
         if self.d_ff is not None: return self.d_ff
         return matched_width(self.d_model) if self.is_gated else 4 * self.d_model
 
-    @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> "GPTConfig":
-        "A configuration from the fields that JSON gave. ValueError for those it does not have."
-        found = revived(cls, given)
-        if "layers" in found: found["layers"] = [revived(cls, c) for c in found["layers"]]
-        return cls(**found)
-
 # %% ../nbs/09_gpt.ipynb #31ba1c49
 def _either(choice: bool | None, otherwise: bool) -> bool:
     "A switch that may be left open."
@@ -151,44 +155,15 @@ def _attention(c: GPTConfig, layer: int, scheme: PositionScheme) -> nn.Module:
         c.d_model, c.n_heads, c.kv_heads, d_head=c.head_width, bias=qkv_bias,
         output_bias=output_bias, dropout=c.dropout, rotary=scheme.rotary,
         position_bias=scheme.bias, qk_norm=c.qk_norm, qk_norm_full=c.qk_norm_full,
-        qk_norm_eps=c.qk_norm_eps, qk_norm_offset=c.norm_offset, scale=c.attention_scale,
+        qk_norm_eps=c.qk_norm_eps, qk_norm_offset=c.norm_offset,
+        qk_norm_heads=c.qk_norm_heads, qk_norm_centered=c.qk_norm_centered,
+        qk_norm_bias=c.qk_norm_bias, qkv_clip=c.qkv_clip, scale=c.attention_scale,
         softcap=c.softcap, sinks=c.sinks, window=c.window, layer=layer, backend=c.backend)
 
 
-MIXERS: dict[str, Callable[[GPTConfig, int, PositionScheme], nn.Module]] = {
-    "attention": _attention}
+MIXERS["attention"] = _attention
 
 # %% ../nbs/09_gpt.ipynb #b88dd460
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _is_size(x: Any) -> bool: return isinstance(x, int) and _is_number(x) and x >= 1
-
-
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("vocab_size context_length d_model n_layers n_heads n_kv_heads d_head d_ff window",
-     _is_size, "be a whole number of at least 1"),
-    ("bias qkv_bias output_bias mlp_bias norm_bias head_bias tie_embeddings qk_norm "
-     "qk_norm_full sinks", lambda x: isinstance(x, bool), "be True or False"),
-    ("norm_eps qk_norm_eps", lambda x: _is_number(x) and x >= 0, "not be negative"),
-    ("softcap logit_softcap attention_scale embedding_scale residual_scale logit_scale",
-     lambda x: _is_number(x) and x > 0, "be positive"),
-    ("norm_offset", _is_number, "be a number"),
-    ("dropout", lambda x: _is_number(x) and 0 <= x < 1, "lie in [0, 1)"),
-)
-
-
-def _check_values(c: GPTConfig) -> None:
-    "Types and ranges; what may be left open may be None."
-    default = {f.name: f.default for f in fields(c)}
-    for names, is_good, words in _RANGES:
-        for name in names.split():
-            value = getattr(c, name)
-            if value is None and default[name] is None: continue
-            if not is_good(value): raise ValueError(f"{name} must {words}, got {value!r}")
-
-# %% ../nbs/09_gpt.ipynb #5779d670
 def _check_heads(c: GPTConfig) -> None:
     "Heads divide what they share."
     if c.d_head is None and c.d_model % c.n_heads:
@@ -202,16 +177,22 @@ def _check_heads(c: GPTConfig) -> None:
     if c.head_bias and c.tie_embeddings:
         raise ValueError("a tied head has no bias: head_bias needs tie_embeddings=False")
 
-
-def _check_names(c: GPTConfig) -> None:
-    "Parts are named as their dictionaries name them."
-    for name, known in (("norm", NORMS), ("norm_order", ORDERS), ("backend", BACKENDS),
-                        ("feed_forward", FEED_FORWARDS), ("positions", POSITIONS),
-                        ("mixer", MIXERS), ("rope_layout", ("half", "interleaved"))):
-        if getattr(c, name) not in known:
-            raise ValueError(f"unknown {name} {getattr(c, name)!r}: "
-                             f"expected one of {', '.join(known)}")
+# %% ../nbs/09_gpt.ipynb #5779d670
+def _check_options(c: GPTConfig) -> None:
+    "Options are those that their part takes, and kept as it declares them."
     check_fields([*FEED_FORWARDS, *MIXERS], c.options, "no part")
+    found = {name: _options_of(name, options) for name, options in c.options.items()}
+    object.__setattr__(c, "options", found)
+
+
+def _options_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    "The options of one part, checked by its signature without what the model gives it."
+    part, own = (FEED_FORWARDS[name], 2) if name in FEED_FORWARDS else (MIXERS[name], 3)
+    takes = dict([*inspect.signature(part, eval_str=True).parameters.items()][own:])
+    takes.pop("bias", None)
+    check_fields(takes, options, f"no option of {name!r},")
+    return {option: checked(value, takes[option].annotation, f"{option} of {name!r}")
+            for option, value in options.items()}
 
 # %% ../nbs/09_gpt.ipynb #9cb187b6
 _PER_LAYER = ("window", "positions", "rope_base", "rope_scaling", "mixer", "feed_forward",
@@ -222,7 +203,7 @@ _PER_LAYER = ("window", "positions", "rope_base", "rope_scaling", "mixer", "feed
 
 def _check_layers(c: GPTConfig) -> None:
     "Exceptions are of things that may differ, and each makes a layer that is possible."
-    object.__setattr__(c, "layers", tuple(dict(layer) for layer in c.layers))
+    object.__setattr__(c, "layers", tuple(revived(GPTConfig, layer) for layer in c.layers))
     for i, layer in enumerate(c.layers):
         check_fields(_PER_LAYER, layer, "no exception for one layer,")
         embedded = ("learned", "sinusoidal")
@@ -245,9 +226,9 @@ def _block(c: GPTConfig, layer: int, scheme: PositionScheme) -> Block:
     feed_forward = FEED_FORWARDS[c.feed_forward](
         c.d_model, c.ff_width, bias=_either(c.mlp_bias, c.bias),
         **c.options.get(c.feed_forward, {}))
-    return Block(c.d_model, MIXERS[c.mixer](c, layer, scheme), feed_forward,
-                 lambda: _norm(c), order=c.norm_order, dropout=c.dropout,
-                 residual_scale=c.residual_scale)
+    mixer = MIXERS[c.mixer](c, layer, scheme, **c.options.get(c.mixer, {}))
+    return Block(c.d_model, mixer, feed_forward, lambda: _norm(c), order=c.norm_order,
+                 dropout=c.dropout, residual_scale=c.residual_scale)
 
 # %% ../nbs/09_gpt.ipynb #8d256e9a
 def _scheme(c: GPTConfig) -> PositionScheme:
@@ -273,14 +254,14 @@ def _blocks_of(config: GPTConfig, scheme: PositionScheme) -> nn.ModuleList:
 class TiedHead(nn.Module):
     "Scores tokens by their embeddings; owns no weights, so nothing is saved or counted twice."
 
-    def __init__(self, embedding: Embedding) -> None:
+    def __init__(self, model: Any) -> None:           # one with a `token_embedding`
         super().__init__()
-        self._source = (embedding,)                   # in a tuple, it is not a submodule
+        self._model = (model,)                        # in a tuple, it is not a submodule
 
     @property
     def weight(self) -> Tensor:
         "The embedding table itself."
-        return self._source[0].weight
+        return self._model[0].token_embedding.weight
 
     def multiplied(self) -> int:
         "How many weights a token is multiplied with: the whole table."
@@ -318,13 +299,13 @@ class GPT(nn.Module):
             self.embedding_dropout = Dropout(config.dropout)
             self.blocks = _blocks_of(config, scheme)
             self.norm = _norm(config)
-            self.head = (TiedHead(self.token_embedding) if config.tie_embeddings
+            self.head = (TiedHead(self) if config.tie_embeddings
                          else Linear(config.d_model, config.vocab_size, config.head_bias))
         init_weights(self, config.n_layers, generator=generator)
 
     def _hidden(
         self,
-        ids: Int[Tensor, "B T"],            # tokens
+        ids: Integer[Tensor, "B T"],        # tokens
         *,
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
@@ -343,8 +324,8 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        ids: Int[Tensor, "B T"],                    # tokens
-        targets: Int[Tensor, "B T"] | None = None,  # what follows each; −100 does not count
+        ids: Integer[Tensor, "B T"],                # tokens
+        targets: Integer[Tensor, "B T"] | None = None,  # what follows; −100 does not count
         *,
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"] | None = None,  # None: 0, 1, 2, …
         mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"] | None = None,  # None: causal
@@ -359,7 +340,7 @@ class GPT(nn.Module):
         if targets is None: return self.logits(x)
         return _loss(self, x, targets)
 
-    def hidden(self, ids: Int[Tensor, "B T"], **options: Any) -> Float[Tensor, "B T D"]:
+    def hidden(self, ids: Integer[Tensor, "B T"], **options: Any) -> Float[Tensor, "B T D"]:
         "The final hidden states, which the head reads; `options` as for `forward`."
         return self(ids, hidden=True, **options)
 
@@ -377,9 +358,17 @@ class GPT(nn.Module):
         "The model as a picture, drawn from its own modules."
         return model_svg(self)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        "Write `config.json` and `model.safetensors` into a folder, see @sec-gpt-saved."
-        write_model(Path(folder), self.config.to_json(), self.state_dict())
+    def save_pretrained(
+        self, folder: str | os.PathLike[str],
+        tokenizer: Any = None,      # whose ids it reads: is saved with it
+    ) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, see @sec-gpt-saved.
+
+        Raises ValueError for a model that is no longer what its `config` says."""
+        _check_tensors("the model", tensors := self.state_dict(), blueprint(self.config))
+        with replacing_together(folder) as beside:
+            if tokenizer is not None: tokenizer.save(beside / "tokenizer.json")
+            write_model(beside, self.config.to_json(), tensors, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -462,7 +451,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 ignore_index: int, rows: int) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         counts, learn = (targets != ignore_index).to(exact), any(ctx.needs_input_grad)
-        n, picked = counts.sum(), targets.masked_fill(targets == ignore_index, 0).long()
+        n, picked = counts.sum(), targets.masked_fill(targets == ignore_index, 0)
         share, total = (counts / n.clamp(min=1))[:, None], counts.new_zeros(())
         grad_hidden = torch.empty_like(hidden) if learn else hidden
         grad_weight = torch.zeros_like(weight, dtype=exact) if learn else weight
@@ -490,7 +479,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     hidden: Float[Tensor, "*N D"],          # what the head reads
     weight: Float[Tensor, "V D"],           # the head's table
-    targets: Int[Tensor, "*N"],             # the token that came
+    targets: Integer[Tensor, "*N"],         # the token that came
     ignore_index: int = -100,               # targets with this value do not count
     rows: int = 512,                        # how many rows of logits exist at a time
 ) -> Float[Tensor, ""]:
@@ -504,7 +493,7 @@ def chunked_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     shape = hidden[..., :1].expand(*hidden.shape[:-1], len(weight))      # of the logits: a view
-    check_targets(shape, targets, ignore_index)
+    targets = checked_targets(shape, targets, ignore_index)
     return _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, rows)
 
@@ -613,15 +602,15 @@ def write_model(
     folder: Path,
     config: str,                            # the text of config.json
     tensors: Mapping[str, Tensor],          # name -> tensor
+    tokenizer: Any = None,                  # whose ids the model reads
 ) -> None:
-    "Both files are written whole before either takes its name."
-    folder.mkdir(parents=True, exist_ok=True)
+    "Both files replace older ones together, or not at all."
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     marks = {"crc32": _model_checksum(config, tensors), "format": "pt"}
-    text, weights = (folder / name for name in _FILES)
-    with replacing(text) as first, replacing(weights) as second:
-        first.write(config.encode())
-        second.write(_as_bytes(tensors, marks))
+    if tokenizer is not None: marks["tokenizer"] = fingerprint(tokenizer)
+    with replacing_together(folder) as beside:
+        for name, data in zip(_FILES, (config.encode(), _as_bytes(tensors, marks))):
+            with replacing(beside / name) as file: file.write(data)
 
 # %% ../nbs/09_gpt.ipynb #2f281076
 def complain(what: str, names: Sequence[str]) -> None:
@@ -644,15 +633,25 @@ def _read_tensors(path: Path, config: str) -> dict[str, Tensor]:
                      f"their checksum is {found}, expected {mark}")
 
 
-def _check_tensors(path: Path, given: Mapping[str, Tensor], model: GPT) -> None:
+def _check_tokenizer(path: Path, weights: Path) -> None:
+    "ValueError if the tokenizer beside a model is not the one that it was saved with."
+    with safetensors.safe_open(weights, "pt") as file:
+        mark = (file.metadata() or {}).get("tokenizer")
+    if mark is None or not path.is_file(): return
+    if (found := fingerprint(load_tokenizer(path))) != mark:
+        raise ValueError(f"{path} is not the tokenizer that this model was saved with: "
+                         f"its fingerprint is {found[:8]}, expected {mark[:8]}")
+
+
+def _check_tensors(where: Path | str, given: Mapping[str, Tensor], model: GPT) -> None:
     "ValueError unless every parameter has one tensor of its shape, and there are no others."
     wanted = model.state_dict()
-    complain(f"{path} lacks", sorted(wanted.keys() - given.keys()))
-    complain(f"this model has no place in it for tensors of {path}",
+    complain(f"{where} lacks", sorted(wanted.keys() - given.keys()))
+    complain(f"this model has no place in it for tensors of {where}",
               sorted(given.keys() - wanted.keys()))
     for name, tensor in wanted.items():
         if (shape := given[name].shape) != tensor.shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(shape)}, "
+            raise ValueError(f"{where}: {name} has shape {tuple(shape)}, "
                              f"expected {tuple(tensor.shape)}")
 
 # %% ../nbs/09_gpt.ipynb #6254f23c
@@ -677,12 +676,11 @@ def _read_model(
             raise FileNotFoundError(f"{folder} has no {name}: a model is saved as "
                                     f"{' and '.join(_FILES)}")
     text, weights = (folder / name for name in _FILES)
-    try:
+    with reading(text, "the configuration of a model"):
         written = text.read_text(encoding="utf-8")
         config, renamed = _understood(parse_json(written))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{text} is not the configuration of a model: {e}") from e
     tensors = _read_tensors(weights, written)
+    _check_tokenizer(folder / "tokenizer.json", weights)
     with torch.device("meta"): model = kind(config)              # no number is drawn
     try: tensors = renamed(model, tensors)
     except ValueError as e: raise ValueError(f"{weights}: {e}") from e

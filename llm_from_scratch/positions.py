@@ -8,13 +8,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 from jaxtyping import Float, Float64, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .files import (
+    Config, OneOf, PositiveFloat, PositiveInt, Range)
 from .tensors import may_look, drawing
 
 # %% ../nbs/07_positions.ipynb #bf593261
@@ -351,9 +353,12 @@ def _reorder(
     order = torch.cat((i[:width:2], i[1:width:2], i[width:]))
     return heads[:, which(order).to(weight.device)].flatten(0, 1)
 
+# %% ../nbs/07_positions.ipynb #97e378b9
+ROPE_SCALINGS: "dict[str, Callable[[Tensor, float, RopeScaling], Tensor]]" = {}
+
 # %% ../nbs/07_positions.ipynb #090126a6
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Config):
     """Frequency scaling of `Rope`, for a context `factor` times as long.
 
     >>> scaling = RopeScaling("linear", 2.0)
@@ -361,38 +366,28 @@ class RopeScaling:
     0.5
     """
 
-    kind: str                 # a name in `ROPE_SCALINGS`
-    factor: float             # how many times longer, at least 1
-    original_context_length: int | None = None  # needed by "llama3", "yarn"
-    low_freq_factor: float = 1.0   # llama3: fewer rotations, fully scaled
-    high_freq_factor: float = 4.0  # llama3: more rotations, not scaled
-    beta_fast: float = 32.0        # yarn: more rotations, not scaled
-    beta_slow: float = 1.0         # yarn: fewer rotations, fully scaled
-    attention_factor: float | None = None   # yarn: None for 0.1·ln(factor) + 1
+    kind: Annotated[str, OneOf(ROPE_SCALINGS)]
+    factor: Annotated[float, Range("of at least 1", lambda x: x >= 1)]
+    original_context_length: PositiveInt | None = None  # for "llama3", "yarn"
+    low_freq_factor: PositiveFloat = 1.0   # llama3: fewer rotations: scaled
+    high_freq_factor: PositiveFloat = 4.0  # llama3: more rotations: not scaled
+    beta_fast: PositiveFloat = 32.0        # yarn: more rotations: not scaled
+    beta_slow: PositiveFloat = 1.0         # yarn: fewer rotations: fully scaled
+    attention_factor: PositiveFloat | None = None  # yarn: 0.1·ln(factor) + 1
 
     def __post_init__(self) -> None:
-        if self.kind not in ROPE_SCALINGS:
-            raise ValueError(f"unknown scaling {self.kind!r}: expected one of "
-                             f"{', '.join(ROPE_SCALINGS)}")
-        if not 1 <= self.factor < math.inf:
-            raise ValueError("a scaling factor is at least 1, "
-                             f"got {self.factor}")
+        super().__post_init__()
         needed = self.kind in ("llama3", "yarn")
         if needed and self.original_context_length is None:
             raise ValueError(f"{self.kind} scaling needs "
                              "original_context_length")
-        for name in ("original_context_length", "attention_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
         self._check_order("low_freq_factor", "high_freq_factor")
         self._check_order("beta_slow", "beta_fast")
 
     def _check_order(self, low: str, high: str) -> None:
         a, b = getattr(self, low), getattr(self, high)
-        if not 0 < a < b < math.inf:
-            raise ValueError(f"{low} must be positive and below {high}, "
-                             f"got {a} and {b}")
+        if not a < b:
+            raise ValueError(f"{low} must be below {high}, got {a} and {b}")
 
 # %% ../nbs/07_positions.ipynb #fdc08d46
 def _linear(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
@@ -426,7 +421,7 @@ def _yarn(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     slow = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequencies * (1 - slow + slow / scaling.factor)
 
-ROPE_SCALINGS: dict[str, Callable[[Tensor, float, RopeScaling], Tensor]] = {
+ROPE_SCALINGS |= {
     "linear": _linear, "ntk": _ntk, "llama3": _llama3, "yarn": _yarn}
 
 # %% ../nbs/07_positions.ipynb #bf210ec0
@@ -454,10 +449,11 @@ class Alibi(nn.Module):
     def __init__(
         self,
         n_heads: int,              # query heads
+        scale: float = 1.0,        # of all slopes
     ) -> None:
         super().__init__()
         alibi_slopes(n_heads)      # refuses what cannot be
-        self.n_heads = n_heads
+        self.n_heads, self.scale = n_heads, scale
 
     def forward(
         self,
@@ -473,9 +469,10 @@ class Alibi(nn.Module):
                              f"{n_queries} queries and {n_keys} keys")
         compiling = torch.compiler.is_compiling()        # sizes may vary
         make = _bias if compiling else _cached_bias
-        return make(self.n_heads, n_queries, n_keys,
+        bias = make(self.n_heads, n_queries, n_keys,
                     torch.device(device or "cpu"),
                     dtype or torch.get_default_dtype())
+        return bias if self.scale == 1 else self.scale * bias
 
     def between(
         self,
@@ -485,7 +482,7 @@ class Alibi(nn.Module):
     ) -> Float[Tensor, "B H T S"]:
         "The same for any positions of queries and keys."
         distance = (queries[:, :, None] - keys[:, None]).abs()
-        slopes = alibi_slopes(self.n_heads).to(queries.device)
+        slopes = self.scale * alibi_slopes(self.n_heads).to(queries.device)
         bias = -slopes[:, None, None] * distance[:, None]
         return bias.to(dtype or torch.get_default_dtype())
 
@@ -530,6 +527,8 @@ POSITIONS: dict[str, Callable[..., PositionScheme]] = {
         LearnedPositions(context_length, d_model)),
     "rope": _rope_scheme,
     "alibi": lambda *, n_heads, **_: PositionScheme(bias=Alibi(n_heads)),
+    "alibi_scaled": lambda *, n_heads, d_head, **_: PositionScheme(
+        bias=Alibi(n_heads, d_head**-0.5)),      # scaled as the scores: Falcon
 }
 
 # %% ../nbs/07_positions.ipynb #10209c65

@@ -9,14 +9,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .bpe import BPETokenizer
-from .files import replacing_together, write_text
+from .files import (
+    Config, PositiveInt, reading, replacing_together, write_text)
 from .gpt import GPT, PRESETS, GPTConfig, complain, write_model
 from .text import SpacedWordTokenizer, Tokenizer
 
@@ -25,7 +26,7 @@ __all__ = ['load_weights', 'export_weights', 'save_hf', 'read_llama2c']
 
 # %% ../nbs/pretrained.ipynb #ec542973
 @dataclass(frozen=True)
-class Weight:
+class Weight(Config):
     """A line of a weight map: one tensor of a checkpoint, and what it fills here.
 
     In `source`, {i} stands for every layer and {e} for every expert, whose tensors are stacked;
@@ -34,17 +35,25 @@ class Weight:
     source: str                             # its name there; "": a constant fills the targets
     targets: str                            # names here, which take its rows; "": ignored
     transpose: bool = False                 # stored as (in, out) there
-    groups: str = ""                        # rows come in turns for each of these: "n_heads", …
+    groups: PositiveInt | Literal["n_heads", "kv_heads"] | None = None   # see below
     constant: float = 0.0                   # what fills the targets, where there is no source
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source and self.groups is None and " " in self.targets:
+            raise ValueError(f"{self.source} fills {self.targets}: in which order are its "
+                             "rows? groups=1 if one target follows the other, "
+                             "groups='n_heads' if they take turns in every head")
 
 
 def layer_lines(
     source: str, targets: str, bias: bool = False, transpose: bool = False,
+    groups: int | Literal["n_heads", "kv_heads"] | None = None,
 ) -> list[Weight]:
     "The lines of one layer: its weight, and perhaps its bias."
     kinds = ["weight", "bias"] if bias else ["weight"]
     return [Weight(f"{source}.{kind}", " ".join(f"{t}.{kind}" for t in targets.split()),
-                   transpose and kind == "weight") for kind in kinds]
+                   transpose and kind == "weight", groups) for kind in kinds]
 
 
 def block_lines(source: str, layers: Mapping[str, str], **how: Any) -> list[Weight]:
@@ -63,7 +72,7 @@ GPT2_WEIGHTS: tuple[Weight, ...] = (
         "attn.c_attn": "attention.query attention.key attention.value",
         "attn.c_proj": "attention.output",
         "mlp.c_fc": "feed_forward.up",
-        "mlp.c_proj": "feed_forward.down"}, bias=True, transpose=True),
+        "mlp.c_proj": "feed_forward.down"}, bias=True, transpose=True, groups=1),
     *layer_lines("[transformer.]ln_f", "norm", bias=True),
     Weight("[transformer.]h.{i}.attn.bias", ""),               # a causal mask, of old files
     Weight("[transformer.]h.{i}.attn.masked_bias", ""),
@@ -125,6 +134,11 @@ def _sources(line: Weight, names: Mapping[str, Any]) -> list[str]:
     return found
 
 # %% ../nbs/pretrained.ipynb #627e26b6
+def _groups(line: Weight, c: GPTConfig) -> int:
+    "How often the targets of a line take turns in its rows."
+    return getattr(c, line.groups) if isinstance(line.groups, str) else line.groups or 1
+
+
 def _shared_out(
     tensor: Tensor, line: Weight, shapes: Mapping[str, torch.Size], c: GPTConfig,
 ) -> dict[str, Tensor]:
@@ -134,11 +148,13 @@ def _shared_out(
     tensor = tensor.mT if line.transpose else tensor
     wanted, rows = [shapes[t] for t in targets], 1 if "{e}" in line.source else 0
     expected = list(wanted[0])
-    expected[rows] = sum(shape[rows] for shape in wanted)
+    if len(expected) > rows: expected[rows] = sum(shape[rows] for shape in wanted)
     if list(tensor.shape) != expected:
         raise ValueError(f"{line.source} has shape {tuple(tensor.shape)}, but what it fills, "
                          f"{' + '.join(targets)}, has {tuple(expected)}")
-    turns = getattr(c, line.groups) if line.groups else 1
+    turns = _groups(line, c)
+    if any(shape[rows] % turns for shape in wanted):
+        raise ValueError(f"the rows of {line.source} do not fall into {turns} groups")
     parts = tensor.unflatten(rows, (turns, -1)).split(
         [shape[rows] // turns for shape in wanted], rows + 1)
     return {t: part.flatten(rows, rows + 1) for t, part in zip(targets, parts)}
@@ -209,8 +225,7 @@ def load_weights(
 # %% ../nbs/pretrained.ipynb #e9fa2a21
 def _joined(line: Weight, state: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
     "What `_shared_out` took apart, put together again."
-    rows, turns = 1 if "{e}" in line.source else 0, 1
-    if line.groups: turns = getattr(c, line.groups)
+    rows, turns = 1 if "{e}" in line.source else 0, _groups(line, c)
     parts = [state[t].unflatten(rows, (turns, -1)) for t in line.targets.split()]
     tensor = torch.cat(parts, rows + 1).flatten(rows, rows + 1)
     if line.transpose: tensor = tensor.mT
@@ -369,7 +384,7 @@ def save_hf(
     with replacing_together(folder) as beside:
         tokenizer.to_hf(beside)
         write_text(beside / "tokenizer_config.json", json.dumps(about, indent=1) + "\n")
-        write_model(beside, json.dumps(config, indent=1) + "\n", tensors)
+        write_model(beside, json.dumps(config, indent=1) + "\n", tensors, tokenizer)
 
 # %% ../nbs/pretrained.ipynb #70a00002
 TOUR_WEIGHTS: tuple[Weight, ...] = (
@@ -381,7 +396,7 @@ TOUR_WEIGHTS: tuple[Weight, ...] = (
         "attention.qkv": "attention.query attention.key attention.value",
         "attention.output": "attention.output",
         "mlp.0": "feed_forward.up",
-        "mlp.2": "feed_forward.down"}, bias=True),
+        "mlp.2": "feed_forward.down"}, bias=True, groups=1),
     *layer_lines("norm", "norm", bias=True),
     *layer_lines("head", "head"),
 )
@@ -433,8 +448,9 @@ def read_llama2c(
     data = Path(path).read_bytes()
     if len(data) < 28: raise ValueError(f"{path} has {len(data)} bytes, and no header of 28")
     D, F, L, H, K, V, T = np.frombuffer(data, "<i4", 7).tolist()
-    config = replace(PRESETS["llama-260k"], vocab_size=abs(V), context_length=T, d_model=D,
-                     n_layers=L, n_heads=H, n_kv_heads=K, d_ff=F, tie_embeddings=V > 0)
+    with reading(path, "a checkpoint of llama2.c"):
+        config = replace(PRESETS["llama-260k"], vocab_size=abs(V), context_length=T, d_model=D,
+                         n_layers=L, n_heads=H, n_kv_heads=K, d_ff=F, tie_embeddings=V > 0)
     shapes = _llama2c_shapes(config)
     expected = 28 + 4 * sum(math.prod(shape) for _, shape in shapes)
     if len(data) != expected:

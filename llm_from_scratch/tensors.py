@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .files import plain
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +184,7 @@ def logsumexp(
 # %% ../nbs/01_tensors.ipynb #b91752b4
 def cross_entropy(
     logits: Float[Tensor, "*N V"],          # scores, the vocabulary on the last axis
-    targets: Int[Tensor, "*N"],             # the token that came, for each row of scores
+    targets: Integer[Tensor, "*N"],             # the token that came, for each row of scores
     ignore_index: int = -100,               # targets with this value do not count
     reduction: str = "mean",                # "mean" or "sum" over those that count, or "none"
 ) -> Float[Tensor, "..."]:
@@ -194,9 +196,9 @@ def cross_entropy(
     >>> round(float(cross_entropy(torch.zeros(1, 8), torch.tensor([3]))), 4)     # ln 8
     2.0794
     """
-    check_targets(logits, targets, ignore_index)
+    targets = checked_targets(logits, targets, ignore_index)
     ignored = targets == ignore_index
-    picked = targets.masked_fill(ignored, 0).long()[..., None]
+    picked = targets.masked_fill(ignored, 0)[..., None]
     losses = -log_softmax(logits).gather(-1, picked)[..., 0].masked_fill(ignored, 0.0)
     if reduction == "none": return losses
     if reduction == "sum": return losses.sum()
@@ -204,16 +206,18 @@ def cross_entropy(
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 # %% ../nbs/01_tensors.ipynb #8ae5c3cb
-def check_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
-    "TypeError or ValueError for targets that do not fit the logits."
+def checked_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    "The targets as int64. TypeError or ValueError for those that do not fit the logits."
     if targets.is_floating_point():
         raise TypeError(f"targets must be token ids, whole numbers, got {targets.dtype}")
     expected, got = tuple(logits.shape[:-1]), tuple(targets.shape)
     if expected != got:
         raise ValueError(f"logits of shape {tuple(logits.shape)} need targets "
                          f"of shape {expected}, got {got}")
+    targets = targets.long()                 # torch has few operations for other whole numbers
     counted = targets[targets != ignore_index] if may_look(targets) else targets
     _check_ids(counted, logits.shape[-1], "target")
+    return targets
 
 
 def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
@@ -328,10 +332,11 @@ class Embedding(nn.Embedding):
         "Draw the table anew."
         nn.init.normal_(self.weight, generator=generator)
 
-    def forward(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
+    def forward(self, ids: Integer[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
         "The vector of each id. TypeError for fractions, ValueError outside the table."
         if ids.is_floating_point():
             raise TypeError(f"token ids must be whole numbers, got {ids.dtype}")
+        ids = ids.long()
         _check_ids(ids, self.num_embeddings, "token")
         return F.embedding(ids, self.weight)
 
@@ -372,7 +377,7 @@ def seed_all(
     >>> (torch.rand(2, generator=seed_all(0)) == torch.rand(2, generator=seed_all(0))).all()
     tensor(True)
     """
-    if not isinstance(seed, int):
+    if not isinstance(seed := plain(seed), int):
         raise TypeError(f"a seed is a whole number, got {seed!r}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"a seed lies between 0 and 2**32 - 1, got {seed}")

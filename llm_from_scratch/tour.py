@@ -33,10 +33,10 @@ class SelfAttention(nn.Module):
         B, T, D = x.shape
         parts = self.qkv(x).view(B, T, 3, self.n_heads, D // self.n_heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)         # (B, H, T, d) each
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        scores = q @ k.mT / math.sqrt(q.shape[-1])     # (B, H, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        mixed = weights @ v                        # weighted averages of values
+        mixed = weights @ v                            # (B, H, T, d): averages
         return self.output(mixed.transpose(1, 2).reshape(B, T, D))
 
 # %% ../nbs/00_tour.ipynb #71ba9621
@@ -83,7 +83,7 @@ class TinyGPT(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight    # tied: one for both
-        for p in self.parameters():
+        for p in self.parameters():            # matrices have two dimensions
             if p.ndim == 2: nn.init.normal_(p, std=0.05)
 
     def forward(self, ids: Tensor) -> Tensor:          # (B, T) -> (B, T, V)

@@ -8,13 +8,13 @@ import shutil, signal, statistics, struct, time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import BufferedIOBase
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .attention import document_mask, document_positions
 from .costs import Trace, flops_per_token, trace_step
-from .data import IGNORE, BatchLoader
-from llm_from_scratch.files import (
-    Config, check_checksum, checksum, file_checksum, parse_json, replacing, sync_folder,
-    write_text)
+from .data import IGNORE, BatchLoader, TokenFile, mix
+from .files import (
+    BelowOne, Config, NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt,
+    Probability, alone_in, check_checksum, checksum, file_checksum, parse_json, replacing,
+    sync_folder, write_text)
 from .gpt import GPTConfig
 from .optim import (
     SCHEDULES, AdamW, Muon, clip_grad_norm, param_groups)
@@ -93,6 +94,12 @@ def evaluate(
     model.train(was_training)
     return total, counted
 
+# %% ../nbs/11_training.ipynb #29d7c0a2
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
+    "float16": torch.float16}
+OPTIMIZERS: dict[str, Callable[[nn.Module, Any], list[torch.optim.Optimizer]]] = {}   # below
+
 # %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
 class TrainConfig(Config):
@@ -104,42 +111,43 @@ class TrainConfig(Config):
     'cosine'
     """
 
-    steps: int | None = None            # end after so many steps
-    tokens: int | None = None           # or so many tokens
-    seconds: float | None = None        # or so many seconds; the first used up counts
-    batch_size: int = 32                # sequences in a batch, of all processes together
-    micro_batch_size: int | None = None # sequences in memory at once; None: the whole batch
-    optimizer: str = "adamw"            # a name in `OPTIMIZERS`
-    lr: float = 1e-3                    # peak learning rate of AdamW
-    muon_lr: float = 0.02               # peak learning rate of Muon, for matrices
-    muon_momentum: float = 0.95         # momentum of Muon
-    schedule: str = "cosine"            # a name in `SCHEDULES`
-    warmup: int = 0                     # steps in which the learning rate rises
-    decay: int | None = None            # steps in which "wsd" falls; None: a fifth of all
-    min_lr_ratio: float = 0.0           # the last learning rate, as a share of the peak
-    weight_decay: float = 0.1           # of matrices
-    betas: tuple[float, float] = (0.9, 0.95)   # β₁, β₂: decay rates of AdamW's moments
-    eps: float = 1e-8                   # AdamW's guard against division by 0
-    clip: float | None = 1.0            # max gradient norm; None: any norm
+    steps: PositiveInt | None = None    # end after so many steps
+    tokens: PositiveInt | None = None   # or so many tokens
+    seconds: PositiveFloat | None = None  # or so many seconds; the first used up counts
+    batch_size: PositiveInt = 32        # sequences in a batch, of all processes together
+    micro_batch_size: PositiveInt | None = None  # in memory at once; None: the whole batch
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    lr: PositiveFloat = 1e-3            # peak learning rate of AdamW
+    muon_lr: PositiveFloat = 0.02       # peak learning rate of Muon, for matrices
+    muon_momentum: BelowOne = 0.95      # momentum of Muon
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    warmup: NonNegativeInt = 0          # steps in which the learning rate rises
+    decay: PositiveInt | None = None    # steps in which "wsd" falls; None: a fifth of all
+    min_lr_ratio: Probability = 0.0     # the last learning rate, as a share of the peak
+    weight_decay: NonNegativeFloat = 0.1  # of matrices
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)  # β₁, β₂: decay rates of AdamW's moments
+    eps: PositiveFloat = 1e-8           # AdamW's guard against division by 0
+    clip: PositiveFloat | None = 1.0    # max gradient norm; None: any norm
 
-    precision: str = "auto"             # a name in `PRECISIONS`
+    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
     compile: bool = False               # fuse the model's operations, where a compiler is found
     document_mask: bool = False         # attention stays within a document
-    seed: int = 0                       # of dropout and whatever else draws at random
-    eval_every: int | None = None       # steps between evaluations; None: only at the end
-    eval_batches: int = 16              # batches that an evaluation reads
-    patience: int | None = None         # stop after so many evaluations without a new best
-    save_every: int | None = None       # steps between checkpoints; None: only at the end
-    keep: int = 3                       # newest checkpoints that stay, beside the best
-    on_nan: str = "stop"                # or "skip": a loss or gradient that is NaN or infinite
-    on_spike: str = "ignore"            # or "skip", "stop": a loss far above the last ones
-    spike_sigmas: float = 6.0           # how far, in standard deviations of the last 64
-    max_skips: int = 10                 # stop after so many skipped steps in a row
-    on_save_error: str = "stop"         # or "skip": the disk is full, or gone
+    seed: NonNegativeInt = 0            # of dropout and whatever else draws at random
+    eval_every: PositiveInt | None = None  # steps between evaluations; None: only at the end
+    eval_batches: PositiveInt = 16      # batches that an evaluation reads
+    patience: PositiveInt | None = None # stop after so many evaluations without a new best
+    save_every: PositiveInt | None = None  # steps between checkpoints; None: by the clock
+    save_seconds: PositiveFloat | None = 300.0  # seconds between checkpoints
+    keep: PositiveInt = 3               # newest checkpoints that stay, beside the best
+    on_nan: Literal["stop", "skip"] = "stop"      # at a loss or gradient NaN or infinite
+    on_spike: Literal["ignore", "skip", "stop"] = "ignore"  # at a loss far above the last ones
+    spike_sigmas: PositiveFloat = 6.0   # how far, in standard deviations of the last 64
+    max_skips: PositiveInt = 10         # stop after so many skipped steps in a row
+    on_save_error: Literal["stop", "skip"] = "stop"  # when the disk is full, or gone
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
-        _check_choices(self)
+        super().__post_init__()
+        _check_steps(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> TrainConfig:
@@ -154,38 +162,9 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value for name, value in settings.items()
             if _RENAMED.get(name) not in settings}
 
-_COUNTS = {"steps": 1, "tokens": 1, "batch_size": 1, "micro_batch_size": 1, "warmup": 0,
-           "decay": 1, "seed": 0, "eval_every": 1, "eval_batches": 1, "patience": 1,
-           "save_every": 1, "keep": 1, "max_skips": 1}            # field → least value
-_POSITIVE = "seconds", "lr", "muon_lr", "eps", "clip", "spike_sigmas"
-_MAY_BE_NONE = {field.name for field in fields(TrainConfig) if field.default is None} | {"clip"}
-
-def _is_number(x: Any, least: float = 0, kinds: Any = (int, float)) -> bool:
-    return isinstance(x, kinds) and not isinstance(x, bool) and least <= x < math.inf
-
-def _check_numbers(c: TrainConfig) -> None:
-    "Whole numbers are whole, positive numbers positive, shares between 0 and 1."
-    def demand(name: str, holds: bool, what: str) -> None:
-        if holds or (getattr(c, name) is None and name in _MAY_BE_NONE): return
-        raise ValueError(f"{name} must be {what}, got {getattr(c, name)!r}")
-
-    for name, least in _COUNTS.items():
-        demand(name, _is_number(getattr(c, name), least, int),
-               f"a whole number of at least {least}")
-    for name in _POSITIVE:
-        x = getattr(c, name)
-        demand(name, _is_number(x) and x > 0, "a positive number")
-    demand("weight_decay", _is_number(c.weight_decay), "a number of at least 0")
-    demand("min_lr_ratio", _is_number(c.min_lr_ratio) and c.min_lr_ratio <= 1,
-           "a share between 0 and 1")
-    demand("muon_momentum", _is_number(c.muon_momentum) and c.muon_momentum < 1,
-           "a number in [0, 1)")
-    demand("betas", len(c.betas) == 2 and all(_is_number(b) and b < 1 for b in c.betas),
-           "two numbers in [0, 1)")
-
 # %% ../nbs/11_training.ipynb #479374a0
-def _check_choices(c: TrainConfig) -> None:
-    "Names are known, and there is an end to the run."
+def _check_steps(c: TrainConfig) -> None:
+    "There is an end to the run, and its parts fit into it."
     if c.steps is c.tokens is c.seconds is None:
         raise ValueError("a run needs an end: give steps, tokens or seconds")
     if c.steps is not None and c.warmup > c.steps:
@@ -193,17 +172,6 @@ def _check_choices(c: TrainConfig) -> None:
     if c.micro_batch_size is not None and c.micro_batch_size > c.batch_size:
         raise ValueError(f"micro_batch_size {c.micro_batch_size} is more than "
                          f"batch_size {c.batch_size}")
-    for name in "compile", "document_mask":
-        if not isinstance(getattr(c, name), bool):
-            raise ValueError(f"{name} must be True or False, "
-                             f"got {getattr(c, name)!r}")
-    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-                        ("precision", PRECISIONS), ("on_nan", ("stop", "skip")),
-                        ("on_spike", ("ignore", "skip", "stop")),
-                        ("on_save_error", ("stop", "skip"))):
-        if getattr(c, name) not in known:
-            raise ValueError(f"unknown {name} {getattr(c, name)!r}: "
-                             f"expected one of {', '.join(known)}")
 
 # %% ../nbs/11_training.ipynb #0cd18e38
 def _adamw(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -224,7 +192,7 @@ def _muon(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
 
 def _is_cuda(model: nn.Module) -> bool: return next(model.parameters()).is_cuda
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, Any], list[torch.optim.Optimizer]]] = {
+OPTIMIZERS |= {
     "adamw": _adamw,      # for everything
     "muon": _muon,        # for the matrices, AdamW for the rest
 }
@@ -237,11 +205,6 @@ def make_optimizers(
     for group in (group for optimizer in found for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return found
-
-# %% ../nbs/11_training.ipynb #92e9f1ba
-PRECISIONS: dict[str, torch.dtype | None] = {
-    "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
-    "float16": torch.float16}
 
 # %% ../nbs/11_training.ipynb #9136d7fe
 def planned_steps(config: TrainConfig, loader: BatchLoader) -> int | None:
@@ -350,7 +313,7 @@ def choose_precision(
 class Precision:
     "The number format of a run: where to cast, and how `float16` scales."
     def __init__(self, name: str, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device, self.asked = torch.device(device), name
         self._choose(name)
 
     def _choose(self, name: str) -> None:
@@ -398,9 +361,10 @@ class Precision:
         return {"name": self.name, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Decide as the run that was saved had decided."
-        if state["name"] != self.name: self._choose(state["name"])
-        if state["scaler"]: self.scaler.load_state_dict(dict(state["scaler"]))
+        "Where `auto` is asked for, decide as the run that was saved had decided."
+        if self.asked == "auto" and state["name"] != self.name: self._choose(state["name"])
+        if state["scaler"] and self.scales:
+            self.scaler.load_state_dict(dict(state["scaler"]))
 
 # %% ../nbs/11_training.ipynb #175c7705
 def missing_compiler(device: torch.device | str) -> str | None:
@@ -870,7 +834,7 @@ class Trainer:
         self.train.step += 1
         loss, passed = self.agreement.share(part, self.train.step, self.ending)
         norm = self.precision.clip(self.model, self.optimizers, self.config.clip)
-        record = {"step": self.step + 1, "loss": loss,
+        record = {"step": self.step + 1, "loss": loss if targets else None,
                   "lr": multiplier * self.config.lr, **norm,
                   "tokens": self.tokens + int(targets)}
         judged = [callback.judge(self, record) for callback in self.callbacks]
@@ -974,7 +938,7 @@ class Trainer:
     ) -> int:                              # steps already made; 0 if none
         "Resume the last checkpoint; a `DamagedCheckpoint` names the one before."
         home = Path(folder or self.folder or ".")
-        checkpoint = _read_newest(_found(home, step), skip_damaged)
+        checkpoint = newest_checkpoint(_found(home, step), skip_damaged)
         if checkpoint is not None: _restore(self, checkpoint)
         for callback in self.callbacks: callback.resumed(self, home)
         return self.step
@@ -1073,6 +1037,7 @@ def find_fault(
 ) -> tuple[str, str] | None:          # the kind of fault, and what it is
     "What is wrong with a step, the most severe first; None if nothing is."
     loss, fault = record["loss"], record.pop("fault", None)
+    if loss is None: return "empty", "no target of its batch counts"
     if not math.isfinite(loss):
         record["gradient"] = None
         return "nan", f"the loss is {loss}"
@@ -1106,9 +1071,10 @@ class SpikeGuard(Callback):
         message += "; the weights stay as they were"
         _log.warning(message)
         again = f", for {self.skipped} steps in a row"
-        if self.wishes[found[0]] == "stop": trainer.stop(found[0], message, agreed=True)
+        reason = "nan" if found[0] == "empty" else found[0]
+        if self.wishes.get(found[0]) == "stop": trainer.stop(reason, message, agreed=True)
         elif self.skipped >= self.max_skips:
-            trainer.stop(found[0], message + again, agreed=True)
+            trainer.stop(reason, message + again, agreed=True)
         return message
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -1135,8 +1101,11 @@ class Evaluator(Callback):
             trainer.precision.autocast, loss=trainer.loss,
             segments=trainer.config.document_mask)
         total, counted = trainer.world.reduce(*found)
-        record["validation"] = loss = total / max(1, counted)
-        if self.best is None or loss < self.best[0]:
+        if not counted:
+            return _log.warning("step %d: no target of the validation data counts: "
+                                "it has no loss", trainer.step)
+        record["validation"] = loss = total / counted
+        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
             self.best = loss, trainer.step
 
     def state_dict(self) -> dict[str, Any]: return {"best": self.best}
@@ -1200,15 +1169,32 @@ def read_log(
     try: text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError: return []
     for line in text.splitlines():
-        with suppress(ValueError): records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)
-            and (until is None or r["step"] <= until)]
+        with suppress(ValueError, KeyError, TypeError):
+            record = parse_json(line)
+            if until is None or record["step"] <= until: records.append(record)
+    return records
 
 def _cut_log(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     "Put a log back to these records."
     if not path.exists(): return
     with replacing(path) as file:
         for record in records: file.write((json.dumps(record) + "\n").encode())
+
+# %% ../nbs/11_training.ipynb #b4c44ba7
+class RunFolder(Callback):
+    "The folder of a run is its own: no other process is in it, and no other run."
+    def __init__(self) -> None: self.held = ExitStack()
+
+    def begin(self, trainer: Trainer) -> None:
+        if trainer.folder is None or not trainer.world.is_main: return
+        self.held.enter_context(alone_in(trainer.folder))
+        if trainer.step: return                # it goes on
+        if found := latest_checkpoint(trainer.folder):
+            raise FileExistsError(f"{trainer.folder} holds a run already, with "
+                                  f"{found.name}: resume it, or take another folder")
+        (trainer.folder / "log.jsonl").unlink(missing_ok=True)
+
+    def close(self, trainer: Trainer) -> None: self.held.close()
 
 # %% ../nbs/11_training.ipynb #4b2b83c5
 class RunLog(Callback):
@@ -1230,33 +1216,52 @@ class RunLog(Callback):
 
 def _cannot_save(trainer: Trainer, error: OSError) -> None:
     "The disk is full or gone: end the run, or go on, as configured."
-    found = latest_checkpoint(trainer.folder or ".")
     message = (f"step {trainer.step}: cannot save: "
-               f"{error.strerror or error}; the last checkpoint is "
-               f"{found.name if found else 'not there'}")
+               f"{error.strerror or error}; {_last_saved(trainer)}")
     _log.warning(message)
     if trainer.config.on_save_error == "stop":
         trainer.stop("save error", message)
 
+def _last_saved(trainer: Trainer) -> str:
+    found = latest_checkpoint(trainer.folder or ".")
+    return f"the last checkpoint is {found.name if found else 'not there'}"
+
 # %% ../nbs/11_training.ipynb #4433f1cd
 class Checkpoints(Callback):
     "Saves a run when that is due; the newest few and the best one stay."
-    def __init__(self, every: int | None = None, keep: int = 3) -> None:
-        self.every, self.keep, self.saved = every, keep, 0
+    def __init__(
+        self, every: int | None = None, keep: int = 3,
+        seconds: float | None = None,      # save by the clock as well
+    ) -> None:
+        self.every, self.keep, self.seconds, self.saved = every, keep, seconds, 0
+        self.clock = 0.0                   # of the run, at the last checkpoint
+        self.cost = self.took = 0.0        # seconds that saving took: all know, or rank 0
+
+    def begin(self, trainer: Trainer) -> None: self.clock = trainer.seconds
 
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         is_best = trainer.best is not None and trainer.best[1] == trainer.step
-        if trainer.due(self.every) or is_best: self.save(trainer)
+        waited = trainer.seconds - self.clock
+        late = self.seconds is not None and waited >= max(self.seconds, 20 * self.cost)
+        if trainer.due(self.every) or is_best or late: self.save(trainer)
 
     def end(self, trainer: Trainer) -> None:
         if self.saved != trainer.step: self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        "Write a checkpoint, where there is a folder; all processes call this."
-        self.saved = trainer.step
+        "Write a good state, where there is a folder; all processes call this."
+        self.saved, self.clock = trainer.step, trainer.seconds
         if trainer.folder is None: return
+        start = time.perf_counter()
+        ruined, self.cost = trainer.world.reduce(_is_ruined(trainer), self.took)
+        if ruined: return _say_ruined(trainer)
+        self.write(trainer)
+        self.took = time.perf_counter() - start if trainer.world.is_main else 0.0
+
+    def write(self, trainer: Trainer) -> None:
+        "Write a checkpoint; all processes call this."
         tensors, state = split_parts(trainer.state_dict())
-        if not trainer.world.is_main: return
+        if trainer.folder is None or not trainer.world.is_main: return
         best = trainer.best[1] if trainer.best else None
         state = {"about": _about(trainer), "parts": state}
         try: save_checkpoint(trainer.folder, trainer.step, tensors, state,
@@ -1268,6 +1273,28 @@ class Checkpoints(Callback):
         if not (trainer.world.is_main and folder == trainer.folder): return
         for path in checkpoints(folder):
             if int(path.name[5:]) > trainer.step: _set_aside(path)
+        best = trainer.best[1] if trainer.best else None
+        _thin(folder, self.keep, best)     # a kill may have come between saving and this
+
+# %% ../nbs/11_training.ipynb #2c748fec
+@torch.no_grad()
+def _is_ruined(trainer: Trainer) -> bool:
+    "Whether the weights give no finite loss on the next batch."
+    model, rows = trainer.model, trainer.config.micro_batch_size
+    batch = [t[:rows] for t in trainer.batches.at(trainer.train.step)[1]]
+    states = generator_states(model)
+    model.eval()
+    with trainer.precision.autocast(): loss = float(trainer.loss(model, batch))
+    trainer.ready.train()
+    restore_generators(model, states)
+    return count_targets(batch[1]) > 0 and not math.isfinite(loss)
+
+def _say_ruined(trainer: Trainer) -> None:
+    "Warn; at the end of a run, when no further step can tell, it is why the run ended."
+    message = (f"step {trainer.step}: its weights give no finite loss and are not saved; "
+               f"{_last_saved(trainer)}")
+    _log.warning(message)
+    if trainer.ending.now: trainer.stop("nan", message, agreed=True)
 
 def _set_aside(path: Path) -> None:
     "Rename a checkpoint of an abandoned future: nobody shall resume from it."
@@ -1278,7 +1305,7 @@ def _set_aside(path: Path) -> None:
 
 # %% ../nbs/11_training.ipynb #bac06ce2
 class Interrupts(Callback):
-    "Ctrl-C or SIGTERM ends the run after its step; a second one, at once."
+    "Ctrl-C, SIGTERM or SIGHUP ends the run after its step; a second one, at once."
     def __init__(self) -> None: self.before: dict[int, Any] = {}
 
     def begin(self, trainer: Trainer) -> None:
@@ -1289,7 +1316,8 @@ class Interrupts(Callback):
             signal.signal(number, self.before[number])
 
         if current_thread() is not main_thread(): return   # signals go there
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if (number := getattr(signal, name, None)) is None: continue   # on Windows
             handler = signal.getsignal(number)
             if handler in (signal.SIG_IGN, None): continue
             self.before[number] = handler
@@ -1311,7 +1339,8 @@ class ProgressBar(Callback):
     def step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         self.bar.total = trainer.planned_steps()
         speed = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f}"
-        shown = {"loss": f"{record['loss']:.3f}", "tokens/s": speed}
+        loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
+        shown = {"loss": loss, "tokens/s": speed}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
@@ -1325,11 +1354,11 @@ def usual_callbacks(
 ) -> list[Callback]:
     "The callbacks of a run, in the order in which they are called."
     found = [
-        Budget(c.steps, c.tokens, c.seconds),
+        RunFolder(), Budget(c.steps, c.tokens, c.seconds),
         SpikeGuard(c.on_nan, c.on_spike, c.spike_sigmas, c.max_skips),
         Evaluator(c.eval_every, c.eval_batches), EarlyStopping(c.patience),
-        Throughput(), *more, RunLog(), Checkpoints(c.save_every, c.keep),
-        Interrupts()]
+        Throughput(), *more, RunLog(),
+        Checkpoints(c.save_every, c.keep, c.save_seconds), Interrupts()]
     names = [callback.name for callback in found]
     for name in names:
         if names.count(name) > 1:
@@ -1498,8 +1527,8 @@ _FORMAT = "llm-from-scratch: model, optimizer, step"
 def _read_saved(data: bytes, name: str) -> dict[str, Any]:
     "The state in a file that `save` wrote, if every byte of it is there."
     length = int.from_bytes(data[:8], "little")
-    try: about = json.loads(data[8:8 + length]).get("__metadata__", {})
-    except (ValueError, AttributeError, RecursionError):
+    try: about = dict(parse_json(data[8:8 + length].decode()).get("__metadata__", {}))
+    except (ValueError, TypeError):
         raise DamagedCheckpoint(f"{name} is damaged, or was not written by `save`: "
                                 "it has no readable header") from None
     if about.get("format") != _FORMAT:
@@ -1557,23 +1586,38 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     loader, plan = trainer.train, trainer.train.plan
     data = {"tokens": len(loader.ids), "batch_size": plan.batch_size,
             "shuffle": plan.shuffle, "context_length": loader.context_length,
-            "seed": int(plan._seed[0])}
+            "seed": plan.seed, **_identity(loader)}
     config: Any = getattr(trainer.model, "config", None)
     shape = json.loads(config.to_json()) if hasattr(config, "to_json") else {}
     return {"config": asdict(trainer.config), "data": data, "model": shape}
 
+def _identity(loader: BatchLoader) -> dict[str, str]:
+    "What tells data from other data of the same length."
+    if not isinstance(loader.source, TokenFile):
+        return {"ids": f"{checksum(np.ascontiguousarray(loader.ids)):08x}"}
+    header = loader.source.header
+    return {"ids": f"{header.ids_crc:08x}", "tokenizer": header.fingerprint.hex()}
+
 def _check_same(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    "Other data or another model is refused, another configuration reported."
+    "Other data, model or optimizer is refused, another configuration reported."
     now, was = json.loads(json.dumps(now)), {**was, "config": renamed(was["config"])}
+    if "ids" not in was["data"]: was["data"] = _as_today(was["data"], now["data"]["seed"])
     for part in "data", "model", "config":
-        for key in {**was[part], **now[part]}:
-            old, new = was[part].get(key), now[part].get(key)
-            if old == new: continue
-            if part != "config":
-                raise ValueError(f"the checkpoint was made with another {part}: "
-                                 f"{key} was {old!r} and is {new!r}")
+        for key, old in was[part].items():       # what was not known then is not asked
+            if old == (new := now[part].get(key)): continue
+            if part != "config" or key == "optimizer":
+                kind, name = (part, _NAMES.get(key, key)) if part != "config" else (key, "it")
+                raise ValueError(f"the checkpoint was made with another {kind}: "
+                                 f"{name} was {old!r} and is {new!r}")
             _log.warning("resumed with another %s: it was %r and is %r",
                          key, old, new)
+
+_NAMES = {"ids": "the checksum of its ids", "tokenizer": "the fingerprint of its tokenizer"}
+
+def _as_today(data: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    "What an earlier version wrote of the data, which was a hash for the seed."
+    hashed = int(mix(np.array([seed % 2**64], np.uint64))[0])
+    return {**data, "seed": seed if data["seed"] == hashed else data["seed"]}
 
 # %% ../nbs/11_training.ipynb #cd82718f
 def _found(home: Path, step: int | None) -> list[Path]:
@@ -1583,7 +1627,7 @@ def _found(home: Path, step: int | None) -> list[Path]:
     if step is None or found: return found
     raise FileNotFoundError(f"there is no checkpoint of step {step} in {home}")
 
-def _read_newest(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
+def newest_checkpoint(found: list[Path], skip_damaged: bool) -> Checkpoint | None:
     "The newest of these checkpoints, or the newest one that is whole."
     while found:
         try: return load_checkpoint(found.pop())
@@ -1597,10 +1641,23 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if "parts" not in checkpoint.state:
         raise ValueError(f"{checkpoint.path.name} was written by an older "
                          "version of this library and cannot be resumed")
-    _check_same(checkpoint.state["about"], _about(trainer))
+    about = checkpoint.state["about"]
+    _check_same(about, _about(trainer))
     trainer.load_state_dict({
         name: join_state(checkpoint.tensors.get(name, {}), rest)
         for name, rest in checkpoint.state["parts"].items()})
+    with suppress(ValueError, TypeError):      # settings that another version knew
+        _say_rate(trainer, TrainConfig.from_dict(about["config"]))
+
+def _say_rate(trainer: Trainer, was: TrainConfig) -> None:
+    "Warn of a learning rate that does not go on from where the saved run had it."
+    def rate(c: TrainConfig) -> float:
+        total = expected_steps(c, trainer.train, trainer.step, trainer.seconds)
+        return c.lr * lr_multiplier(c, min(trainer.step, total - 1), total)
+    before, after = rate(was), rate(trainer.config)
+    if not 0.9 * before <= after <= 1.1 * before:
+        _log.warning("the learning rate goes on at %.2g, where the run that was saved "
+                     "had come to %.2g", after, before)
 
 # %% ../nbs/11_training.ipynb #74c067ac
 @dataclass(frozen=True)

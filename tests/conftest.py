@@ -3,7 +3,7 @@
 A second `make test` runs only what changed. A test whose inputs are, byte for byte, those of its last pass is left out and
 counted (`inputs.py` says what a test depends on); `make test args=--all` runs it anyway. A fresh clone has no memory.
 """
-import json, os, re, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 
 import hypothesis
@@ -132,6 +132,26 @@ def shared_data():
     "The folder of reference data, which a reader's clone does not have."
     folder = ROOT.parent/'shared'/'data'
     if not folder.is_dir(): pytest.skip('the reference data of ../shared/data is not here')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def packages(tmp_path_factory):
+    "The source distribution and the wheel made from it, built without a network from the files that git knows."
+    import release
+    return release.build(tmp_path_factory.mktemp('dist'))
+
+
+@pytest.fixture(scope='session')
+def wheel(packages): return packages[1]
+
+
+@pytest.fixture(scope='session')
+def installed(wheel, tmp_path_factory):
+    "A folder into which the wheel, and nothing else, was installed."
+    folder = tmp_path_factory.mktemp('site')
+    done = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', folder, wheel], capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr
     return folder
 
 

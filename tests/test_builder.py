@@ -5,12 +5,14 @@ import html
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from contextlib import suppress
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,10 @@ pytest.importorskip("pypandoc", reason="the book's own packages are not installe
 pytest.importorskip("typst", reason="the book's own packages are not installed (run `make test`)")
 
 import build as builder                                      # noqa: E402
+import dark                                                  # noqa: E402
 import finish                                                # noqa: E402
+import labels                                                # noqa: E402
+import safe                                                  # noqa: E402
 import nbfilter                                              # noqa: E402
 from book import BookError, load_book                        # noqa: E402
 from cells import options                                    # noqa: E402
@@ -149,7 +154,7 @@ for i in range(3): print(i)
 ### `area` in a heading is no link
 """
 
-EXPORT = '#| export\ndef area(r: float) -> float:\n    "The area of a circle."\n    return 3 * r * r\n\nclass Shape:\n    "A shape."\n    def grow(self) -> None: "Larger."\n'
+EXPORT = '#| export\ndef area(r: float) -> float:\n    "The area of a circle, @eq-one-sum."\n    return 3 * r * r\n\nclass Shape:\n    "A shape."\n    def grow(self) -> None: "Larger."\n'
 TABLE = '<style scoped>th{color:red}</style><table class="dataframe"><thead><tr><th>x</th></tr></thead><tbody><tr><td>7</td></tr></tbody></table>'
 
 
@@ -163,7 +168,8 @@ def write_features(book):
                   code("#| output: false\nnoisy()", stream("never shown")), code("#| include: false\nunseen()"),
                   code("frame", shown(html=TABLE, text="   x\n0  7")))
     book.notebook("nbs/02_two.ipynb", markdown("# Two {#sec-two}\n\nBack to @eq-one-sum, @fig-two-panels and `area`.\n\n## First\n\n### Deeper\n\n## Second\n"),
-                  code('#| label: fig-two-dot\n#| fig-cap: "A dot? One."\n#| fig-alt: "A blue dot, alone."\ndraw()', shown(svg=SVG, text="<Figure>")),
+                  code('#| code-fold: true\n#| code-summary: "The script"\nwidget()'),
+                  code('#| label: fig-two-dot\n#| fig-cap: "A dot? One."\n#| fig-alt: "A blue dot, alone."\n#| code-fold: true\n#| code-summary: "Code for this figure"\ndot()', shown(svg=SVG, text="<Figure>")),
                   code('#| label: fig-two-panels\n#| fig-cap: "Two dots."\n#| fig-subcap: ["left dot", "right dot"]\n#| layout-ncol: 2\ndraw()',
                        shown(svg=SVG), shown(svg=SVG.replace("9", "8"))),
                   code('#| label: tbl-two-counts\n#| tbl-cap: "Counts."\n#| echo: false\nframe', shown(html=TABLE)),
@@ -212,7 +218,7 @@ def built(plain_site, tmp_path):
 def test_chapters_sections_and_appendices_are_numbered(rich):
     assert '<span class="chapter-number">2</span>' in rich.page("nbs/02_two")
     assert re.findall(r'header-section-number">([\d.]+)<', rich.page("nbs/02_two")) == ["2.1", "2.1.1", "2.2"]
-    assert '<span class="chapter-number">A</span>' in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
+    assert '<span class="chapter-number">Appendix\u00a0A</span>\u00a0\u00a0Extra</h1>' in rich.page("nbs/extra") and "<title>Appendix A Extra · " in rich.page("nbs/extra") and "A.1" in rich.text("nbs/extra")
     assert "chapter-number" not in rich.page("nbs/references")
 
 
@@ -221,6 +227,29 @@ def test_chapters_sections_and_appendices_are_numbered(rich):
     ("Section\u00a01.1", "#sec-one-deep"), ("Appendix\u00a0A", "extra.html#sec-extra"), ("Listing\u00a01.1", "#lst-one-loop")])
 def test_a_reference_is_a_numbered_link_also_across_pages(rich, words, address):
     assert f'<a href="{address}" class="quarto-xref">{words}</a>' in rich.page("nbs/01_one")
+
+
+def test_a_label_in_code_reads_as_in_prose(rich):
+    "On the site it is a link, also to a label that no sentence names; nothing on any page is left as a label."
+    assert 'circle, <a href="#eq-one-sum" class="quarto-xref">Equation\u00a01.1</a>' in rich.page("nbs/01_one")
+    for page in [*(rich.root / "_site").rglob("*.html"), *(rich.root / "_site").rglob("*.md")]:
+        assert not re.search(r"@(eq|fig|tbl|sec|lst)-", page.read_text(encoding="utf-8")), page.name
+
+
+@pytest.mark.parametrize("label, place, name", [
+    ("eq-a", '<span id="eq-a"><span class="equation"><span class="equation-body">x</span><span class="equation-number">(1.2)</span>', "Equation\u00a01.2"),
+    ("sec-a", '<section id="sec-a"><h2><span class="header-section-number">1.3</span> A</h2>', "Section\u00a01.3"),
+    ("sec-a", '<h1 id="sec-a"><span class="chapter-number">7</span> A</h1>', "Chapter\u00a07"),
+    ("sec-a", '<h1 class="title"><span id="sec-a" class="quarto-section-identifier">Appendix B — A</span></h1>', "Appendix\u00a0B"),
+    ("fig-a", '<figure id="fig-a"><img><figcaption><span>Figure\u00a03.1:</span> A.</figcaption></figure>', "Figure\u00a03.1"),
+    ("tbl-a", '<div id="tbl-a"><figure><figcaption id="b">Table&nbsp;3.1: A.</figcaption></figure></div>', "Table\u00a03.1"),
+])
+def test_a_label_that_no_sentence_names_has_its_number_from_its_place(label, place, name):
+    page, other = Path("nbs/a.html"), Path("index.html")
+    texts = {page: f'<p>x</p>{place}<h2 id="sec-b"><span class="header-section-number">9.9</span></h2>', other: f"<pre>see @{label}, @{label}-x and x@{label}</pre>"}
+    known = labels.labels(texts)
+    assert known[label] == (page, name) and known["sec-b"] == (page, "Section\u00a09.9")
+    assert labels.link_labels(texts[other], other, known) == f'<pre>see <a href="nbs/a.html#{label}" class="quarto-xref">{name}</a>, @{label}-x and x@{label}</pre>'
 
 
 def test_references_from_the_root_and_to_panels(rich):
@@ -347,7 +376,7 @@ def test_methods_and_constants_are_symbols():
 def test_symbol_index_says_where_names_are_defined(rich):
     page = nbfilter.symbol_index(rich.root / "nbs")
     entry = page[page.index("[`area`]"):page.index("[`Shape`]")]
-    assert "The area of a circle. [Built in [chapter 1](01_one.ipynb#api-area).]" in entry
+    assert "The area of a circle, @eq-one-sum. [Built in [chapter 1](01_one.ipynb#api-area).]" in entry
     assert "secret" not in page
 
 
@@ -375,6 +404,8 @@ def test_contents_neighbours_and_notebook_links(rich):
     assert 'aria-current="page"' in page and '<a rel="prev" href="../nbs/01_one.html">' in page and 'rel="next" href="../nbs/references.html"' in page
     assert "colab.research.google.com/github/someone/small/blob/main/nbs/02_two.ipynb" in page
     assert "mybinder.org/v2/gh/someone/small/main?labpath=nbs/02_two.ipynb" in page
+    assert "kaggle.com/kernels/welcome?src=https://github.com/someone/small/blob/main/nbs/02_two.ipynb" in page
+    assert "codespaces.new/someone/small/tree/main" in page
     assert (rich.root / "_site/nbs/02_two.ipynb").exists()
 
 
@@ -391,9 +422,16 @@ def test_the_core_path_and_what_goes_deeper_are_told_apart(plain):
 def test_plain_text_copies_sitemap_and_metadata(rich):
     site = rich.root / "_site"
     copy = (site / "nbs/01_one.md").read_text(encoding="utf-8")
-    assert "Equation 1.1" in copy.replace("\u00a0", " ") and "@eq-" not in copy and "secret" not in copy and "```python" in copy
+    assert "Equation 1.1" in copy.replace("\u00a0", " ") and "secret" not in copy and "```python" in copy
+    assert "As (Shannon 1948) says" in copy and re.search(r"## Sources\n\n- Shannon, Claude E. 1948. “A Mathematical Theory", copy)
+    assert "# References\n\n- Shannon, Claude E. 1948." in (site / "nbs/references.md").read_text(encoding="utf-8")
+    other = (site / "nbs/02_two.md").read_text(encoding="utf-8")
+    drawing = re.search(r"!\[A blue dot, alone\.\]\(\.\./(pictures/\w+\.svg)\)\n\n\*Figure\u00a02\.1: A dot\? One\.\*", other)
+    assert (site / drawing[1]).read_text(encoding="utf-8") == SVG and "Sources" not in other
     assert "[One](nbs/01_one.md)" in (site / "llms.txt").read_text(encoding="utf-8")
     assert "https://example.org/small/nbs/02_two.html" in (site / "sitemap.xml").read_text(encoding="utf-8")
+    assert '<meta property="og:image" content="https://example.org/small/assets/card.png">' in rich.page("nbs/01_one")
+    assert (site / "assets/card.png").read_bytes()[16:24] == struct.pack(">II", 1200, 630)
     assert 'property="og:title"' in rich.page("index") and '<meta name="description"' in rich.page("nbs/01_one")
     assert (site / "404.html").exists()
 
@@ -405,6 +443,103 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
         for fact in ("Figure 2.1:", "Table 1.1:", "Table 2.1:", "Equation 1.1", "Appendix A", "A Mathematical Theory of Communication", "Only on paper"):
             assert fact in place, fact
         assert ":::" not in place and "Only on the site" not in place
+
+
+@pytest.mark.parametrize("prose, read", [
+    ('::: {.callout-note title="You will build"}\nA thing.\n:::', "**You will build**\n\nA thing.\n"), ("::::: {.symbol-index}\na\n:::::", "\na\n"),
+    ("a [b]{#term-b .also} [`c`](01_one.ipynb#api-c){.symbol} <!-- d -->e", "a [b] [`c`](01_one.md) e"), ("[a](../index.qmd) [b](https://h.org/c.ipynb) {x}", "[a](../index.md) [b](https://h.org/c.ipynb) {x}"),
+])
+def test_a_copy_is_without_what_only_a_builder_reads(prose, read):
+    import copies
+    assert copies.readable(prose) == read
+
+
+def test_what_quarto_says_on_every_page_gives_way(tmp_path):
+    "Its description is the book's, and its picture an address that only the page itself understands."
+    page = ('<head><title>One</title><meta name="description" content="The book."><meta property="og:image" content="a.svg"><meta property="og:image:alt" content="A">'
+            '<meta name="twitter:image" content="a.svg"><meta name="twitter:card" content="summary"></head><main><p>The first words of the page.</p></main>')
+    done = finish.head(page, {}, "", False, "https://example.org/card.png")
+    assert re.findall(r'<meta (?:name|property)="([^"]+)" content="([^"]+)"', done) == [
+        ("description", "The first words of the page."), ("og:title", "One"), ("og:description", "The first words of the page."), ("og:type", "article"),
+        ("og:image", "https://example.org/card.png"), ("twitter:card", "summary_large_image")]
+    assert "image" not in finish.head(page, {}, "", False)               # no address is known: no picture
+
+
+def test_search_holds_each_formula_once_and_as_it_is_seen(rich):
+    import gzip
+    pages = [json.loads(re.search(rb"\{.*", gzip.decompress(f.read_bytes()), re.S)[0]) for f in (rich.root / "_site/pagefind/fragment").iterdir()]
+    words = next(page["content"] for page in pages if page["url"].endswith("01_one.html"))
+    assert words.count("a+b=c") == 1 and "a + b = c" not in words and "qquad" not in words
+
+
+def test_quartos_search_holds_each_formula_once(tmp_path):
+    formula = '<math><semantics><msqrt><mi>d</mi></msqrt><annotation encoding="application/x-tex">\\sqrt d</annotation></semantics></math>'
+    (tmp_path / "search.json").write_text(json.dumps([{"href": "a.html#x", "text": "over d\\sqrt d, and d\n\\sqrt d."}, {"href": "b.html", "text": "d\\sqrt d"}]))
+    finish.clean_search(tmp_path, {tmp_path / "a.html": formula, tmp_path / "b.html": ""})
+    assert [e["text"] for e in json.loads((tmp_path / "search.json").read_text())] == ["over d, and d.", "d\\sqrt d"]
+
+
+# Heat maps --------------------------------------------------------------------------------------------------------
+
+def png(width, *rows):
+    "A picture of RGBA rows, each with the filter it is stored with."
+    import zlib
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, len(rows), 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(bytes([how, *row]) for how, row in rows))) + chunk(b"IEND", b"")
+
+
+def heat_map(picture, color="#222222"):
+    import base64
+    return f'<svg xmlns="http://www.w3.org/2000/svg"><image width="1" href="data:image/png;base64,{base64.b64encode(picture).decode()}"/><g style="fill: {color}"/></svg>'
+
+
+BLUE, WHITE = (9, 30, 90, 255), (250, 250, 250, 255)
+
+
+def test_rows_of_a_picture_are_read_whatever_their_filter():
+    step = [b - a for a, b in zip(BLUE, WHITE)]
+    coded = [(0, (*BLUE, *WHITE)), (1, (*BLUE, *step)), (2, (0,) * 8), (3, [x - x // 2 for x in BLUE] + [w - (b + w) // 2 for b, w in zip(BLUE, WHITE)]), (4, (0,) * 8)]
+    assert [bytes(row) for row in dark.rows(png(2, *((how, [x & 255 for x in row]) for how, row in coded)))] == [bytes((*BLUE, *WHITE))] * 5
+
+
+def test_a_map_that_begins_at_white_begins_at_black_in_the_dark():
+    light, rich_in_color = heat_map(png(2, (0, (*BLUE, *WHITE)))), heat_map(png(2, (0, (*BLUE, 255, 255, 255, 0))))
+    assert f'<image style="{dark.FLIP}"' in dark.dark_drawing(light) and dark.FLIP not in dark.dark_drawing(rich_in_color)
+    both = heat_map(png(1, (0, BLUE))) + light                 # a map that never reaches the end of its scale, and the scale
+    assert dark.dark_drawing(both).count(dark.FLIP) == 2
+    assert "fill: #dddddd" in dark.dark_drawing(light) and "fill: #dddddd" in dark.dark_drawing(rich_in_color)      # letters turn, as in every drawing
+
+
+def test_numbers_written_on_colors_that_stay_keep_theirs():
+    stays, turns = (heat_map(png(1, (0, color)), "#f5f5f5") for color in (BLUE, WHITE))
+    assert "fill: #f5f5f5" in dark.dark_drawing(stays) and "fill: #0a0a0a" in dark.dark_drawing(turns)
+
+
+def test_a_page_holds_a_heat_map_for_each_theme(tmp_path):
+    (tmp_path / "a.svg").write_text(heat_map(png(1, (0, BLUE))))
+    (tmp_path / "b.svg").write_text(SVG)
+    page = '<figure><img id="i" src="a.svg" class="x" alt="A map"><img src="b.svg" alt="A dot"><img src="http://h/c.svg"></figure>'
+    done = dark.both_themes(page, tmp_path / "page.html", tmp_path / "memory")
+    assert done == page.replace('class="x" alt="A map">', 'class="in-light x" alt="A map"><img class="in-dark no-flip" data-pagefind-ignore src="a.dark.svg" alt="A map">')
+    assert (tmp_path / "a.dark.svg").read_text() == dark.dark_drawing(heat_map(png(1, (0, BLUE))))
+    assert dark.both_themes(done, tmp_path / "page.html", tmp_path / "memory") == done
+
+
+def test_on_paper_solutions_are_unfolded_and_the_code_of_figures_is_left_out(rich):
+    paper = pdf_words(rich.root / "_site/small.pdf")
+    assert "Solution answer = 42" in paper and "dot()" not in paper and "Code for this figure" not in paper
+    assert "The script: in the notebook." in paper and "widget()" not in paper
+    assert "dot()" in rich.text("nbs/02_two").replace(" ", "") and "widget()" in rich.text("nbs/02_two").replace(" ", "")
+
+
+def test_code_on_paper_is_as_large_as_eighty_characters_allow(rich):
+    import pypdfium2
+    from pypdfium2 import raw
+    with pypdfium2.PdfDocument(rich.root / "_site/small.pdf") as paper:
+        texts = [page.get_textpage() for page in paper]
+        sizes = {round(raw.FPDFText_GetFontSize(text, text.get_text_range().index(words)), 1) for words in ("answer = 42", "oops") for text in texts if words in text.get_text_range()}
+    assert sizes == {8.5}
 
 
 def test_old_addresses_lead_to_the_new_ones(tmp_path):
@@ -420,6 +555,128 @@ def test_old_addresses_lead_to_the_new_ones(tmp_path):
         text, there = (tmp_path / old).read_text(encoding="utf-8"), f"../{new}"
         assert f'http-equiv="refresh" content="0; url={there}"' in text and f'<a href="{there}">' in text and "{{" not in text
     assert {page.relative_to(tmp_path).as_posix() for page in finish.pages(tmp_path)} == {*finish.MOVED.values()}
+
+
+# Any folder, any name ---------------------------------------------------------------------------------------------
+
+ODD = 'He said "$5" \\ *now* #1 @x [a](b) <i>'
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows allows no such name for a folder")
+def test_names_are_no_markup(tmp_path):
+    "Whatever a folder, the book, its authors, its parts and its pictures are called."
+    book = small_book(tmp_path / "it's a--b a*b* $x$ ~b~ 💥 #50% a:b")
+    book.write("index.qmd", "# A small book {.unnumbered}\n\nAs [@shannon1948] says. ![A dot](a%20dot.svg)\n")
+    book.write("a dot.svg", SVG)
+    book.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![Another dot](<our dot.svg>)"), code("draw()", shown(svg=SVG)))
+    book.write("nbs/our dot.svg", SVG.replace("9", "8"))
+    book.config("{part: " + json.dumps(ODD) + ", chapters: [nbs/01_one.ipynb]}", "nbs/references.qmd")
+    config = (book.root / "_quarto.yml").read_text(encoding="utf-8")
+    book.write("_quarto.yml", config.replace("A Small Book", json.dumps(ODD)).replace("Nobody", json.dumps([ODD, "O'Neil {c}"])))
+    book.build(("html", "epub", "pdf"))
+    assert f"<title>{html.escape(ODD)}</title>" in book.page("index") and "Shannon 1948" in book.text("index")
+    assert (book.root / "_site/a dot.svg").exists() and (book.root / "_site/nbs/our dot.svg").exists()
+    with zipfile.ZipFile(book.root / "_site/small.epub") as epub:
+        facts = html.unescape(epub.read("EPUB/content.opf").decode())
+        assert f">{ODD}</dc:title>" in facts and f">{ODD}</dc:creator>" in facts and ">O'Neil {c}</dc:creator>" in facts
+        assert len([name for name in epub.namelist() if name.endswith(".svg")]) == 3
+    import pypdfium2
+    with pypdfium2.PdfDocument(book.root / "_site/small.pdf") as paper:
+        assert paper.get_metadata_dict()["Title"] == ODD and paper.get_metadata_dict()["Author"] == f"{ODD}, O'Neil {{c}}"
+    assert pdf_words(book.root / "_site/small.pdf").count(ODD) == 3       # title, author and part
+
+
+# What a page may hold ---------------------------------------------------------------------------------------------
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+RAW = """# One {#sec-one}
+
+Bold <b>that never ends, a <span class=x>span, two<br>lines, H<sub>2</sub>O, <b><i>crossed</b></i>.
+
+Not opened </i> *here*. Signs \x00 \x1b \x0c \ufffe, half a pair \ud800, and ``code \x08``.
+
+![In the text](data:image/png;base64,%s) ![Pasted](attachment:image.png)
+
+<div>
+
+The last words.
+""" % PNG
+
+
+@pytest.fixture(scope="module")
+def unruly(tmp_path_factory):
+    "A chapter of all that outputs and slips of the pen bring along."
+    book = plain_book(tmp_path_factory.mktemp("unruly"))
+    book.notebook("nbs/01_one.ipynb", markdown(RAW) | {"attachments": {"image.png": {"image/png": PNG}}}, code("print('\x01')", stream("\x00 \x1b[31mred\x1b[0m \udfff\n")),
+                  code("page", shown(html=f'<div><b>open<p>x</span></div></div></main><img alt="In an output" src="data:image/png;base64,{PNG}">', text="x")),
+                  code("draw()", shown(svg=SVG.replace("<circle", "<desc>\x01</desc><circle"))), code("say()", shown(md="# Result {#sec-result}\n\n```\n# no heading\n```")))
+    book.build(("html", "epub", "pdf"))
+    return book
+
+
+class Nesting(HTMLParser):
+    "Whether each tag is closed where it was opened."
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.wrong = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in safe.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append((self.getpos(), tag, self.open[-1:]))
+
+    def handle_startendtag(self, tag, attributes):
+        "It is closed."
+
+
+def test_every_tag_of_a_page_is_closed(unruly):
+    page = Nesting(unruly.page("nbs/01_one").replace("<p>x</div>", "</div>"))
+    assert not page.wrong and not page.open
+    assert "The last words." in unruly.text("nbs/01_one") and ":::" not in unruly.text("nbs/01_one")
+
+
+def test_an_epub_is_well_formed_whatever_it_holds(unruly):
+    from xml.dom.minidom import parseString
+    with zipfile.ZipFile(unruly.root / "_site/small.epub") as book:
+        pages = {name: book.read(name) for name in book.namelist() if name.endswith(("xhtml", "opf", "ncx", "svg"))}
+    assert [parseString(text) for text in pages.values()]
+    words = b"".join(pages.values()).decode()
+    assert "H<sub>2</sub>O" in words and "two<br />lines" in words.replace("\n", "") and "image/" not in words.partition("<body")[2].partition("</body")[0]
+
+
+def test_what_xml_forbids_is_shown_as_a_sign(unruly):
+    text = unruly.text("nbs/01_one")
+    for sign in ("Signs ␀ ␛ ␌ \ufffd, half a pair \ufffd, and code ␈ .", "␀ red \ufffd"):
+        assert sign in text, text
+    assert not safe.FORBIDDEN.search(unruly.page("nbs/01_one") + (unruly.root / "_site/nbs/01_one.md").read_text(encoding="utf-8"))
+
+
+def test_pictures_in_the_text_and_pasted_ones_are_shown(unruly):
+    page = unruly.page("nbs/01_one")
+    pasted = re.search(r'src="../(pictures/\w+\.png)" alt="Pasted"', page)
+    assert (unruly.root / "_site" / pasted[1]).exists() and page.count("data:image/png") == 2
+    with zipfile.ZipFile(unruly.root / "_site/small.epub") as book:
+        assert len([name for name in book.namelist() if name.endswith(".png")]) >= 1
+
+
+def test_a_heading_in_an_output_is_no_section(unruly):
+    page = unruly.page("nbs/01_one")
+    assert "<strong>Result</strong>" in page and "# no heading" in page and "sec-result" not in page
+
+
+@pytest.mark.parametrize("text", ["", "<p>a<p>b", "<ul><li>a<li>b</ul>", "a<br>b<hr/>", "<!-- <b> -->x", "<script>if (a<b) '</i>'</script><b>x</b>", "<svg><path d='M0'/></svg>"])
+def test_html_whose_tags_are_closed_stays_as_it_is(text):
+    assert safe.closed(text) == text
+
+
+@pytest.mark.parametrize("text, whole", [("<b>a", "<b>a</b>"), ("a</div>b", "ab"), ("<b><i>a</b>c&amp;d&#33;</i>", "<b><i>a</i></b>c&amp;d&#33;"), ("<div class=x><!-- </div> -->&lt;", "<div class=x><!-- </div> -->&lt;</div>")])
+def test_html_is_closed(text, whole):
+    assert safe.closed(text) == whole
 
 
 # Failures and second runs -----------------------------------------------------------------------------------------
@@ -458,6 +715,11 @@ def test_a_label_stands_only_once(plain):
     (lambda b: b.write("_quarto.yml", "book: {title: x}"), "lists no chapters"),
     (lambda b: b.write("nbs/01_one.ipynb", "{ half a notebook"), "is not a notebook"),
     (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![](gone.png)")), "shows gone.png"),
+    (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n![](https://h.org/a.png)")), "nbs/01_one.ipynb, cell m0, shows https://h.org/a.png"),
+    (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code("x", shown(html="<b><img src=//h.org/a.png></b>"))), "nbs/01_one.ipynb, cell c1, shows //h.org/a.png"),
+    (lambda b: b.write("nbs/01_one.ipynb", '{"nbformat": 3, "worksheets": []}'), "a notebook of format 3"),
+    (lambda b: b.write("nbs/01_one.ipynb", "[1]"), "JSON, but no notebook"),
+    (lambda b: (b.root / "index.qmd").write_bytes(b"# caf\xe9"), "index.qmd is not UTF-8 from byte 5 on"),
     (lambda b: b.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}"), code("#| fig-cap: a: b: c\nx")), "are not valid options"),
 ])
 def test_a_failed_build_keeps_the_old_site(built, capsys, damage, words):
@@ -489,17 +751,84 @@ def test_one_line_adds_a_chapter(built):
     assert "nbs/02_two.html" in built.page("index") and 'rel="next" href="../nbs/02_two.html"' in built.page("nbs/01_one")
 
 
-def test_a_second_run_redoes_only_what_changed(plain, monkeypatch):
+@pytest.fixture
+def runs(monkeypatch):
+    "What pandoc is run on."
     import pandoc
-    runs = []
-    real = pandoc.run_pandoc
-    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where: (runs.append(where), real(args, context, text, where))[1])
+    found, real = [], pandoc.run_pandoc
+    monkeypatch.setattr(pandoc, "run_pandoc", lambda args, context, text, where, root: (found.append(where), real(args, context, text, where, root))[1])
+    return found
+
+
+def test_a_second_run_redoes_only_what_changed(plain, runs):
     assert plain.build() is True and "nbs/01_one.ipynb" in runs
     runs.clear()
     assert plain.build() is False and not runs
     plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nOther words.\n"))
-    assert plain.build() is True and set(runs) == {"nbs/01_one.ipynb"}
+    assert plain.build() is True and runs == ["nbs/01_one.ipynb"]
     assert "Other words." in plain.text("nbs/01_one")
+
+
+def test_pandoc_reads_a_changed_page_once_and_the_pages_that_refer_to_it_never(built, runs):
+    "Numbers, addresses and citations of other pages are filled in behind it."
+    built.write("nbs/02_two.qmd", "# Two {#sec-two}\n\nSee @eq-one-b, `area` and [@shannon1948].\n")
+    built.config("nbs/01_one.ipynb", "nbs/02_two.qmd", "nbs/references.qmd")
+    equations = "# One {#sec-one}\n\n$$a$$ {#eq-one-a}\n\n$$b$$ {#eq-one-b}\n"
+    built.notebook("nbs/01_one.ipynb", markdown(equations), code(EXPORT))
+    built.build()
+    assert sorted(runs) == ["nbs/01_one.ipynb", "nbs/02_two.qmd", "the citations"]
+    for text, number, others in ((equations + "\nA sentence.", "1.2", []), (equations.replace("$$a$$ {#eq-one-a}", ""), "1.1", []),
+                                 (equations + "\nAs @shannon1948 says.", "1.2", ["the citations"])):
+        runs.clear()
+        built.notebook("nbs/01_one.ipynb", markdown(text), code(EXPORT))
+        built.build()
+        assert runs == ["nbs/01_one.ipynb", *others] and f"Equation\u00a0{number}" in built.page("nbs/02_two")
+    runs.clear()
+    built.notebook("nbs/01_one.ipynb", markdown(equations), code(EXPORT.replace("area", "extent")))      # the page loses the target of a link
+    built.build()
+    assert sorted(runs) == ["nbs/01_one.ipynb", "nbs/02_two.qmd"] and 'class="symbol"' not in built.page("nbs/02_two")
+
+
+def test_a_failed_page_leaves_no_half_result(plain, monkeypatch):
+    import pandoc
+    work = pandoc.Workshop(load_book(plain.root), plain.root / ".cache" / "book")
+    with pytest.raises(OSError, match="full"):
+        work.remembered("key", "html", lambda: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        work.remembered("key", "html", lambda: "text")
+    monkeypatch.undo()
+    assert work.remembered("key", "html", lambda: "whole").read_text() == "whole"
+
+
+def test_the_terminal_says_what_the_builder_is_busy_with(plain, monkeypatch, capsys):
+    plain.build()
+    assert capsys.readouterr().err == ""                     # no terminal, no line that moves
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\nOther words.\n"))
+    plain.build()
+    lines = capsys.readouterr().err.split("\r\033[K")
+    assert "Reading the pages: 3 of 3" in lines and lines[-1] == ""
+
+
+def test_serving_shows_a_page_before_it_indexes_it(built, monkeypatch):
+    import serve
+    site, real = built.root / serve.SERVED, serve.search_command
+    slow = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def saved(words, command, index=None):
+        built.notebook("nbs/01_one.ipynb", markdown(f"# One {{#sec-one}}\n\n{words}\n"))
+        monkeypatch.setattr(serve, "search_command", command)
+        return serve.rebuild(built.root, ["html"], index), (site / "nbs/01_one.html").read_text(encoding="utf-8")
+
+    first, page = saved("First words.", lambda *_: slow)
+    assert "First words." in page and not (site / "pagefind").exists()
+    second, _ = saved("Second words.", real, first)
+    assert first.poll() is not None and second.wait(300) == 0                # the index of an old page is not finished
+    third, page = saved("Third words.", lambda *_: slow, second)
+    assert "Third words." in page and (site / "pagefind/pagefind.js").exists()           # until the new one is there
+    third.kill()
+    third.wait()
 
 
 def test_serving_rebuilds_a_page_when_it_is_saved(built, monkeypatch, capfd):
@@ -563,11 +892,72 @@ def test_without_node_the_book_is_built_and_says_what_it_lacks(monkeypatch, tmp_
 
 # With Quarto ------------------------------------------------------------------------------------------------------
 
+def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
+    "Whatever Quarto renders, both come from the embedded builder: finish.py copies what the environment names."
+    asked = {}
+
+    def render(command, cwd, env):
+        asked.update(command=command, files=json.loads(env["BOOK_DOWNLOADS"]))
+        (Path(command[-1]) / "index.html").write_text("<title>T</title>")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(builder, "parsed_book", lambda book, draft: None)
+    monkeypatch.setattr(builder, "DOWNLOADS", {"epub": lambda work: tmp_path / "x.epub", "pdf": lambda work: tmp_path / "y.pdf"})
+    monkeypatch.setattr(builder.shutil, "which", lambda name: "quarto")
+    monkeypatch.setattr(builder.subprocess, "run", render)
+    builder.build_quarto(load_book(plain.root), ["html", "epub", "pdf"], plain.root / "_site")
+    assert asked["command"][:4] == ["quarto", "render", "--to", "html"]
+    assert asked["files"] == {"small.epub": str(tmp_path / "x.epub"), "small.pdf": str(tmp_path / "y.pdf")}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not on PATH")
+def test_git_ignores_what_a_build_leaves_behind(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    left = ["_site/index.html", ".cache/x", ".quarto/x", "index.html", "nbs/01_one.html", "site_libs/x.js", "nbs/01_one_files/x.svg", "index_files/x", "nbs/01_one.quarto_ipynb"]
+    kept = ["tools/theme/page.html", "nbs/01_one.ipynb", "nbs/images/road.svg", "index.qmd"]
+    said = subprocess.run(["git", "check-ignore", *left, *kept], cwd=tmp_path, capture_output=True, text=True).stdout.split()
+    assert said == left
+
+
+def test_quartos_own_epub_loses_what_epub_forbids(tmp_path):
+    with zipfile.ZipFile(tmp_path / "book.epub", "w") as book:
+        book.writestr("mimetype", "application/epub+zip")
+        book.writestr("ch1.xhtml", '<div class="f" alt="A dot"><img src="a.png" alt="A dot"/></div>', zipfile.ZIP_DEFLATED)
+    finish.mend_epub(tmp_path / "book.epub")
+    with zipfile.ZipFile(tmp_path / "book.epub") as book:
+        assert book.read("ch1.xhtml").decode() == '<div class="f"><img src="a.png" alt="A dot"/></div>'
+        assert [(i.filename, i.compress_type) for i in book.infolist()] == [("mimetype", zipfile.ZIP_STORED), ("ch1.xhtml", zipfile.ZIP_DEFLATED)]
+
+
+def test_pictures_are_named_in_code_without_being_shown(plain):
+    plain.notebook("nbs/01_one.ipynb", markdown("# One {#sec-one}\n\n`![](https://h.org/a.png)`"), code("'<img src=//h.org>'", stream("<img src=//h.org>")))
+    plain.build()
+    assert "![](https://h.org/a.png)" in plain.text("nbs/01_one") and "<img" not in re.search(r"<main.*?</main>", plain.page("nbs/01_one"), re.S)[0]
+
+
+def test_html_output_is_raw_html_to_quarto():
+    "Quarto asks a CDN for scripts as soon as it sees an output of the kind text/html."
+    sent = nbfilter.filter_notebook({"cells": [code("frame", shown(html="<b>1</b>\n``````\n<i>", text="x"))]}, {})["cells"][0]["outputs"][0]["data"]
+    assert "".join(sent["text/markdown"]).startswith("```````{=html}\n<b>1</b>") and set(sent) == {"text/markdown"}
+
+
+def test_chapters_named_by_their_titles_are_named_by_their_numbers(tmp_path):
+    "As Quarto refers to a whole chapter from a page without a number."
+    one, page = tmp_path / "nbs/one.html", tmp_path / "index.html"
+    title = '<h1 class="title"><span id="sec-one" class="quarto-section-identifier"><span class="chapter-number">1</span> One</span></h1>'
+    names = finish.chapter_names({one: title, page: "<h1>Start</h1>"})
+    appendix = '<h1 class="title"><span id="sec-a" class="quarto-section-identifier">Appendix A — <span class="chapter-title">Extra</span></span></h1>'
+    assert finish.chapter_names({one: appendix}) == {one: ("sec-a", "Appendix A")}
+    assert '<span class="chapter-number">Appendix\u00a0A</span>\u00a0\u00a0<span class="chapter-title">Extra' in finish.name_chapters(appendix, page, {})
+    assert finish.name_chapters('<a href="nbs/one.html" class="quarto-xref"><span>One</span></a>', page, names) == '<a href="nbs/one.html#sec-one" class="quarto-xref">Chapter 1</a>'
+
 @pytest.mark.skipif(shutil.which("quarto") is None, reason="Quarto is not on PATH: its pages are compared where it is")
 def test_both_builders_give_the_same_addresses(rich, tmp_path):
     shutil.copytree(rich.root, tmp_path / "q", ignore=shutil.ignore_patterns("_site", ".cache"))
     (tmp_path / "q/tools").mkdir()
-    shutil.copy(ROOT / "tools/nbfilter.py", tmp_path / "q/tools/nbfilter.py")
+    for name in ("nbfilter.py", "safe.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "q/tools" / name)
     subprocess.run(["quarto", "render", "--to", "html"], cwd=tmp_path / "q", check=True)
     for page in sorted((rich.root / "_site").rglob("*.html")):
         if page.name == "404.html":

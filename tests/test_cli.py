@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, '-m', 'llm_from_scratch.cli']
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '80'}
 for name in ('PYTHONIOENCODING', 'PYTHONUNBUFFERED'): ENVIRONMENT.pop(name, None)      # the command must flush what it says
-TINY = '--preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
+TINY = '--optimizer adamw --preset nano --context-length 16 --d-model 16 --n-heads 2 --n-layers 1 --batch-size 4 --precision float32'.split()
 WITHOUT_EXAMPLES = {'info'}
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs signals and pipes as POSIX has them')
@@ -104,6 +104,26 @@ def test_every_field_is_a_flag(call, command, kind, hidden):
     assert shown == {f.name for f in fields(kind)} - hidden
 
 
+def test_the_page_of_train_has_its_flags_in_parts(call):
+    page = call('train', '--help')[0]
+    assert re.findall(r'─ ([a-z]+) options? ─|─ (options) ─', page)[:4] == [('', 'options'), ('length', ''), ('learning', ''), ('evaluation', '')]
+    assert page.index('--steps INT') < page.index('--batch-size INT') < page.index('--on-nan') < page.index('--betas') < page.index('--d-model')
+
+
+def test_the_defaults_of_train_are_a_recipe():
+    settings = cli._run_defaults([])['settings']
+    assert settings == {'optimizer': 'muon', 'lr': .01, 'batch_size': 8, 'seconds': 120.0} and TrainConfig(**settings)
+    for end in ('--steps', '9'), ('--tokens=9',), ('--seconds', '7'): assert 'seconds' not in cli._run_defaults(end)['settings']
+
+
+def test_another_optimizer_has_its_own_defaults(tmp_path):
+    assert cli._run_defaults(['--optimizer=adamw'])['settings'] == {'seconds': 120.0}
+    (tmp_path/'c.json').write_text('{"optimizer": "adamw", "steps": 3}', encoding='utf-8')
+    assert cli._run_defaults(['--config', str(tmp_path/'c.json')])['settings'] == {'optimizer': 'adamw', 'steps': 3}
+    (tmp_path/'c.json').write_text('{"batch_size": 3}', encoding='utf-8')
+    assert cli._run_defaults(['--config', str(tmp_path/'c.json')])['settings'] == {'optimizer': 'muon', 'lr': .01, 'batch_size': 3, 'seconds': 120.0}
+
+
 def test_version(call):
     from llm_from_scratch import __version__
     assert call('--version') == (f'llmfs {__version__}\n', '', 0)
@@ -124,11 +144,11 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
 @pytest.mark.parametrize('words, said, status', [
     (['generat'], "there is no command 'generat': did you mean generate?", 2),
     (['tokenizer', 'encod'], "there is no command 'encod': did you mean encode?", 2),
-    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, generate, eval, info", 2),
+    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, runs, generate, eval, info", 2),
     (['generate', '--temprature', '1'], 'unrecognized options: --temprature, 1; did you mean --temperature?', 2),
     (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
     (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
-    (['generate', '--top-p', '1.5'], 'top_p must be above 0, up to 1, got 1.5', 2),
+    (['generate', '--top-p', '1.5'], 'top_p must be a number in (0, 1] or None, got 1.5', 2),
     (['generate', '--device', 'tpu'], f"there is no device 'tpu' here, only {', '.join(['cpu', *cli._accelerators()])}", 2),
     (['eval', '--device', 'cuda:77'], f"there is no device 'cuda:77' here, only {', '.join(['cpu', *cli._accelerators()])}", 2),
     (['generate', '--overflow', 'burst'], "invalid choice 'burst' for argument '--overflow'. Expected one of ('slide', 'error')", 2),
@@ -141,8 +161,8 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['tokenizer', 'train', '--kind', 'chars', '--vocab-size', '9'], 'characters are as many as the text has: no --vocab-size', 2),
     (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any text file or folder of them", 1),
     (['train', '--data', 'nowhere', '--steps', '1'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
-    (['train', '--data', 'nowhere'], 'a run needs an end: give steps, tokens or seconds', 2),
-    (['train', '--steps', '1', '--lr', '0'], 'lr must be a positive number, got 0.0', 2),
+    (['train', '--data', 'nowhere'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
+    (['train', '--steps', '1', '--lr', '0'], 'lr must be a number above 0, got 0.0', 2),
     (['train', '--steps', '1', '--optimizer', 'adam'], "invalid choice 'adam' for argument '--optimizer'. Expected one of ('adamw', 'muon')", 2),
     (['train', '--steps', '1', '--n-heads', '3'], 'd_model must be a multiple of n_heads unless d_head is given, got 128 and 3', 2),
     (['train', '--resume', '--out', 'nowhere'], f"there is no run to resume: {Path('nowhere', 'run.json')} does not exist", 1),
@@ -208,7 +228,7 @@ def test_data_that_cannot_be_made_leaves_what_was_there(call, tmp_path):
 
 
 @pytest.mark.parametrize('text, said', [('{"steps": 3, "batchsize": 4}', "a configuration has no field 'batchsize': did you mean 'batch_size'?"),
-                                        ('{"steps": -3}', 'steps must be a whole number of at least 1, got -3'),
+                                        ('{"steps": -3}', 'steps must be a whole number of at least 1 or None, got -3'),
                                         ('[3]', 'settings.json: expected a JSON object, got list'), ('{', 'settings.json: not JSON: ')])
 def test_what_is_wrong_in_a_settings_file(call, tmp_path, text, said):
     (tmp_path/'settings.json').write_text(text, encoding='utf-8')
@@ -312,12 +332,10 @@ def test_a_closed_or_full_stream(tmp_path, line, out, err, status):
 
 
 def test_a_note_that_nobody_hears_is_no_reason_to_stop(monkeypatch):
-    heard = []
     class Broken(io.StringIO):
-        def write(self, text): heard.append(text); raise BrokenPipeError
+        def write(self, text): raise BrokenPipeError
     monkeypatch.setattr('sys.stderr', Broken())
-    cli._note('said')
-    assert heard == ['llmfs: said\n']
+    assert cli._note('said') is None
 
 
 def test_a_byte_order_mark_is_no_text(call):
@@ -445,12 +463,12 @@ def test_a_run_from_start_to_story(data, call, tmp_path, caplog):
     out, err, status = call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
     assert status == 0 and out.startswith('ended by steps: 6 steps, ') and out.endswith('; saved in run\n'), err
     assert re.fullmatch(r'llmfs: [\d,]+ parameters on \w+, [\d.]+ MB, \d+ s to go\n', err)
-    assert {p.name for p in (tmp_path/'run').iterdir()} == {'config.json', 'model.safetensors', 'tokenizer.json', 'run.json', 'log.jsonl', 'step-00000003', 'step-00000006'}
+    assert {p.name for p in (tmp_path/'run').iterdir()} == {'config.json', 'model.safetensors', 'tokenizer.json', 'run.json', 'log.jsonl', '.lock', 'step-00000003', 'step-00000006'}
     assert call('generate', '--model', 'run', '--max-new-tokens', 5)[2] == 0
     facts = json.loads(call('eval', '--model', 'run', '--n', 12, '--json')[0])
     assert facts['documents'] == 12 and facts['loss_interval'][0] < facts['loss'] < facts['loss_interval'][1]
     again = call('train', '--data', data, *TINY, '--steps', 6)
-    assert again == ('', 'llmfs: run holds a run already: --resume goes on with it, another --out begins a new one\n', 1)
+    assert again == ('', 'llmfs: run holds a finished run: --resume goes on with it, --overwrite begins anew, another --out keeps it\n', 1)
     out, err, status = call('train', '--resume', '--steps', 7, '--keep', 1)
     assert status == 0 and '7 steps' in out and 'resumed with another keep: it was 3 and is 1' in caplog.text
     assert logging.lastResort.formatter.format(caplog.records[-1]) == f'llmfs: {caplog.records[-1].getMessage()}'
@@ -522,19 +540,209 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path):
     run = {'data': 'data', 'shape': {'vocab_size': 9, 'context_length': 4, 'd_model': 4, 'n_layers': 1, 'n_heads': 1}, 'settings': {'steps': 9, 'floor': .1, 'betas': [.9, .95]}}
     (tmp_path/'run.json').write_text(json.dumps(run), encoding='utf-8')
     (tmp_path/'settings.json').write_text('{"floor": 0.2}', encoding='utf-8')
+    (tmp_path/'data').mkdir(); (tmp_path/'data'/'train.tok').touch()
     assert cli._run_defaults(['--resume', '--out', str(tmp_path)])['settings'] == {'steps': 9, 'min_lr_ratio': .1, 'betas': (.9, .95)}
-    assert cli._run_defaults(['--config', str(tmp_path/'settings.json')])['settings'] == {'min_lr_ratio': .2}
+    settings = cli._run_defaults(['--config', str(tmp_path/'settings.json')])['settings']
+    assert settings['min_lr_ratio'] == .2 and 'floor' not in settings
+
+
+# The life of a run's folder -------------------------------------------------------------------------------------
+
+def contents(folder): return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def short(name='run', steps=4): return 'train', *TINY, '--save-every', 2, '--steps', steps, '--out', name
+
+
+@pytest.fixture
+def finished(data, call, tmp_path):
+    "The folder of a run of 4 steps, with checkpoints after 2 and 4."
+    assert call(*short(), '--data', data)[2] == 0
+    return tmp_path/'run'
+
+
+@pytest.mark.parametrize('words, said', [(['--n-layers', 5, '--steps', 6], 'another model: n_layers was 1 and is 5'), (['--optimizer', 'muon', '--steps', 6], "another optimizer: it was 'adamw' and is 'muon'"),
+                                         (['--step', 3], 'there is no checkpoint of step 3 in run')])
+def test_a_refused_resume_changes_nothing(finished, call, words, said):
+    before = contents(finished)
+    out, err, status = call('train', '--resume', *words)
+    assert (out, status, err.count('\n')) == ('', 1, 1) and said in err and contents(finished) == before
+    assert '6 steps' in call('train', '--resume', '--steps', 6)[0]
+
+
+def test_a_second_process_stops_with_one_sentence(finished, call, data):
+    from llm_from_scratch import files
+    before = contents(finished)
+    with open(finished/'.lock', 'ab') as other:                    # as another process would have it
+        assert files._take(other)
+        for words in (['--resume'], ['--overwrite', '--data', data], ['--data', data]):
+            assert call('train', *words, '--steps', 9) == ('', 'llmfs: run is in use by another process\n', 1)
+    assert contents(finished) == before
+
+
+def test_the_folder_is_ours_from_the_first_write_to_the_last(data, call, tmp_path, monkeypatch):
+    from llm_from_scratch import files
+    writes, replace = [], os.replace
+    def watched(a, b):
+        if Path(b).parent == tmp_path/'run': writes.append(((os.getpid(), str(tmp_path/'run'/'.lock')) in files._HELD, Path(b).name))
+        replace(a, b)
+    monkeypatch.setattr(os, 'replace', watched)
+    assert call(*short(tmp_path/'run'), '--data', data)[2] == 0
+    assert {name for _, name in writes} == {'run.json', 'tokenizer.json', 'config.json', 'model.safetensors'} and all(held for held, _ in writes)
+
+
+def test_a_model_is_not_overwritten_unasked(finished, call, data):
+    GPT.from_pretrained(finished).save_pretrained('model')
+    before = contents(Path('model'))
+    assert call(*short('model'), '--data', data) == ('', 'llmfs: model holds a model: --overwrite begins anew, another --out keeps it\n', 1)
+    assert 'it holds a model, and no checkpoint' in call('train', '--out', 'model', '--resume')[1] or 'run.json does not exist' in call('train', '--out', 'model', '--resume')[1]
+    assert contents(Path('model')) == before
+    assert call(*short('model'), '--data', data, '--overwrite')[2] == 0 and contents(Path('model')) != before
+
+
+def test_overwriting_begins_anew_and_leaves_what_is_no_part_of_a_run(finished, call, data):
+    (finished/'notes.txt').write_text('mine')
+    assert call(*short(steps=3), '--data', data, '--overwrite')[2] == 0
+    assert [r['step'] for r in read_log(finished/'log.jsonl')] == [1, 2, 3] and (finished/'notes.txt').exists() and checkpoints(finished)[-1].name == 'step-00000003'
+    before = contents(finished)
+    assert call(*short(), '--data', 'nowhere', '--overwrite')[2] == 1 and call(*short(), '--overwrite', '--resume')[2] == 2 and contents(finished) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint(data, call, tmp_path, monkeypatch):
+    "Nothing to resume, and it says so; begun anew, its log begins at 1."
+    def killed(self):
+        if self.step == 2: raise KeyError('killed')
+    with monkeypatch.context() as m:
+        step = Trainer.train_step
+        m.setattr(Trainer, 'train_step', lambda self: killed(self) or step(self))
+        assert call('train', *TINY, '--steps', 4, '--data', data)[2] == 1
+    assert [r['step'] for r in read_log('run/log.jsonl')] == [1, 2]
+    before = contents(tmp_path/'run')
+    assert call('train', '--resume') == ('', 'llmfs: nothing to resume: the run in run ended before its first checkpoint; without --resume, it begins anew\n', 1)
+    assert contents(tmp_path/'run') == before
+    assert call('train', *TINY, '--steps', 4, '--data', data)[2] == 0 and [r['step'] for r in read_log('run/log.jsonl')] == [1, 2, 3, 4]
+
+
+def test_a_run_is_resumed_from_another_folder(finished, data, call, monkeypatch, tmp_path):
+    "The data are found as seen from the run, wherever both have been moved to."
+    import shutil
+    shutil.copytree(data, tmp_path/'a'/'data'); shutil.move(finished, tmp_path/'a'/'run')
+    run = json.loads((tmp_path/'a'/'run'/'run.json').read_text(encoding='utf-8'))
+    monkeypatch.chdir(tmp_path/'a')
+    assert call('train', '--resume', '--steps', 5, '--data', 'data')[2] == 0
+    assert json.loads(Path('run/run.json').read_text(encoding='utf-8')) == {**run, 'data': '../data', 'settings': {**run['settings'], 'steps': 5}}
+    shutil.move(tmp_path/'a', tmp_path/'b'); monkeypatch.chdir(tmp_path)
+    assert call('train', '--resume', '--out', 'b/run', '--steps', 6)[2] == 0
+    shutil.rmtree(tmp_path/'b'/'data')
+    assert call('train', '--resume', '--out', 'b/run') == ('', f"llmfs: the data of {Path('b/run')} are not in {tmp_path/'b'/'run'/'..'/'data'}: --data says where they are now\n", 1)
+
+
+def test_a_run_goes_on_from_an_earlier_step(finished, call):
+    assert call('train', '--resume', '--step', 2, '--steps', 3)[0].startswith('ended by steps: 3 steps')
+    assert [r['step'] for r in read_log('run/log.jsonl')] == [1, 2, 3] and [p.name for p in checkpoints('run')] == ['step-00000002', 'step-00000003']
+    assert call('train', '--step', 2)[2] == 2
+
+
+@posix
+def test_a_closed_terminal_ends_a_run_with_the_status_of_its_signal(data, call, monkeypatch):
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, 'train_step', lambda self: (self.step == 2 and signal.raise_signal(signal.SIGHUP), step(self))[1])
+    assert call(*short(steps=9), '--data', data)[2] == 128 + signal.SIGHUP and checkpoints('run')[-1].name == 'step-00000003'
+
+
+def test_ruined_weights_are_not_the_model(data, call, caplog):
+    "A learning rate that ruins the weights in the third step: the model is that of the second."
+    from llm_from_scratch.training import load_checkpoint
+    step = Trainer.train_step
+    def ruin(self):
+        record = step(self)
+        if self.step == 3: self.model.norm.weight.data.mul_(float('inf'))
+        return record
+    Trainer.train_step = ruin
+    try: out, err, status = call('train', *TINY, '--save-every', 1, '--steps', 9, '--data', data)
+    finally: Trainer.train_step = step
+    assert status == 1 and 'run holds the last good state' in err
+    saved = GPT.from_pretrained('run').state_dict()
+    assert all(saved[k].equal(v) for k, v in load_checkpoint('run/step-00000002').tensors['model'].items()) and len(checkpoints('run')) == 2
+
+
+def as_killed(run):
+    "What is left of a run that was killed after its second step."
+    import shutil
+    saved = json.loads((run/'run.json').read_text(encoding='utf-8'))
+    (run/'run.json').write_text(json.dumps(saved | {'ended': None}), encoding='utf-8')
+    shutil.rmtree(run/'step-00000004')
+    (run/'log.jsonl').write_text(''.join((run/'log.jsonl').read_text().splitlines(True)[:3]))
+
+
+def test_runs_are_listed_with_what_to_type_next(finished, call, tmp_path):
+    import shutil
+    from llm_from_scratch import files
+    for name in ('deep/er/killed', 'busy', 'begun'): shutil.copytree(finished, name)
+    as_killed(tmp_path/'deep/er/killed'); as_killed(tmp_path/'begun'); shutil.rmtree('begun/step-00000002'); Path('begun/model.safetensors').unlink()
+    with open('busy/.lock', 'ab') as other:
+        files._take(other)
+        out, err, status = call('runs')
+        rows = [re.split('  +', line) for line in out.splitlines()]
+        assert [row[:3] for row in rows] == [['begun', 'begun', 'step 3'], ['busy', 'running', 'step 4'], ['run', 'finished', 'step 4']]
+    assert [row[4] for row in rows] == ['llmfs train --out begun …', 'tail -f busy/log.jsonl', 'llmfs generate --model run'] and re.fullmatch(r'loss \d\.\d{4}, validation \d\.\d{4}', rows[2][3])
+    facts = json.loads(call('runs', 'deep', '--json')[0])
+    assert facts == {**facts, 'run': str(Path('deep/er/killed')), 'state': 'interrupted', 'step': 3, 'validation': None, 'next': f"llmfs train --out {Path('deep/er/killed')} --resume"}
+    assert call('runs', 'nowhere') == ('', 'llmfs: there is no run in nowhere\n', 0)
+
+
+def test_a_run_that_was_killed_can_speak(finished, call, caplog):
+    words = 'generate', '--max-new-tokens', 5, '--temperature', 0, '--prompt', 'Once upon a time'
+    whole = call(*words, '--model', 'run')
+    assert whole[1:] == ('', 0) and call(*words, '--model', 'run/step-00000004') == whole
+    then = call(*words, '--model', 'run/step-00000002')
+    assert then[1:] == ('', 0)
+    as_killed(finished)
+    for name in ('model.safetensors', 'config.json'): (finished/name).unlink()
+    assert call(*words, '--model', 'run') == (then[0], 'llmfs: the run in run has not ended: this is its step-00000002\n', 0)
+    facts = json.loads(call('eval', '--model', 'run', '--n', 3, '--json')[0])
+    assert facts['documents'] == 3
+    assert call('train', '--resume')[2] == 0 and call(*words, '--model', 'run') == whole
+
+
+def test_what_cannot_speak_says_why(finished, call, data):
+    as_killed(finished)
+    call('tokenizer', 'train', '--kind', 'words', '--n', 30, '--out', 'run/tokenizer.json')
+    assert 'is not the tokenizer of this run' in call('generate', '--model', 'run')[1] and call('generate', '--model', 'run/step-00000002')[2] == 1
+    import shutil
+    shutil.rmtree('run/step-00000002')
+    assert call('generate', '--model', 'run') == ('', 'llmfs: the run in run has no checkpoint yet\n', 1)
+
+
+def test_a_run_of_the_last_release_is_a_model_and_goes_on(finished, call):
+    "It did not say that it had ended, and had no tokenizer before its end."
+    saved = json.loads((finished/'run.json').read_text(encoding='utf-8'))
+    del saved['ended'], saved['settings']['save_seconds']
+    (finished/'run.json').write_text(json.dumps(saved), encoding='utf-8')
+    assert call('generate', '--model', 'run', '--max-new-tokens', 3)[1:] == ('', 0) and 'finished' in call('runs')[0]
+    assert call('train', '--resume', '--steps', 5)[2] == 0
+
+
+def test_a_tokenizer_that_was_replaced_is_named(finished, call):
+    call('tokenizer', 'train', '--kind', 'words', '--n', 30, '--out', 'run/tokenizer.json')
+    out, err, status = call('generate', '--model', 'run')
+    assert (out, status, err.count('\n')) == ('', 1, 1) and 'is not the tokenizer that this model was saved with' in err
 
 
 def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path):
     call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
     (tmp_path/'odd').mkdir()
     (tmp_path/'odd'/'run.json').write_text('{"data": "data"}', encoding='utf-8')
-    assert call('train', '--resume', '--out', 'odd') == ('', f"llmfs: {Path('odd', 'run.json')} is damaged: it has no settings, shape\n", 1)
+    described = f"llmfs: {Path('odd', 'run.json')} is not the description of a run: "
+    assert call('train', '--resume', '--out', 'odd') == ('', f'{described}it has no settings, shape\n', 1)
+    for wrong in '[]', '{', '{"data": 5, "shape": {}, "settings": []}', '{"data": "d", "shape": {}, "settings": {"steps": 5}}', '{"data": "d", "shape": {}, "settings": {"lr": "x"}}':
+        (tmp_path/'odd'/'run.json').write_text(wrong, encoding='utf-8')
+        out, err, status = call('train', '--resume', '--out', 'odd')
+        assert (out, status, err.count('\n')) == ('', 1, 1) and err.startswith(described), err
     file = tmp_path/'run'/'step-00000006'/'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
     out, err, status = call('train', '--resume', '--steps', 8)
-    assert (out, status) == ('', 1) and 'step-00000006 is damaged' in err and 'step-00000003' in err and err.count('\n') == 1
+    assert (out, status) == ('', 1) and 'step-00000006 is damaged' in err and 'the one before is step-00000003: --step 3' in err and err.count('\n') == 1
     assert call('train', '--resume', '--steps', 8, '--skip-damaged')[2] == 0
 
 

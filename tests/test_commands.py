@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,12 +10,14 @@ import sys
 from collections import namedtuple
 
 import pytest
+import yaml
 
 import env
 import nb
 import prove
+import release
 
-INPUTS = ['Makefile', 'tools/*.py', '_quarto.yml', 'nbs/images/*', '.ci/run']
+INPUTS = ['Makefile', 'tools/*.py', '_quarto.yml', 'nbs/images/*', '.ci/run', 'settings.ini', 'CHANGELOG.md', '.github/workflows/release.yml', '.devcontainer/*', '.binder/*']
 ROOT = env.ROOT
 needs_make = pytest.mark.skipif(shutil.which('make') is None, reason='this machine has no make')
 
@@ -148,7 +151,7 @@ def test_the_commit_chooses_a_ring(monkeypatch):
     chosen = []
     for n in range(len(prove.RINGS)):
         monkeypatch.setattr(prove.subprocess, 'run', lambda *a, n=n, **k: subprocess.CompletedProcess(a, 0, stdout=f'{6 * 10**40 + n:x}\n'))
-        chosen.append(prove.ring_of_commit())
+        chosen.append(prove.of_commit(prove.RINGS))
     assert chosen == list(prove.RINGS)
 
 
@@ -162,3 +165,64 @@ def test_one_chapter_is_its_notebook_its_tests_and_its_page(monkeypatch):
     assert any(line.startswith('tests/test_tensors.py::') for line in found) and any('test_site.py' in line for line in found)
     assert [line for line in found if '01_tensors' not in line and not line.startswith(('tests/test_tensors.py::', 'tests/test_grow.py::'))] == []
     assert {line for line in found if 'test_grow' in line} == {'tests/test_grow.py::test_every_class_that_grows_is_whole_in_the_library[Value]'}
+
+
+# A release --------------------------------------------------------------------------------------------------------
+
+CHANGES = '# Changelog\n\n## 0.2.0 (2026-11-30)\n\n* New.\n\n### The book\n\n* Newer.\n\n## 0.1.0 (2026-11-21)\n\n* Old.\n'
+
+
+def released(folder, version='0.2.0', changes=CHANGES, tag=None):
+    "What `make release` thinks of a version and its notes."
+    (folder/'settings.ini').write_text(f'[DEFAULT]\nversion = {version}\n', encoding='utf-8')
+    (folder/'CHANGELOG.md').write_text(changes, encoding='utf-8')
+    return release.ready(tag, folder), release.notes(version, folder)
+
+
+def test_the_notes_of_a_release_are_its_part_of_the_changelog(tmp_path):
+    assert released(tmp_path, tag='v0.2.0') == ('0.2.0', '* New.\n\n### The book\n\n* Newer.\n')
+    assert released(tmp_path, '0.1.0')[1] == '* Old.\n'
+    assert release.notes(release.ready()).count('### ') >= 3                # this book's own
+
+
+@pytest.mark.parametrize('version, changes, tag, said', [
+    ('0.3.0.dev0', CHANGES, None, '0.3.0.dev0'),
+    ('0.3.0', CHANGES, None, 'no entry `## 0.3.0'),
+    ('0.2.0', CHANGES.replace('(2026-11-30)', '(unreleased)'), None, 'no entry'),
+    ('0.2.0', '## 0.2.0 (2026-11-30)\n\n## 0.1.0 (2026-11-21)\n\n* Old.\n', None, 'no entry'),
+    ('0.2.0', CHANGES, 'v0.2.1', 'the tag of that is v0.2.0'),
+])
+def test_no_release_without_notes_or_with_another_tag(tmp_path, version, changes, tag, said):
+    with pytest.raises(release.Refused, match=re.escape(said)): released(tmp_path, version, changes, tag)
+
+
+def test_no_release_of_what_is_not_committed(tmp_path):
+    git = ['git', '-c', 'user.name=A', '-c', 'user.email=a@example.org', '-C', tmp_path]
+    for command in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'As it is']): subprocess.run([*git, *command], check=True)
+    release.committed(tmp_path)
+    (tmp_path/'new.txt').write_text('', encoding='utf-8')
+    with pytest.raises(release.Refused, match='new.txt is not committed'): release.committed(tmp_path)
+
+
+def test_a_python_that_does_not_run_is_missing(tmp_path, monkeypatch):
+    "As with a version manager, whose commands exist and refuse."
+    monkeypatch.setattr(release, 'supported', lambda: ['3.10', '3.99'])
+    shim = tmp_path/'python3.99'
+    shim.write_text('#!/bin/sh\necho "command not found" >&2\nexit 127\n', encoding='utf-8')
+    shim.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+    assert '3.99' not in release.pythons()
+    shim.write_text('#!/bin/sh\necho 3.99\n', encoding='utf-8')
+    assert next(reversed(release.pythons().items())) == ('3.99', 'python3.99')
+
+
+def test_what_the_workflows_and_containers_call_is_there():
+    settings = json.loads((ROOT/'.devcontainer'/'devcontainer.json').read_text(encoding='utf-8'))
+    program, script, kind = settings['postCreateCommand'].split()
+    assert (ROOT/script).is_file() and kind in env.KINDS
+    wanted = re.findall(r'\[(\w+)\]', (ROOT/'.binder'/'requirements.txt').read_text(encoding='utf-8'))
+    assert wanted == ['notebooks'] and 'notebooks = [' in (ROOT/'pyproject.toml').read_text(encoding='utf-8')
+    steps = yaml.safe_load((ROOT/'.github'/'workflows'/'release.yml').read_text(encoding='utf-8'))
+    assert steps['permissions'] == {'contents': 'read'} and 'secrets.' not in (ROOT/'.github'/'workflows'/'release.yml').read_text(encoding='utf-8')
+    said = [step.get('run', '') + step.get('uses', '') for job in steps['jobs'].values() for step in job['steps']]
+    assert any('make release args="--tag' in s for s in said) and any('attest-build-provenance' in s for s in said) and any('gh-action-pypi-publish' in s for s in said)

@@ -521,7 +521,7 @@ def test_batches_against_torch_dataloader(tmp_path):
 
 @pytest.mark.parametrize('options, words', [
     (dict(vocab_size=299), "x.tok has ids up to 299, the model's vocabulary ends at 298"),
-    (dict(context_length=300), 'a window of 300 tokens and its last target need 301 tokens; the data has 300'),
+    (dict(context_length=300), 'a window of 300 tokens and its last target need 301 tokens; x.tok has 300'),
     (dict(context_length=0), 'context_length is 0'), (dict(batch_size=0), 'batch of 0 rows'),
     (dict(rank=2, world_size=2), 'rank 2 is out of range: 2 ranks are numbered 0 to 1'), (dict(rank=-1), 'rank -1 is out of range'),
     (dict(world_size=0), 'world_size is 0'), (dict(world_size=5), 'a batch of 4 rows cannot be shared by 5 ranks')])

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from llm_from_scratch import training
-from llm_from_scratch.distributed import DataParallel, join_processes
+from llm_from_scratch.distributed import DataParallel, join_processes, read_environment
 from llm_from_scratch.gpt import GPT, GPTConfig
 from llm_from_scratch.optim import clip_grad_norm
 from llm_from_scratch.training import OPTIMIZERS, Callback, ProcessGroup, TrainConfig, Trainer, gathered, load, load_checkpoint, loader_for, save, write_tensors
@@ -206,3 +206,34 @@ def test_layers_split_over_two_processes_against_one(found):
 def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     with join_processes('cpu') as world: assert world == ProcessGroup() and not isinstance(world, DataParallel)
+
+
+MEETING = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    "Sets the variables that a launcher would set, and no others."
+    def put(**variables):
+        for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'SLURM_PROCID', 'SLURM_LOCALID', *MEETING): monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items(): monkeypatch.setenv(name, value)
+    return put
+
+
+@pytest.mark.parametrize('variables', [{}, {'WORLD_SIZE': '1'}, {'WORLD_SIZE': '1', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'}, {'WORLD_SIZE': '1', 'RANK': '0'}, {'SLURM_PROCID': '3', 'RANK': '2'}])
+def test_a_process_that_is_alone_needs_no_others(surroundings, variables):
+    surroundings(**variables)
+    with join_processes('cpu') as world: assert world == ProcessGroup() and not isinstance(world, DataParallel)
+
+
+@pytest.mark.parametrize(('variables', 'found'), [({'RANK': '5', 'LOCAL_RANK': '1'}, (5, 8, 1)), ({'SLURM_PROCID': '5', 'SLURM_LOCALID': '1'}, (5, 8, 1)), ({'RANK': '5'}, (5, 8, 5)), ({'RANK': '5', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '2'}, (5, 8, 2))])
+def test_what_a_launcher_says_is_read_in_one_place(surroundings, variables, found):
+    surroundings(WORLD_SIZE='8', **MEETING, **variables)
+    assert read_environment() == found
+
+
+@pytest.mark.parametrize(('variables', 'words'), [({'WORLD_SIZE': '2', **MEETING}, 'WORLD_SIZE is 2, but RANK is not set: start the processes with torchrun'), ({'WORLD_SIZE': '2', 'RANK': '0'}, 'but MASTER_ADDR, MASTER_PORT is not set'),
+                                                  ({'WORLD_SIZE': 'two'}, "WORLD_SIZE must be a whole number, got 'two'")])
+def test_half_an_environment_is_a_sentence(surroundings, variables, words):
+    surroundings(**variables)
+    with pytest.raises(ValueError, match=words), join_processes('cpu'): pass

@@ -65,3 +65,13 @@ def test_an_experiment_is_found_run_checked_and_stored(tmp_path, monkeypatch):
 @pytest.mark.parametrize('cells', [[TRIAL], [CHECK]])
 def test_an_experiment_and_its_check_come_in_pairs(tmp_path, cells):
     with pytest.raises(ValueError, match='alone: coin'): experiments.of_notebook(chapter(tmp_path, *cells))
+
+
+def test_a_change_tells_on_the_experiments_that_use_it_and_on_no_other(tmp_path):
+    def codes(helper='def side(): return 1', other='def dice(seed, quick=False): return {}'):
+        cells = f'#| experiment\nimport math\n{helper}', '#| experiment\ndef coin(seed, quick=False): return side()', f'#| experiment\nimport math\n{other}', \
+                '#| experiment\ndef check_coin(runs): pass\ndef check_dice(runs): pass'
+        return {e.name: e.code for e in experiments.of_notebook(chapter(tmp_path, *cells))}
+    before, helper, other = codes(), codes(helper='def side(): return 2'), codes(other='def dice(seed, quick=False): return {1: 1}')
+    assert helper['coin'] != before['coin'] == other['coin']
+    assert other['dice'] != before['dice']

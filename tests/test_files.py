@@ -1,17 +1,26 @@
 """Files: written whole or not at all, through links and into pipes, with the user's permissions; checksums; configurations as JSON."""
-import hashlib, json, os, stat, subprocess, sys, threading, zlib
+import hashlib, json, math, os, stat, subprocess, sys, threading, zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import unchecked
 
+from llm_from_scratch import files
 from llm_from_scratch.bpe import BPETokenizer, load_tokenizer, model_folder
 from llm_from_scratch.data import TokenFile
-from llm_from_scratch.files import (Config, check_checksum, check_fields, checksum, digest, file_checksum, finish_replacing, json_text, parse_json, read_json, replacing,
-                                    replacing_together, revived, write_text)
+from llm_from_scratch.files import (BelowOne, Config, NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, PositiveShare, alone_in, check_checksum, check_fields, checked, checksum,
+                                    digest, file_checksum, finish_replacing, is_occupied, json_text, parse_json, read_json, reading, replacing, replacing_together, revived, write_text)
+from llm_from_scratch.generation import Sampler
+from llm_from_scratch.gpt import GPTConfig
+from llm_from_scratch.positions import RopeScaling
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, WordTokenizer
+from llm_from_scratch.training import TrainConfig
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and permissions of POSIX')
 
@@ -135,6 +144,37 @@ def test_long_names_and_missing_folders(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
+# Locks ------------------------------------------------------------------------------------------------------------
+
+def in_another_process(folder, wish='pass'):
+    code = f'import os; from llm_from_scratch.files import alone_in\nwith alone_in({str(folder)!r}): print("in", flush=True); {wish}'
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_another_process_is_kept_out_until_we_leave(tmp_path):
+    with alone_in(tmp_path/'run'), alone_in(tmp_path/'run'):
+        done = in_another_process(tmp_path/'run')
+        assert done.stdout == '' and done.stderr.endswith(f"BlockingIOError: {tmp_path/'run'} is in use by another process\n")
+        assert not is_occupied(tmp_path/'run')                     # by others
+    assert in_another_process(tmp_path/'run').stdout == 'in\n'
+
+
+def test_a_lock_dies_with_its_process_and_the_file_it_leaves_means_nothing(tmp_path):
+    assert in_another_process(tmp_path, 'os._exit(9)').returncode == 9 and (tmp_path/'.lock').exists()
+    assert not is_occupied(tmp_path) and not is_occupied(tmp_path/'none')
+    with open(tmp_path/'.lock', 'ab') as other:                    # as another process would have it
+        assert files._take(other) and is_occupied(tmp_path)
+    with alone_in(tmp_path): pass
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path): raise ZeroDivisionError
+    with alone_in(tmp_path): pass
+
+
+@posix
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    import errno, fcntl
+    def unknown(*_): raise OSError(errno.ENOLCK, 'no locks available')
+    monkeypatch.setattr(fcntl, 'flock', unknown)
+    with alone_in(tmp_path): assert in_another_process(tmp_path).stdout == 'in\n' and not is_occupied(tmp_path)
 @posix
 def test_a_hard_link_is_a_backup_that_stays(tmp_path):
     (tmp_path/'a').write_text('old'); os.link(tmp_path/'a', tmp_path/'backup')
@@ -149,6 +189,26 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
         with pytest.raises(OSError) as raised: write_text(tmp_path/name, 'new')
         assert (raised.value.filename, raised.value.filename2) == (str(tmp_path/name), None)
     assert (tmp_path/'loop').is_symlink() and sorted(os.listdir(tmp_path)) == ['file', 'link', 'loop']
+
+
+@posix
+def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    def old(path):
+        os.utime(path, (0, 0))
+        return path
+    left = [old(tmp_path/'.x.txt.00000001.tmp') for _ in [(tmp_path/'.x.txt.00000001.tmp').touch()]]
+    (folder := tmp_path/'.new.00000002.tmp').mkdir(); (folder/'half').touch(); old(folder)
+    (other := tmp_path/'.y.00000003.tmp').touch(); old(other)
+    with replacing(tmp_path/'x.txt') as file, replacing_together(tmp_path) as beside:
+        (beside/'z').touch()
+        mine = old(next(p for p in tmp_path.glob('.x.txt.*.tmp')))
+        old(beside)
+        for n in 1, 2:
+            write_text(tmp_path/'x.txt', str(n))
+            with replacing_together(tmp_path) as more: (more/'w').touch()
+        assert mine.exists() and beside.exists() and not left[0].exists() and not folder.exists() and other.exists()
+        file.write(b'last')
+    assert (tmp_path/'x.txt').read_text() == 'last' and sorted(os.listdir(tmp_path)) == ['.y.00000003.tmp', 'w', 'x.txt', 'z']
 
 
 # Several files together -------------------------------------------------------------------------------------------
@@ -262,7 +322,10 @@ class Outer(Config):
     inner: Inner | None = None
 
 
-@given(st.integers(), st.lists(st.floats(allow_nan=False)), st.none() | st.floats(allow_nan=False))
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.integers(), st.lists(FINITE), st.none() | FINITE)
 def test_a_configuration_comes_back(size, rates, base):
     outer = Outer(size, tuple(rates), None if base is None else Inner(base))
     assert Outer.from_json(outer.to_json()) == outer == Outer.from_dict(json.loads(outer.to_json()))
@@ -282,11 +345,70 @@ def test_unknown_fields_are_refused_wherever_they_are_given():
     check_fields([f.name for f in fields(Outer)], ['size', 'inner'])
 
 
+@pytest.mark.parametrize('text', ['', '[]', '{"size": {}}', '{"size": [], "rates": 3}', '{"other": 1}', '{"size": 1e999}', '[' * 100_000])
+def test_wrong_content_is_told_with_the_name_of_the_file(tmp_path, text):
+    (tmp_path/'x.json').write_text(text)
+    with pytest.raises(ValueError, match='x.json is not a size: '), reading(tmp_path/'x.json', 'a size'):
+        int(read_json(tmp_path/'x.json')['size'] + 0)
+    with pytest.raises(FileNotFoundError), reading('x', 'a size'): open(tmp_path/'none')
+
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
 def test_json_is_json(content):
     def strict(word): raise ValueError(word)
     read = json.loads(json_text(content), parse_constant=strict)
     assert read == json.loads(json.dumps(content), parse_constant=lambda word: None)
+
+
+@pytest.mark.parametrize('value, hint, kept', [
+    (np.int64(3), int, 3), (np.uint16(3), NonNegativeInt, 3), (np.array(3), int, 3), (np.float32(.5), float, .5), (np.bool_(True), bool, True), (3, float, 3.0), (np.int8(3), float, 3.0), (None, int | None, None),
+    (np.float64(.5), BelowOne, .5), ([np.int64(1), 2], Sequence[int], (1, 2)), (np.array([.5, 1]), tuple[float, float], (.5, 1.0)), ({np.int64(1): np.float32(2)}, Mapping[int, float], {1: 2.0}),
+    (10**400, int, 10**400), ('a', Literal['a', 'b'], 'a'), ({'base': 2}, Inner, Inner(2.0)), (np.int64(2), Any, 2), ('x', Any, 'x')])
+def test_what_fits_is_kept_as_pythons_own(value, hint, kept):
+    found = checked(value, hint, 'it')
+    assert repr(found) == repr(kept)
+
+
+@pytest.mark.parametrize('value, hint, words', [
+    ('1', int, 'a whole number'), (1.0, int, 'a whole number'), (True, int, 'a whole number'), (None, int, 'a whole number'), (0, PositiveInt, 'a whole number of at least 1'), (True, float, 'a number'),
+    (math.nan, float, 'a number'), (math.inf, float, 'a number'), (10**400, float, 'a number'), (np.float32('nan'), NonNegativeFloat, 'a number of at least 0'), (1, bool, 'True or False'), ('false', bool, 'True or False'),
+    (1.0, BelowOne, r'a number in \[0, 1\)'), (0, PositiveShare, r'a number in \(0, 1\]'), ('c', Literal['a', 'b'], "'a' or 'b'"), ([], Annotated[str, OneOf({'x': 1})], 'one of x'), ('y', Annotated[str, OneOf({'x': 1})], 'one of x'),
+    (-1, NonNegativeInt | None, 'a whole number of at least 0 or None'), ('12', Sequence[int], 'a list, each a whole number'), ([1, '2'], Sequence[int], 'a list, each a whole number'), ({1: 2}, Sequence[int], 'a list, each a whole number'),
+    ((.5,), tuple[BelowOne, BelowOne], r'a list of 2: a number in \[0, 1\), a number in \[0, 1\)'), (3, Mapping[str, int], 'a dict'), (3, Inner, 'of type Inner'), (np.array([1, 2]), int, 'a whole number')])
+def test_what_does_not_fit_is_named(value, hint, words):
+    with pytest.raises(ValueError, match=f'^it must be {words}, got '): checked(value, hint, 'it')
+
+
+def test_a_name_that_is_added_later_is_known():
+    parts = {}
+    with pytest.raises(ValueError): checked('new', Annotated[str, OneOf(parts)], 'part')
+    parts['new'] = 1
+    assert checked('new', Annotated[str, OneOf(parts)], 'part') == 'new'
+
+
+def test_a_field_of_another_configuration_says_what_is_wrong_in_it():
+    assert Outer(1, inner={'base': np.float64(2)}) == Outer(1, inner=Inner(2.0))
+    with pytest.raises(ValueError, match="base must be a number, got 'x'"): Outer(1, inner={'base': 'x'})
+    with pytest.raises(ValueError, match='inner must be of type Inner or None, got 3'): Outer(1, inner=3)
+
+
+CONFIGURATIONS = [(GPTConfig, dict(vocab_size=9, context_length=8, d_model=8, n_layers=1, n_heads=2)), (TrainConfig, dict(steps=9)), (Sampler, {}), (RopeScaling, dict(kind='linear', factor=2.0))]
+
+
+@pytest.mark.parametrize('kind, given', CONFIGURATIONS)
+def test_every_field_of_every_configuration_is_checked_by_name(kind, given):
+    for f in fields(kind):
+        for wrong in (object(), [object()]):
+            with pytest.raises(ValueError, match=f'^{f.name} must be '), unchecked(): kind(**{**given, f.name: wrong})
+
+
+@pytest.mark.parametrize('kind, given', CONFIGURATIONS)
+def test_numbers_of_numpy_make_the_same_configuration(kind, given):
+    plainly = kind(**given)
+    numbers = {f.name: value for f in fields(kind) if type(value := getattr(plainly, f.name)) in (bool, int, float)}
+    with unchecked(): anew = kind(**{**given, **{name: np.array(value)[()] for name, value in numbers.items()}})
+    assert anew == plainly and anew.to_json() == plainly.to_json() and len(numbers) > 2
+    assert all(type(getattr(anew, name)) is type(value) for name, value in numbers.items())
 
 
 def test_json_files(tmp_path):

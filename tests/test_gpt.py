@@ -1,7 +1,9 @@
 "Chapter 9 beyond its chapter: counts, memory, compilation."
-import copy, math, pickle
+import copy, math, os, pickle
+from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -13,9 +15,11 @@ from llm_from_scratch.attention import Cache
 from llm_from_scratch.blocks import FEED_FORWARDS, NORMS, ORDERS
 from llm_from_scratch.bpe import EMBEDDED, load_tokenizer, model_folder
 from llm_from_scratch.costs import count_parameters, memory_over_time
-from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig, TiedHead, blueprint, chunked_cross_entropy, model_card
+from llm_from_scratch.files import PositiveInt
+from llm_from_scratch.gpt import GPT, MIXERS, PRESETS, GPTConfig, TiedHead, blueprint, chunked_cross_entropy, model_card
 from llm_from_scratch.positions import POSITIONS, RopeScaling
 from llm_from_scratch.storyland import stories
+from llm_from_scratch.tensors import Embedding
 
 INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -59,13 +63,13 @@ def test_any_configuration_survives_json_pickle_and_counting(choice):
 @pytest.mark.parametrize('bad, words', [
     (dict(n_layer=2), "'n_layer': did you mean 'n_layers'"), (dict(tie_embedding=True), "did you mean 'tie_embeddings'"), (dict(zzz=1), 'expected one of vocab_size'),
     (dict(vocab_size=0), 'vocab_size must be .* got 0'), (dict(n_layers=True), 'n_layers must be a whole number'), (dict(n_heads=3), 'multiple of n_heads'),
-    (dict(n_kv_heads=3), 'n_kv_heads must divide n_heads, got 3 and 4'), (dict(norm='batch'), "unknown norm 'batch': expected one of layernorm"),
-    (dict(feed_forward='moe'), "unknown feed_forward 'moe'"), (dict(positions='rotary'), "unknown positions 'rotary'"), (dict(backend='cuda'), "unknown backend 'cuda'"),
-    (dict(norm_order='both'), "unknown norm_order 'both'"), (dict(rope_layout='full'), "unknown rope_layout 'full'"), (dict(dropout=1.0), 'dropout must lie in'),
-    (dict(d_model=12, positions='rope'), 'd_head must be even, got 3'), (dict(softcap=0.0), 'softcap must be positive'), (dict(window=0), 'window must be')])
+    (dict(n_kv_heads=3), 'n_kv_heads must divide n_heads, got 3 and 4'), (dict(norm='batch'), "norm must be one of layernorm, rmsnorm.*, got 'batch'"),
+    (dict(feed_forward='moe'), "feed_forward must be one of .* got 'moe'"), (dict(positions='rotary'), "positions must be one of .* got 'rotary'"), (dict(backend='cuda'), "backend must be one of .* got 'cuda'"),
+    (dict(norm_order='both'), "norm_order must be one of .* got 'both'"), (dict(rope_layout='full'), "rope_layout must be 'half' or 'interleaved', got 'full'"), (dict(dropout=1.0), r'dropout must be a number in \[0, 1\)'),
+    (dict(d_model=12, positions='rope'), 'd_head must be even, got 3'), (dict(softcap=0.0), 'softcap must be a number above 0'), (dict(window=0), 'window must be')])
 def test_impossible_configurations(bad, words):
     good = dict(vocab_size=8, context_length=8, d_model=16, n_layers=2, n_heads=4)
-    with pytest.raises(ValueError, match=words): GPTConfig(**{**good, **bad})
+    with pytest.raises(ValueError, match=words), unchecked(): GPTConfig(**{**good, **bad})
 
 
 def test_exceptions_of_layers_survive_json():
@@ -84,6 +88,22 @@ def test_frozen_and_open_widths():
     with pytest.raises(ValueError, match='JSON object'): GPTConfig.from_json('[1]')
 
 
+def test_options_of_a_part_are_those_that_its_signature_declares(monkeypatch):
+    def experts(d_model, d_ff, *, bias, n_experts: PositiveInt = 2, balance=0.5): return FEED_FORWARDS['gelu'](d_model, d_ff, bias=bias)
+    def gliding(c, layer, scheme, *, span: PositiveInt, slow: bool = False): spans.append((span, slow)); return MIXERS['attention'](c, layer, scheme)
+    spans, small = [], dict(vocab_size=8, context_length=8, d_model=16, n_layers=2, n_heads=4)
+    monkeypatch.setitem(FEED_FORWARDS, 'experts', experts)
+    monkeypatch.setitem(MIXERS, 'gliding', gliding)
+    given = {'experts': {'n_experts': np.int64(3), 'balance': np.float32(1)}, 'gliding': {'span': np.int64(5)}}
+    made = GPTConfig(**small, options=given, mixer='gliding')
+    assert repr(made.options) == "{'experts': {'n_experts': 3, 'balance': 1.0}, 'gliding': {'span': 5}}" and GPTConfig.from_json(made.to_json()) == made
+    GPT(made)
+    assert spans == [(5, False)] * 2 and type(given['gliding']['span']) is np.int64             # the caller's own stays as it was
+    for options, words in [({'experts': {'n_expert': 3}}, "no option of 'experts', 'n_expert': did you mean 'n_experts'"), ({'experts': {'n_experts': 0}}, "n_experts of 'experts' must be a whole number of at least 1, got 0"),
+                           ({'experts': {'d_ff': 3}}, "no option of 'experts', 'd_ff'"), ({'gliding': {'slow': 'no'}}, "slow of 'gliding' must be True or False"), ({'swiglu': {'dropout': 1.5}}, "dropout of 'swiglu' must be")]:
+        with pytest.raises(ValueError, match=words): GPTConfig(**small, options=options)
+
+
 # ---- the model ----
 
 def test_tied_head_is_one_tensor_wherever_it_goes():
@@ -95,6 +115,36 @@ def test_tied_head_is_one_tensor_wherever_it_goes():
     empty.load_state_dict(tied.state_dict(), assign=True)
     assert empty.head.weight is empty.token_embedding.weight
     assert torch.equal(empty(some_ids()), tied(some_ids()))
+
+
+def test_a_tied_model_may_be_given_another_embedding(tmp_path):
+    tied, before = model(), some_ids()
+    tied.token_embedding = Embedding(31, 16, generator=seeded(5))
+    tied.config = replace(tied.config, vocab_size=31)
+    assert tied.head.weight is tied.token_embedding.weight and tied(before).shape[-1] == 31
+    tied(before, before).backward()
+    assert tied.token_embedding.weight.grad[before.max() + 1:].abs().min() > 0                  # through the head, not only through the ids
+    assert count_parameters(tied)['token embedding'] == 31 * 16 and count_parameters(tied)['head'] == 0
+    tied.save_pretrained(tmp_path)
+    assert torch.equal(GPT.from_pretrained(tmp_path)(before), tied.eval()(before))
+
+
+def test_a_model_that_is_not_what_its_configuration_says_is_not_saved(tmp_path):
+    tied = model()
+    tied.save_pretrained(tmp_path)
+    good = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    tied.token_embedding = Embedding(31, 16)
+    with pytest.raises(ValueError, match=r'token_embedding.weight has shape \(31, 16\), expected \(23, 16\)'): tied.save_pretrained(tmp_path)
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == good
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.uint16, torch.int16, torch.int32])
+@pytest.mark.parametrize('options', [{}, dict(head_bias=True, tie_embeddings=False)])
+def test_token_ids_of_any_whole_numbers(dtype, options):
+    made, ids = model(**options), some_ids()
+    assert torch.equal(made(ids.to(dtype)), made(ids)) and torch.equal(made(ids, ids.to(dtype)), made(ids, ids))
+    with pytest.raises(ValueError, match='target 23 is outside the vocabulary'): made(ids, torch.full_like(ids, 23).to(dtype))
+    with pytest.raises(ValueError, match='token 23 is outside the vocabulary'): made(torch.full_like(ids, 23).to(dtype))
 
 
 def test_state_dict_names_are_what_they_were():
@@ -356,6 +406,23 @@ def test_every_flipped_byte_of_the_numbers_is_noticed(tmp_path):
         with unchecked(), pytest.raises(ValueError, match='model.safetensors is damaged'): GPT.from_pretrained(tmp_path)
 
 
+def test_a_save_that_dies_between_two_files_leaves_the_old_model_or_the_new(tmp_path, monkeypatch):
+    old, new, rename = GPT(GPTConfig(3, 2, 2, 1, 1)), GPT(GPTConfig(3, 2, 4, 1, 1)), os.replace
+    for fatal in range(8):
+        old.save_pretrained(tmp_path)
+        left = [fatal]
+
+        def dying(a, b):
+            left[0] -= 1
+            if left[0] < 0: raise SystemExit
+            rename(a, b)
+        with monkeypatch.context() as m, suppress(SystemExit):
+            for name in 'rename', 'replace': m.setattr(os, name, dying)
+            new.save_pretrained(tmp_path)
+        found = GPT.from_pretrained(tmp_path)
+        assert found.config == (old if fatal < 3 else new).config
+
+
 @pytest.mark.parametrize('change, words', [
     (lambda t: t.pop('norm.bias'), 'model.safetensors lacks: norm.bias'), (lambda t: t.update(more=torch.zeros(1)), 'no place in it .*: more'),
     (lambda t: t.update({'norm.weight': torch.zeros(15)}), r'norm.weight has shape \(15,\), expected \(16,\)')])
@@ -383,7 +450,8 @@ def test_folders_of_earlier_versions_are_read(tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('', ''), ('[]', 'expected a JSON object'), ('{}', ''), ('{"n_layer": 2}', "did you mean 'n_layers'"),
-    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0')])
+    ('{"vocab_size": 0, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4}', 'vocab_size must be .* got 0'),
+    ('{"vocab_size": 9, "context_length": 12, "d_model": 16, "n_layers": 2, "n_heads": 4, "norm_eps": 1' + '0' * 400 + '}', '')])
 def test_configurations_that_are_none(tmp_path, text, words):
     model().save_pretrained(tmp_path)
     (tmp_path/'config.json').write_text(text, encoding='utf-8')
@@ -395,6 +463,22 @@ def test_another_value_in_the_configuration_is_noticed(tmp_path):
     path = tmp_path/'config.json'
     path.write_text(path.read_text(encoding='utf-8').replace('"rope_base": 10000.0', '"rope_base": 20000.0'), encoding='utf-8')
     with pytest.raises(ValueError, match='were not saved together'): GPT.from_pretrained(tmp_path)
+
+
+def test_a_model_knows_its_tokenizer(tmp_path):
+    "With another tokenizer beside it, every id would mean another word."
+    from llm_from_scratch.bpe import BPETokenizer
+    from llm_from_scratch.text import CharTokenizer
+    for table, other in ((CharTokenizer.train(['abc']), CharTokenizer.train(['abd'])), (BPETokenizer.train('low lower', 258), BPETokenizer.train('new newer', 258))):
+        model().save_pretrained(tmp_path, table)
+        assert load_tokenizer(tmp_path).vocab_size == table.vocab_size
+        GPT.from_pretrained(tmp_path)
+        other.save(tmp_path/'tokenizer.json')
+        with pytest.raises(ValueError, match=r'tokenizer.json is not the tokenizer that this model was saved with: its fingerprint is \w{8}, expected \w{8}'): GPT.from_pretrained(tmp_path)
+    (tmp_path/'tokenizer.json').unlink()
+    GPT.from_pretrained(tmp_path)                                                         # the weights alone
+    other.save(tmp_path/'tokenizer.json'); model().save_pretrained(tmp_path)
+    GPT.from_pretrained(tmp_path)                                                         # saved without one, as earlier versions did
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):

@@ -1,14 +1,16 @@
 """The library as someone gets it who only wants the library: a wheel, installed alone, imported, typed."""
-import ast, json, os, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, json, os, re, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from email.parser import Parser
 
 import pytest
 import yaml
-from check import Book
 from conftest import ROOT
 
-INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'pyproject.toml', 'MANIFEST.in', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'tools/check.py']
+from llm_from_scratch import figures
+from llm_from_scratch.files import _RESULTS, stored_runs
+
+INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'nbs/results/*', 'benchmarks/results/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'MANIFEST.in', 'tools/check.py', 'tools/release.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
 WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'grammar', 'data', 'figures', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
@@ -16,35 +18,6 @@ EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'bear
 
 
 def run(*command, **options): return subprocess.run([*map(str, command)], capture_output=True, text=True, encoding='utf-8', **options)
-
-
-@pytest.fixture(scope='session')
-def clone(tmp_path_factory):
-    "A copy of the files that git knows."
-    tree = tmp_path_factory.mktemp('tree')
-    for path in Book(ROOT).files:
-        there = tree/path.relative_to(ROOT)
-        there.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, there)
-    return tree
-
-
-@pytest.fixture(scope='session')
-def wheel(clone, tmp_path_factory):
-    "The wheel, built without a network."
-    out = tmp_path_factory.mktemp('wheel')
-    done = run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', out, clone)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob('*.whl'))
-
-
-@pytest.fixture(scope='session')
-def installed(wheel, tmp_path_factory):
-    "A folder into which the wheel, and nothing else, was installed."
-    folder = tmp_path_factory.mktemp('site')
-    done = run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', folder, wheel)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 IMPORT = '''
@@ -119,23 +92,37 @@ def test_a_figure_without_its_extra_names_it(installed):
     assert done.returncode and "pip install 'llm-from-scratch[plots]'" in done.stderr
 
 
-def test_the_source_distribution_holds_no_test_that_cannot_run(clone, tmp_path):
-    "The tests need the notebooks and tools of the repository, which it does not hold."
-    code = 'import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))'
-    done = run(sys.executable, '-c', code, tmp_path, cwd=clone)
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as packed: names = packed.getnames()
-    assert any(name.endswith('llm_from_scratch/cli.py') for name in names) and not [name for name in names if '/tests' in name]
-
-
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     package = {n for n in names if not n.partition('/')[0].endswith('.dist-info')}
     modules = {f'llm_from_scratch/{p.name}' for p in (ROOT/'llm_from_scratch').iterdir() if p.suffix == '.py' or p.name == 'py.typed'}
     models = {p.relative_to(ROOT).as_posix() for p in (ROOT/'llm_from_scratch'/'models').rglob('*.*')}
-    assert package == modules | models and len(models) >= 3
+    results = {f'llm_from_scratch/results/{kind}/{p.name}' for kind, folder in _RESULTS.items() for p in (ROOT/folder).iterdir()}
+    assert package == modules | models | results and len(models) >= 3
     assert 'llm_from_scratch/py.typed' in package
     assert any(n.endswith('.dist-info/licenses/LICENSE') for n in names)
+
+
+def test_the_source_distribution_brings_no_test_that_cannot_run(packages):
+    "The wheel is built from it, so it has what it needs; tests run in a clone."
+    names = [n.partition('/')[2] for n in tarfile.open(packages[0]).getnames()]
+    assert 'pyproject.toml' in names and not [n for n in names if n.startswith('tests')]
+
+
+def test_stored_results_are_found_where_only_the_wheel_is(installed):
+    done = import_alone(installed, ['files'], TOOLS + EXTRAS, then='''
+assert len(module.stored_runs("norm_orders")) == 3
+print(sorted(p.stem for p in module.results_folder("benchmarks").iterdir()))''')
+    assert done.returncode == 0 and done.stdout.split() == str(sorted(p.stem for p in (ROOT/'benchmarks'/'results').iterdir())).split(), done.stderr
+    assert stored_runs('norm_orders') == json.loads((ROOT/'nbs'/'results'/'norm_orders.json').read_text(encoding='utf-8'))['runs']
+
+
+def test_the_extras_that_a_notebook_can_do_without_are_those_of_the_package(wheel):
+    "`allow_missing_extras` names the extra that brings each package, and `notebooks` brings them all but the harness."
+    extras = {extra: {re.split(r'[^\w.-]', r)[0] for r in metadata(wheel).get_all('Requires-Dist') if f'extra == "{extra}"' in r} for extra in metadata(wheel).get_all('Provides-Extra')}
+    for package, extra in figures.EXTRAS.items(): assert package in extras[extra]
+    for package in set(figures.EXTRAS) - {'lm_eval'}: assert package in extras['plots'] | extras['hub'] | extras['peers']
+    assert any(r.startswith('llm-from-scratch[plots,hub,peers]') or 'plots' in r for r in metadata(wheel).get_all('Requires-Dist') if 'extra == "notebooks"' in r)
 
 
 def metadata(wheel):
@@ -158,8 +145,10 @@ def test_one_version_everywhere(wheel):
     settings = ConfigParser(interpolation=None)
     settings.read(ROOT/'settings.ini', encoding='utf-8')
     cited = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
-    latest = re.search(r'^## (\S+)', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]
-    assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], cited['version'], latest] == [version] * 4
+    headings = re.findall(r'^## (\S+) \((.+)\)$', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    assert [metadata(wheel)['Version'], settings['DEFAULT']['version'], headings[0][0]] == [version, version, version.partition('.dev')[0]]
+    released = next((number, date) for number, date in headings if date != 'unreleased')
+    assert (cited['version'], cited['date-released']) == released
 
 
 @pytest.mark.long(12)

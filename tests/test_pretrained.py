@@ -12,8 +12,8 @@ from llm_from_scratch.bpe import BPETokenizer, load_tokenizer, model_folder
 from llm_from_scratch.generation import Sampler, stream
 from llm_from_scratch.gpt import GPT, PRESETS, GPTConfig
 from llm_from_scratch.positions import RopeScaling, interleaved_to_half
-from llm_from_scratch.pretrained import (GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, QWEN3_WEIGHTS, Weight, config_from_hf, config_to_hf, export_weights, load_weights, read_llama2c,
-                                         save_hf)
+from llm_from_scratch.pretrained import (GPT2_WEIGHTS, LLAMA_WEIGHTS, META_WEIGHTS, QWEN3_WEIGHTS, Weight, block_lines, config_from_hf, config_to_hf, export_weights,
+                                         layer_lines, load_weights, read_llama2c, save_hf)
 from llm_from_scratch.storyland import stories
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer
 
@@ -156,6 +156,8 @@ def test_llama2c_files(tmp_path):
     with pytest.raises(ValueError, match='its header asks for'): read_llama2c(path)
     path.write_bytes(b'short')
     with pytest.raises(ValueError, match='no header'): read_llama2c(path)
+    path.write_bytes(bytes(28))
+    with pytest.raises(ValueError, match=f'{path.name} is not a checkpoint of llama2.c: vocab_size'): read_llama2c(path)
 
 
 # Folders of transformers ------------------------------------------------------------------------------------------
@@ -243,6 +245,28 @@ def test_a_byte_pair_tokenizer_is_saved_as_well(hf, tmp_path):
     words = BPETokenizer.train(SAID, 260, [END])
     save_hf(words_and_model(vocab_size=260)[1], words, tmp_path)
     assert hf.AutoTokenizer.from_pretrained(tmp_path)('hat 中').input_ids == load_tokenizer(tmp_path).encode('hat 中') == words.encode('hat 中')
+
+
+@pytest.mark.parametrize('groups, order', [
+    (1, 'qqqqqqqqkkkkvvvv'), (2, 'qqqqkkvvqqqqkkvv'), ('kv_heads', 'qqqqkkvvqqqqkkvv'), ('n_heads', 'qqkvqqkvqqkvqqkv')])
+def test_the_rows_of_a_fused_matrix_are_taken_in_the_order_that_is_said(groups, order):
+    made = model(**LLAMA, n_kv_heads=2, d_head=2, n_layers=1)
+    line = Weight('fused', 'blocks.0.attention.query.weight blocks.0.attention.key.weight blocks.0.attention.value.weight', groups=groups)
+    lines = [*(Weight(name, name) for name in made.state_dict() if name not in line.targets), line]
+    tensors = export_weights(made, lines)
+    numbers = {letter: iter(made.state_dict()[target]) for letter, target in zip('qkv', line.targets.split(), strict=True)}
+    assert torch.equal(tensors['fused'], torch.stack([next(numbers[letter]) for letter in order]))
+    other = model(**LLAMA, n_kv_heads=2, d_head=2, n_layers=1)
+    for p in other.parameters(): p.data.zero_()
+    load_weights(other, tensors, lines)
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), made.state_dict().values(), strict=True))
+
+
+def test_a_fused_matrix_without_an_order_is_refused():
+    for make in (lambda: Weight('qkv', 'a b c'), lambda: layer_lines('qkv', 'a b c'), lambda: block_lines('h', {'qkv': 'a b c'}, bias=True)):
+        with pytest.raises(ValueError, match='in which order are its rows'): make()
+    with pytest.raises(ValueError, match="groups must be a whole number of at least 1 or 'n_heads' or 'kv_heads' or None, got 'heads'"), unchecked(): Weight('qkv', 'a b c', groups='heads')
+    with pytest.raises(ValueError, match='3 groups'): load_weights(made := model(), {**export_weights(made, GPT2_WEIGHTS)}, [replace(line, groups=3) if line.groups else line for line in GPT2_WEIGHTS])
 
 
 @pytest.mark.parametrize('options, names', [(dict(feed_forward='relu2'), "feed_forward='relu2'"), (dict(window=3), 'window=3'), (dict(positions='learned'), "positions='learned'"), (dict(qk_norm=False), 'qk_norm=False'),

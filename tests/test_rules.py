@@ -1,12 +1,14 @@
 """Every house rule finds what it forbids, and leaves alone what it does not."""
 import json, re, shutil, subprocess, sys
 
+import anywhere
 import check
 import nbfilter
 import pytest
 from conftest import ROOT
+from finish import read_settings
 
-INPUTS = ['tools/check.py', 'tools/reading.py', 'tools/book.py', 'tools/cells.py', 'tools/finish.py', 'tools/nbfilter.py', 'tools/pandoc.py', 'tools/book.lua', 'settings.ini', 'pyproject.toml']
+INPUTS = ['tools/check.py', 'tools/reading.py', 'tools/book.py', 'tools/cells.py', 'tools/finish.py', 'tools/anywhere.py', 'tools/nbfilter.py', 'tools/pandoc.py', 'tools/book.lua', 'settings.ini', 'pyproject.toml']
 STORED = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, 'stored_with': {'python': '3.11'}}
 IMAGE = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/svg+xml': '<svg/>', 'text/plain': '<Figure>'}}
 
@@ -249,6 +251,21 @@ def test_a_sentence_that_code_will_write_is_no_code_to_the_reader(book):
 def test_tests_are_held_to_the_rule(book, text, words):
     found = book.write('tests/test_x.py', text).finds('vacuous') + book.finds('ruff')
     assert any(f.startswith('tests/test_x.py: line') and words in f for f in found), found
+
+
+def test_a_picture_that_other_code_or_other_results_have_drawn_is_stale(book):
+    import nb
+    def stored(source, of): return {**code(source, IMAGE), 'metadata': {'drawn_from': of}}
+    def finds(*cells): return [f for f in book.notebook(*cells).finds('clean') if 'picture' in f]
+    source, path = '#| label: fig-x-a\nplot(results["depth"])', book.root/'nbs'/'01_x.ipynb'
+    book.write('nbs/results/depth.json', '{"runs": 1}').write('nbs/results/other.json', '{"runs": 1}').notebook(code(source))
+    drawn = nb.drawn_from(path, source)
+    assert finds(stored(source, drawn)) == [] == finds(code(source, IMAGE))
+    one(finds(stored(source + '  # again', drawn)), 'older than its code or the results')
+    book.write('nbs/results/other.json', '{"runs": 2}')                   # which this notebook does not name
+    assert finds(stored(source, drawn)) == []
+    book.write('nbs/results/depth.json', '{"runs": 2}')
+    one(finds(stored(source, drawn)), 'older than its code or the results')
 
 
 def test_honest_tests_pass(book):
@@ -561,3 +578,27 @@ def test_every_rule_has_a_reason_and_a_place_in_the_guide(rule):
 
 def test_an_unknown_rule_is_named():
     with pytest.raises(SystemExit, match="no rule is called 'fitures'"): check.main(['fitures'])
+
+
+def test_every_notebook_begins_with_the_cell_that_brings_the_library(book):
+    "In the version of the page: a notebook whose cell names another one is found."
+    settings = read_settings(book.root)
+    begun = {'cells': [md('# A {#sec-x}'), code('a = 1')]}
+    book.notebook(*begun['cells'])
+    one(book.finds('anywhere'), '01_x', '--mend')
+    for _ in range(2): anywhere.begin(begun, settings)               # once is enough, twice does no harm
+    assert [c.get('id') for c in begun['cells']].count(anywhere.ID) == 1 and begun['cells'][1]['id'] == anywhere.ID
+    assert f"tags/v{settings['version']}.zip" in ''.join(begun['cells'][1]['source'])
+    cells = [{**c, 'source': ''.join(c['source'])} for c in begun['cells']]
+    assert not book.notebook(*cells).finds('anywhere')
+    book.write('settings.ini', (ROOT/'settings.ini').read_text(encoding='utf-8').replace(f"version = {settings['version']}", 'version = 99.0.0'))
+    one(book.finds('anywhere'), '01_x')
+
+
+@pytest.mark.parametrize('version, reference', [('0.2.0', 'tags/v0.2.0'), ('0.3.0.dev0', 'heads/main')])
+def test_a_version_in_development_is_the_branch(version, reference):
+    settings = {'user': 'someone', 'repo': 'small', 'branch': 'main', 'version': version}
+    said = anywhere.first_cell(settings)
+    assert f'/archive/refs/{reference}.zip"' in said and 'https://github.com/someone"' in said
+    assert all(len(line) <= check.WIDTH for line in said.splitlines())
+    for where, address in anywhere.addresses('nbs/01_x.ipynb', settings).items(): assert where == 'Codespaces' or reference.partition('/')[2] in address

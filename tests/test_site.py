@@ -173,7 +173,7 @@ def read(any_site):
 def test_no_markup_is_left_on_the_page(any_site, read, url):
     words = " ".join(" ".join(read(any_site / url).words).split())
     left = re.findall(r":::|@(?:fig|tbl|eq|sec|lst)-\w+|#\||\?(?:fig|tbl|eq|sec|lst|@)\S*|\?\?|\{[#.][\w-]+[^}]*\}|\$\$|\*\*\w", words)
-    assert not left
+    assert not left + re.findall(r"(?<!\w)@(?:fig|tbl|eq|sec|lst)-\w+", (any_site / url).read_text(encoding="utf-8"))      # in code too
 
 
 @pytest.mark.parametrize("address", PAGES)                    # not `url`: the places that a page leads to are on other pages
@@ -203,7 +203,7 @@ def test_every_page_of_the_book_has_a_page_a_copy_and_a_line(any_site):
 @pytest.mark.parametrize("url", PAGES)
 def test_head_of_the_page(any_site, url):
     text = (any_site / url).read_text(encoding="utf-8")
-    for wanted in ('name="description" content="', 'property="og:title"', 'property="og:description"', "favicon.svg", "<title>"):
+    for wanted in ('name="description" content="', 'property="og:title"', 'property="og:description"', 'property="og:image" content="https://', "favicon.svg", "<title>"):
         assert wanted in text, wanted
     assert re.search(r'<html\b[^>]*\blang="en"', text[:400])
 
@@ -388,6 +388,17 @@ def test_figures_turn_their_lightness_in_the_dark(address, visit, url):
     assert "invert(1)" in page.evaluate(flip)
     show(page, "desk", "light")
     assert page.evaluate(flip) == "none" and complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("url", ["nbs/figures.html"])
+def test_heat_maps_are_drawn_for_each_theme(address, visit, url):
+    shown = "[...document.querySelectorAll('main .in-light, main .in-dark')].map(i => [i.className.includes('in-dark'), getComputedStyle(i).display !== 'none', getComputedStyle(i).filter])"
+    page, complaints = visit(address + url, theme="dark")
+    flip = "invert(1) hue-rotate(180deg)"
+    assert page.evaluate(shown) == [[False, False, flip], [True, True, "none"]]
+    show(page, "desk", "light")
+    assert page.evaluate(shown) == [[False, True, "none"], [True, False, "none"]] and complaints == []
 
 
 @needs_browser

@@ -50,11 +50,11 @@ def test_a_configuration_survives_json():
 
 
 @pytest.mark.parametrize(('wrong', 'message'), [
-    ({}, 'a run needs an end'), ({'steps': 0}, 'steps must be a whole number of at least 1, got 0'), ({'steps': 2.0}, 'steps'), ({'steps': True}, 'steps'),
-    ({'seconds': -1}, 'seconds must be a positive number'), ({'seconds': math.inf}, 'seconds'), ({'lr': 0}, 'lr'), ({'lr': math.nan}, 'lr'), ({'lr': '1'}, 'lr'),
+    ({}, 'a run needs an end'), ({'steps': 0}, 'steps must be a whole number of at least 1 or None, got 0'), ({'steps': 2.0}, 'steps'), ({'steps': True}, 'steps'),
+    ({'seconds': -1}, 'seconds must be a number above 0'), ({'seconds': math.inf}, 'seconds'), ({'lr': 0}, 'lr'), ({'lr': math.nan}, 'lr'), ({'lr': '1'}, 'lr'),
     ({'betas': (.9, 1)}, 'betas'), ({'muon_momentum': 1}, 'muon_momentum'), ({'betas': (.9,)}, 'betas'), ({'min_lr_ratio': 1.5}, 'min_lr_ratio'), ({'weight_decay': -1}, 'weight_decay'), ({'clip': 0}, 'clip'),
     ({'batch_size': 4, 'micro_batch_size': 8}, 'micro_batch_size 8 is more than batch_size 4'), ({'warmup': 11}, 'warmup of 11 steps'), ({'keep': 0}, 'keep'),
-    ({'optimizer': 'adam'}, "unknown optimizer 'adam': expected one of adamw, muon"), ({'schedule': 'cos'}, 'schedule'), ({'precision': 'fp8'}, 'precision'),
+    ({'optimizer': 'adam'}, "optimizer must be one of adamw, muon, got 'adam'"), ({'schedule': 'cos'}, 'schedule'), ({'precision': 'fp8'}, 'precision'),
     ({'on_nan': 'ignore'}, 'on_nan'), ({'on_spike': 'x'}, 'on_spike'), ({'compile': 1}, 'compile'), ({'document_mask': 1}, 'document_mask'), ({'learning_rate': 1}, "no field 'learning_rate'"),
     ({'warm_up': 3}, "did you mean 'warmup'"), ({'eval_every': None, 'batch_size': None}, 'batch_size'), ({'on_save_error': 'x'}, 'on_save_error')])
 def test_what_cannot_be_is_refused(wrong, message):
@@ -193,9 +193,9 @@ def steps_of_a_second(monkeypatch):
     matrix_speed(torch.device('cpu'), torch.float32)                     # measured by the real clock, and remembered
     now = [100.0]
     monkeypatch.setattr(training, 'time', SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
-    def begin(folder=None, seconds=4.5):
-        made = make(folder, validation=False, steps=None, seconds=seconds)
-        made.model.register_forward_pre_hook(lambda *_: now.append(now.pop() + 1))
+    def begin(folder=None, seconds=4.5, **settings):
+        made = make(folder, validation=False, **{'steps': None, 'seconds': seconds, **settings})
+        made.model.register_forward_pre_hook(lambda model, _: now.append(now.pop() + model.training))
         return made
     return begin
 
@@ -216,6 +216,27 @@ def test_seconds_count_across_interruptions(tmp_path, steps_of_a_second):
     assert again.resume() == 2 and again.fit().step == 5
     once_more = steps_of_a_second(tmp_path)
     assert once_more.resume() == 5 and once_more.fit().step == 5
+
+
+def test_a_run_is_saved_by_the_clock_unasked(tmp_path, steps_of_a_second):
+    assert TrainConfig(steps=1).save_seconds == 300
+    steps_of_a_second(tmp_path, 10, save_seconds=3, keep=9).fit()
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [3, 6, 9, 10]
+    never = steps_of_a_second(tmp_path/'never', 10, save_seconds=None)
+    never.fit()
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path/'never')] == [10]
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path, steps_of_a_second, monkeypatch):
+    made = steps_of_a_second(tmp_path, 100, save_seconds=3, keep=99)
+    save = training.save_checkpoint
+    def slow(*args):
+        made.model.train()(torch.zeros(1, 1, dtype=torch.long)); made.model.train()          # a second passes
+        return save(*args)
+    monkeypatch.setattr(training, 'save_checkpoint', slow)
+    made.fit()
+    at = [int(p.name[5:]) for p in checkpoints(tmp_path)]
+    assert at[:2] == [3, 5] and {b - a for a, b in zip(at[1:], at[2:-1])} == {19}, at      # what the first took is known at the second
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
@@ -398,7 +419,8 @@ class TestSaveAndLoad:
         torch.save(model.state_dict(), tmp_path/'model.pt')
         safetensors.torch.save_file(model.state_dict(), tmp_path/'model.safetensors')
         (tmp_path/'list').write_bytes((2).to_bytes(8, 'little') + b'[]')
-        for name, words in (('model.pt', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
+        (tmp_path/'words').write_bytes((23).to_bytes(8, 'little') + b'{"__metadata__": [1, 2]}')
+        for name, words in (('model.pt', 'no readable header'), ('words', 'no readable header'), ('model.safetensors', 'not written by `save`: its format is None'), ('list', 'no readable header')):
             with pytest.raises(DamagedCheckpoint, match=f'{name} .*{words}'): load(tmp_path/name, model, optimizers)
         with pytest.raises(FileNotFoundError): load(tmp_path/'none', model)
 
@@ -643,16 +665,14 @@ def test_documents_in_a_row_are_as_they_are_alone(tmp_path, positions):
     assert evaluate(model, loader, 1, segments=True)[0] != pytest.approx(evaluate(model, loader, 1)[0], rel=1e-4)
 
 
-def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do(monkeypatch):
+def test_the_log_has_the_speed_and_a_share_of_what_the_device_can_do(monkeypatch, steps_of_a_second):
     from llm_from_scratch.costs import flops_per_token
     assert matrix_speed(torch.device('cpu'), torch.float32) == matrix_speed(torch.device('cpu'), torch.float32) > 0         # measured once
     monkeypatch.setattr(training, 'matrix_speed', lambda device, dtype: 1e4)                      # a device slow enough for a share with digits
-    made = make(steps=4)
-    result = made.fit()
-    for r in result.history:
-        assert r['tokens_per_second'] > 0
-        assert r['mfu'] == pytest.approx(r['tokens_per_second'] * flops_per_token(made.model, 6) / 1e4, rel=1e-2, abs=1e-3)
-    assert sum(24 / r['tokens_per_second'] for r in result.history) == pytest.approx(result.seconds, rel=.05)
+    made = steps_of_a_second(seconds=3.5)
+    for r in made.fit().history:
+        assert r['tokens_per_second'] == 24
+        assert r['mfu'] == pytest.approx(24 * flops_per_token(made.model, 6) / 1e4, rel=1e-2, abs=1e-3)
 
 
 def test_each_batch_is_fetched_once_and_the_next_one_early():

@@ -1,8 +1,9 @@
 -- Quarto's Markdown dialect on plain pandoc: numbers, cross-references, callouts, tabsets, folds, margin notes.
 --
 -- The document is a list of `.chapter` divs (one for a page of the site, all of them for the EPUB and the PDF), each with
--- its `number` and its `page`. The file that BOOK_CONTEXT names says what the rest of the book holds. In the mode
--- "labels" the filter changes nothing and writes down what the chapter defines and what it refers to.
+-- its `number` and its `page`. BOOK_CONTEXT says how to show it: in the mode "book" everything is resolved here; in the mode
+-- "page" the filter puts that div around the page, marks stand for what other pages decide, and the first line says what the
+-- page defines and what it refers to (tools/pandoc.py puts both together).
 
 local html = FORMAT:match 'html' ~= nil
 local epub = FORMAT:match 'epub' ~= nil
@@ -11,15 +12,8 @@ local typst = FORMAT == 'typst'
 local NAMES = { fig = 'Figure', tbl = 'Table', eq = 'Equation', sec = 'Section', lst = 'Listing' }
 local CALLOUTS = { note = 'Note', tip = 'Tip', warning = 'Warning', caution = 'Caution', important = 'Important' }
 
-local function read_json(path)
-  local file = assert(io.open(path, 'r'))
-  local text = file:read 'a'
-  file:close()
-  return pandoc.json.decode(text, false)
-end
-
-local context = read_json(os.getenv 'BOOK_CONTEXT')
-local labels, headings, cited, twice = {}, {}, {}, {}
+local context = pandoc.json.decode(os.getenv 'BOOK_CONTEXT', false)
+local labels, headings, cited, cites, twice = {}, {}, {}, {}, {}
 local chapter, counts, levels, seen = {}, {}, {}, {}
 
 local function kind(id) return id:match '^(%a+)%-' end
@@ -80,20 +74,65 @@ local function is_shown(div)
   return (yes or false) == div.classes:includes 'content-visible'
 end
 
+local VOID = pandoc.List { 'area', 'base', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'track', 'wbr' }
+local OPTIONAL = pandoc.List { 'p', 'li', 'dt', 'dd', 'tr', 'td', 'th', 'thead', 'tbody', 'tfoot', 'colgroup', 'option' }
+
+-- Which elements of a list hold a tag whose partner is not in the list.
+local function unpaired(list)
+  local open, lost = pandoc.List {}, {}
+  for i, element in ipairs(list) do
+    local is_html = (element.tag == 'RawInline' or element.tag == 'RawBlock') and element.format == 'html'
+    local text = is_html and not element.text:match '<s[ct][ry][il][pe]' and element.text:gsub('<!%-%-.-%-%->', '') or ''
+    for slash, name, rest in text:gmatch '<(/?)(%a[%w-]*)([^>]*)>' do
+      name = name:lower()
+      local alone = VOID:includes(name) or OPTIONAL:includes(name) or rest:match '/$'
+      if slash == '' and not alone then
+        open:insert { name, i }
+      elseif not alone and #open > 0 and open[#open][1] == name then
+        open:remove()
+      elseif not alone then
+        lost[i] = true
+      end
+    end
+  end
+  for _, tag in ipairs(open) do lost[tag[2]] = true end
+  return lost
+end
+
+-- A tag that is never closed would swallow what follows it, and make an EPUB unreadable.
+local function drop_unpaired(list)
+  local lost = unpaired(list)
+  return next(lost) and list:filter(function(_, i) return not lost[i] end) or nil
+end
+
 -- HTML that an author wrote by hand is for the site: in a book it may not be well-formed, and its pictures would be missing.
 local function drop_html(block)
   if not html and context.mode == 'book' and block.format == 'html' then return {} end
 end
 
-local function drop_comment(inline)
-  if inline.format == 'html' and inline.text:match '^<!%-%-' then return {} end
+-- In a book, of the tags within a sentence, those that are sure to be well-formed.
+local function keep_simple(inline)
+  if inline.format ~= 'html' then return nil end
+  if inline.text:match '^<!%-%-' then return {} end
+  if html or context.mode ~= 'book' then return nil end
+  if inline.text:match '^<[bB][rR]' then return pandoc.LineBreak() end
+  return inline.text:match '^</?%l+>$' and inline or {}
 end
 
 local outputs = { Div = function(div) return div.classes:includes 'cell-output' and read_output(div) or nil end }
 
+local function has_unpaired(content)
+  local found = false
+  local function look(element) found = found or next(unpaired { element }) ~= nil end
+  content:walk { RawBlock = look, RawInline = look }
+  return found
+end
+
+local paired = { Inlines = drop_unpaired, Blocks = drop_unpaired }
+
 local normalize = {
   RawBlock = drop_html,
-  RawInline = drop_comment,
+  RawInline = keep_simple,
   Div = function(div)
     if div.classes:includes 'panel-tabset' then return split_tabs(div) end
     if callout_type(div) then
@@ -154,7 +193,8 @@ local function number_heading(header)
   headings[#headings + 1] = { level = header.level, id = header.identifier, number = number, text = pandoc.utils.stringify(header.content) }
   if number ~= '' then
     local class = header.level == 1 and 'chapter-number' or 'header-section-number'
-    header.content:insert(1, pandoc.Span({ pandoc.Str(number) }, { class = class }))
+    local name = (header.level == 1 and chapter.appendix and 'Appendix\u{a0}' or '') .. number
+    header.content:insert(1, pandoc.Span({ pandoc.Str(name) }, { class = class }))
     header.content:insert(2, pandoc.Str(header.level == 1 and '\u{a0}\u{a0}' or '\u{a0}'))
   end
   return header, false
@@ -257,6 +297,7 @@ end
 
 -- `$$ ... $$ {#eq-x}`
 local function number_equations(inlines)
+  if not inlines:find_if(function(inline) return inline.tag == 'Math' end) then return nil end
   local out = pandoc.Inlines {}
   for _, inline in ipairs(inlines) do
     local id = inline.tag == 'Str' and inline.text:match '^{#(eq%-[%w-]+)}$'
@@ -289,56 +330,61 @@ local number = {
 
 -- 3. Resolve references and links ----------------------------------------------------------------------------------
 
--- The way from this page to an address: within one document only the anchor counts.
-local function address(page, id)
-  if context.mode == 'book' or page == chapter.page then return '#' .. id end
-  local folder, name = page:match '^(.-)([^/]*)$'
-  local here = chapter.page:match '^(.-)[^/]*$'
-  local path = (folder == here and name or context.up .. page) .. '.html'
-  return id == '' and path or path .. '#' .. id
-end
+-- On a page of the site a mark stands for the words of a reference or a citation; its link is resolved like any other.
+local function mark(text) return pandoc.Str('\u{e000}' .. text .. '\u{e001}') end
 
 local function reference(citation)
-  local target = context.refs[citation.id]
-  if not target then                                        -- in a draft a reference may still lead nowhere
-    return NAMES[kind(citation.id) or ''] and pandoc.Strong { pandoc.Str('?' .. citation.id) } or nil
+  local id, short = citation.id, citation.mode == 'SuppressAuthor'
+  if not NAMES[kind(id) or ''] then return nil end
+  local target, words = labels[id], mark((short and '-' or '') .. id)
+  if context.mode == 'book' then
+    if not target then return pandoc.Strong { pandoc.Str('?' .. id) } end      -- in a draft a reference may still lead nowhere
+    words = pandoc.Str((short and '' or (NAMES[target.kind] or target.kind) .. '\u{a0}') .. target.number)
   end
-  local word = NAMES[target.kind] or target.kind
-  local text = (citation.mode == 'SuppressAuthor' and '' or word .. '\u{a0}') .. target.number
-  return pandoc.Link({ pandoc.Str(text) }, address(target.page, citation.id), '', { class = 'quarto-xref' })
+  return pandoc.Link({ words }, '#' .. id, '', { class = 'quarto-xref' })
 end
 
 local function resolve_cite(cite)
   local out = pandoc.Inlines {}
   for _, citation in ipairs(cite.citations) do
     local link = reference(citation)
-    if not link then return nil end
+    if not link then
+      if context.mode == 'book' then return nil end
+      cites[#cites + 1] = pandoc.Para { cite }
+      return mark(#cites - 1)
+    end
     if #out > 0 then out:extend { pandoc.Str ',', pandoc.Space() } end
     out:insert(link)
   end
   return out
 end
 
--- `03_bpe.ipynb#api-x`, seen from this page's folder.
+-- `03_bpe.ipynb#api-x`, seen from this page's folder: within one document only the anchor counts.
 local function resolve_link(link)
-  if link.target:match '^%a+:' then return nil end
-  local path, id = link.target:match '^([^#]*)#?(.*)$'
-  if path == '' then
-    local target = context.refs[id]
-    if target then link.target = address(target.page, id); return link end
-    return nil
-  end
+  if context.mode == 'page' or link.target:match '^%a+:' then return nil end
+  local path, id = link.target:match '^([^#]+)#?(.*)$'
+  if not path then return nil end
   local full = pandoc.path.normalize(pandoc.path.join { pandoc.path.directory(chapter.page), path }):gsub('\\', '/')
-  full = full:gsub('^%./', '')
-  local page = context.pages[full]
-  if not page then return nil end
-  if context.mode == 'book' and id == '' then id = context.first_ids[page] or '' end
-  link.target = address(page, id)
+  local first = context.first_ids[full:gsub('^%./', '')]
+  if not first then return nil end
+  link.target = '#' .. (id == '' and first or id)
   return link
+end
+
+-- typst wants a file where a picture stands in the text itself.
+local function stored(image)
+  local mime, content = pandoc.mediabag.fetch(image.src)
+  local name = context.pictures .. '/' .. pandoc.utils.sha1(content):sub(1, 16) .. '.' .. (mime:match '^image/(%a+)' or 'png')
+  local file = assert(io.open(name, 'wb'))
+  file:write(content)
+  file:close()
+  image.src = '/' .. name
+  return image
 end
 
 -- Pictures of cells lie in one folder; others are seen from the page's folder. The whole book sees all from the root.
 local function resolve_image(image)
+  if typst and image.src:match '^data:' then return stored(image) end
   if image.src:match '^%a+:' then return nil end
   local name = image.src:match '^pictures/(.*)$'
   if context.mode == 'page' then
@@ -350,22 +396,26 @@ local function resolve_image(image)
   return image
 end
 
-local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image }
+-- A docstring names labels too. On the site they become links (tools/labels.py), in one document words.
+local function resolve_code(code)
+  if context.mode ~= 'book' then return nil end
+  code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
+    local target = labels[id]
+    return target and (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
+  end)
+  return code
+end
 
--- Links of citations lead to the page that holds the references; in one document, only to an entry that is there.
+local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image, CodeBlock = resolve_code }
+
+-- A citation is a link only where the list of references has its entry.
 local function link_citations(doc)
   local entries = {}
   doc:walk { Div = function(div) entries[div.identifier] = true end }
   return doc:walk {
-    Div = function(div)                                      -- other pages cite, but do not list
-      if div.identifier == 'refs' and context.mode == 'page' and chapter.page ~= context.references then return {} end
-    end,
     Link = function(link)
       local id = link.target:match '^#(ref%-.+)$'
-      if not id or context.references == '' then return nil end
-      if context.mode == 'book' and not entries[id] then return link.content end
-      link.target = address(context.references, id)
-      return link
+      if id and not entries[id] then return link.content end
     end,
   }
 end
@@ -419,9 +469,18 @@ local function show_tabset(div)
   return out
 end
 
+-- On paper nothing opens: of what is folded, solutions are printed, the code of figures is left out, the rest is named.
+local function leave_out(div, summary)
+  local shown = div.content:filter(function(block) return block.tag ~= 'CodeBlock' end)
+  if not summary:match 'figure' then shown:insert(1, pandoc.Div({ pandoc.Plain { pandoc.Str(summary .. ': in the notebook.') } }, { class = 'fold-title' })) end
+  div.content = shown
+  return div
+end
+
 local function show_fold(div)
   local summary, state = div.attributes['code-summary'] or 'Code', div.attributes['code-fold']
   div.attributes['code-summary'], div.attributes['code-fold'] = nil, nil
+  if typst and state == 'true' and summary ~= 'Solution' then return leave_out(div, summary) end
   for i, block in ipairs(div.content) do
     if block.tag == 'CodeBlock' then
       if html then
@@ -435,6 +494,12 @@ local function show_fold(div)
       return div
     end
   end
+end
+
+-- On paper a bar marks what was printed; figures, tables and sentences stand as those of the author.
+local function show_output(div)
+  local printed = div.content:find_if(function(block) return block.tag == 'CodeBlock' end)
+  return printed and typst_call('output', {}, div.content) or div.content
 end
 
 local function show_margin(div)
@@ -460,7 +525,7 @@ local present = {
     if div.classes:includes 'panel-tabset' then return show_tabset(div) end
     if div.classes:includes 'column-margin' then return show_margin(div) end
     if div.attributes['code-fold'] then return show_fold(div) end
-    if typst and div.classes:includes 'cell-output' then return typst_call('output', {}, div.content) end
+    if typst and div.classes:includes 'cell-output' then return show_output(div) end
     if typst and div.classes:includes 'fold-title' then return typst_call('fold', div.content[1].content, {}) end
     return show_grid(div)
   end,
@@ -485,11 +550,11 @@ end
 local function part_title(div)
   local title = div.attributes.part
   if not title or context.mode ~= 'book' then return {} end
-  if typst then return { raw(('#part[%s]'):format(title)) } end
+  if typst then return { raw '#part[', pandoc.Plain { pandoc.Str(title) }, raw ']' } end
   return { pandoc.Header(1, { pandoc.Str(title) }, pandoc.Attr(unique('part-' .. div.attributes.number), { 'part' })) }
 end
 
-local function write_labels(doc)
+local function findings(doc)
   doc:walk {
     Cite = function(cite) for _, c in ipairs(cite.citations) do cited[#cited + 1] = c.id end end,
     Link = function(link)
@@ -497,23 +562,26 @@ local function write_labels(doc)
       if id and NAMES[kind(id) or ''] then cited[#cited + 1] = id end
     end,
   }
-  local file = assert(io.open(context.labels, 'w'))
-  file:write(pandoc.json.encode { labels = labels, headings = headings, cited = cited, twice = twice })
-  file:close()
+  local citations = pandoc.write(pandoc.Pandoc(cites), 'json')
+  return raw(pandoc.json.encode { labels = labels, headings = headings, cited = cited, cites = citations, twice = twice })
 end
 
 function Pandoc(doc)
-  local untouched, blocks = doc:clone(), pandoc.Blocks {}
-  for _, div in ipairs(doc.blocks) do
+  if context.mode == 'page' then
+    doc.blocks = pandoc.Blocks { pandoc.Div(doc.blocks, pandoc.Attr('', { 'chapter' }, context.place)) }
+  end
+  local untouched, contents, blocks = doc:clone(), {}, pandoc.Blocks {}
+  for i, div in ipairs(doc.blocks) do
+    enter(div)
+    local content = div.content:walk(outputs)
+    contents[i] = (has_unpaired(content) and content:walk(paired) or content):walk(normalize):walk(number)
+  end
+  for i, div in ipairs(doc.blocks) do                        -- only now is every label known
     enter(div)
     blocks:extend(part_title(div))
-    local content = div.content:walk(outputs):walk(normalize):walk(number)
-    blocks:extend(context.mode == 'labels' and content or content:walk(resolve))
+    blocks:extend(contents[i]:walk(resolve))
   end
-  if context.mode == 'labels' then
-    write_labels(untouched)
-    return untouched
-  end
-  doc = pandoc.utils.citeproc(pandoc.Pandoc(blocks, doc.meta))
-  return link_citations(doc):walk(present)
+  if context.mode == 'page' then blocks:insert(1, findings(untouched)) end
+  doc = pandoc.Pandoc(blocks, doc.meta)
+  return (context.mode == 'page' and doc or link_citations(pandoc.utils.citeproc(doc))):walk(present)
 end

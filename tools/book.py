@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import posixpath
 import re
+import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
 import yaml
 
 from finish import read_settings
-from nbfilter import source
+from nbfilter import read, source
+from safe import printable
 
 
 class BookError(Exception):
     "Something a person has to put right: one sentence that names the cause and the remedy."
+
+
+def busy(words: str) -> None:
+    "Say on the terminal what is being done, in one line that the next one replaces."
+    if sys.stderr.isatty():
+        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,16 @@ class Page:
         "The way from this page to the root of the site."
         return "../" * (len(self.file.parts) - 1)
 
+    def way(self, stem: str, place: str) -> str:
+        "The way from this page to a place on a page of the book."
+        here = self.stem
+        return f"#{place}" if stem == here else _way(here, stem) + (f"#{place}" if place else "")
+
+
+@lru_cache(maxsize=8192)
+def _way(here: str, stem: str) -> str:
+    return posixpath.relpath(f"{stem}.html", posixpath.dirname(here) or ".")
+
 
 @dataclass
 class Book:
@@ -68,7 +87,10 @@ class Book:
     toc_depth: int = 3
 
     def read(self, page: Page) -> str:
-        return (self.root / page.file).read_text(encoding="utf-8")
+        try:
+            return printable((self.root / page.file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise BookError(f"{page.file.as_posix()} is not UTF-8 from byte {error.start} on: save it again as UTF-8") from None
 
 
 def load_book(root: Path) -> Book:
@@ -78,7 +100,7 @@ def load_book(root: Path) -> Book:
     if not book.get("chapters"):
         raise BookError("_quarto.yml lists no chapters: add them under `book: chapters:`")
     return Book(
-        root=root, title=str(book.get("title", "Untitled")), pages=list(_pages(root, book)), subtitle=str(book.get("subtitle", "")),
+        root=root.resolve(), title=str(book.get("title", "Untitled")), pages=list(_pages(root, book)), subtitle=str(book.get("subtitle", "")),
         authors=_listed(book.get("author")), description=str(book.get("description", "")),
         bibliography=_listed(config.get("bibliography")), lang=str(config.get("lang", "en")),
         name=str(book.get("output-file", "book")), settings=read_settings(root),
@@ -128,9 +150,13 @@ def _must_exist(root: Path, file: Path) -> None:
 def read_notebook(root: Path, file: Path) -> dict[str, Any]:
     "A notebook as JSON."
     try:
-        return json.loads((root / file).read_text(encoding="utf-8"))
+        notebook = read(root / file)
     except ValueError as error:
         raise BookError(f"{file.as_posix()} is not a notebook ({error}): restore it from git or save it again") from None
+    if not isinstance(notebook, dict) or "cells" not in notebook:
+        kind = f"a notebook of format {notebook['nbformat']}" if isinstance(notebook, dict) and "nbformat" in notebook else "JSON, but no notebook"
+        raise BookError(f"{file.as_posix()} is {kind}, and the book reads format 4: open it in Jupyter and save it")
+    return notebook
 
 
 def is_unnumbered(root: Path, file: Path) -> bool:

@@ -15,19 +15,21 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Iterator
 
 import assets
-from book import Book, BookError, load_book
+from book import Book, BookError, busy, load_book
 from ebook import build_epub, build_pdf
 from pandoc import Workshop
 from site_builder import build_site
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = ("html", "epub", "pdf")
+DOWNLOADS = {"epub": build_epub, "pdf": build_pdf}
+FORMATS = ("html", *DOWNLOADS)
 PACKAGES = ("pypandoc_binary", "pagefind", "typst")
 
 
@@ -83,12 +85,14 @@ def parsed_book(book: Book, draft: bool) -> Workshop:
     return work
 
 
-def build_embedded(book: Book, formats: list[str], draft: bool, site: Path) -> None:
-    "Build beside the old site, then let the new one take its place."
+def build_embedded(book: Book, formats: list[str], draft: bool, site: Path, search: bool = True) -> None:
+    "Build beside the old site, then let the new one take its place; without `search` it keeps the old one's index."
     work = parsed_book(book, draft)
-    downloads = [build(work) for name, build in (("epub", build_epub), ("pdf", build_pdf)) if name in formats]
-    with staging(book.root) as fresh:
-        build_site(work, fresh, downloads)
+    with staging(book.root) as fresh, ThreadPoolExecutor() as pool:
+        downloads = {f"{book.name}.{name}": pool.submit(make, work) for name, make in DOWNLOADS.items() if name in formats}
+        build_site(work, fresh, downloads, search)
+        if not search and (site / "pagefind").exists():
+            os.replace(site / "pagefind", fresh / "pagefind")
         swap(fresh, site)
     work.prune()
 
@@ -123,16 +127,15 @@ def swap(fresh: Path, site: Path) -> None:
 # Quarto -----------------------------------------------------------------------------------------------------------
 
 def build_quarto(book: Book, formats: list[str], site: Path) -> None:
-    "Let Quarto render the site and the EPUB; the PDF is typst's, because Quarto sets books with typst only from 1.9 on."
+    "Let Quarto render the site; EPUB and PDF are the embedded builder's, which are the same with every Quarto."
     quarto = shutil.which("quarto")
     if not quarto:
         raise BookError("Quarto is not on PATH: install it, or leave out `--quarto yes` to use the embedded builder")
-    environment = {**os.environ, "QUARTO_PYTHON": sys.executable}
-    if "pdf" in formats:
-        environment |= {"BOOK_PDF": str(build_pdf(parsed_book(book, draft=False))), "BOOK_PDF_NAME": f"{book.name}.pdf"}
-    only = ["--to", formats[0]] if formats in (["html"], ["epub"]) else []
+    work = parsed_book(book, draft=False) if formats != ["html"] else None
+    downloads = {f"{book.name}.{name}": str(make(work)) for name, make in DOWNLOADS.items() if name in formats}
+    environment = {**os.environ, "QUARTO_PYTHON": sys.executable, "BOOK_DOWNLOADS": json.dumps(downloads)}
     with staging(book.root) as fresh:
-        done = subprocess.run([quarto, "render", *only, "--output-dir", str(fresh)], cwd=book.root, env=environment)
+        done = subprocess.run([quarto, "render", "--to", "html", "--output-dir", str(fresh)], cwd=book.root, env=environment)
         if done.returncode or not (fresh / "index.html").exists():
             raise BookError("Quarto could not render the book (its reason stands above); the site is as it was")
         swap(fresh, site)
@@ -140,7 +143,7 @@ def build_quarto(book: Book, formats: list[str], site: Path) -> None:
 
 # The command ------------------------------------------------------------------------------------------------------
 
-def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = False, output: str = "_site") -> bool:
+def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = False, output: str = "_site", search: bool = True) -> bool:
     "Build what changed; the answer is whether anything was done."
     book, site = load_book(root), root / output
     note = assets.ensure()
@@ -150,10 +153,13 @@ def build(root: Path, formats: list[str], quarto: str = "auto", draft: bool = Fa
     stamp, state = root / ".cache" / f"{site.name}.stamp", fingerprint(book, formats) + f" {use_quarto} {draft}"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (site / "index.html").exists():
         return False
-    if use_quarto:
-        build_quarto(book, formats, site)
-    else:
-        build_embedded(book, formats, draft, site)
+    try:
+        if use_quarto:
+            build_quarto(book, formats, site)
+        else:
+            build_embedded(book, formats, draft, site, search)
+    finally:
+        busy("")
     stamp.write_text(state, encoding="utf-8")
     return True
 

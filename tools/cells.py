@@ -12,8 +12,9 @@ import yaml
 
 from book import Book, BookError, Page, read_notebook
 from nbfilter import Cell, Symbol, filter_notebook, link_symbols, source
+from safe import CODE
 
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+REMOTE = re.compile(r"<img\b[^>]*?\bsrc=[\"']?((?:https?:)?//[^\s\"'>]+)|!\[[^\]]*\]\(<?(https?://[^\s>)]+)", re.I)
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
 
 
@@ -21,7 +22,7 @@ def page_markdown(book: Book, page: Page, names: dict[str, Symbol], files: Path)
     "One page of the book as Markdown. Pictures are written into `files`, each named by its content."
     if not page.is_notebook:
         prefix = "" if page.file.parent.name == "nbs" else "nbs/"
-        return link_symbols(book.read(page), names, prefix)
+        return local(link_symbols(book.read(page), names, prefix), page.file.as_posix())
     notebook = filter_notebook(read_notebook(book.root, page.file), names)
     return "\n\n".join(_cell(cell, page, files) for cell in notebook["cells"]) + "\n"
 
@@ -29,7 +30,29 @@ def page_markdown(book: Book, page: Page, names: dict[str, Symbol], files: Path)
 def _cell(cell: Cell, page: Page, files: Path) -> str:
     if cell["cell_type"] == "code":
         return code_cell(cell, page, files)
-    return source(cell) if cell["cell_type"] == "markdown" else ""
+    return local(attached(cell, files), place(cell, page)) if cell["cell_type"] == "markdown" else ""
+
+
+def place(cell: Cell, page: Page) -> str:
+    return f"{page.file.as_posix()}, cell {cell.get('id', '').removeprefix('cell-')},"
+
+
+def local(text: str, where: str) -> str:
+    "The text, if all its pictures lie with the book."
+    found = REMOTE.search(CODE.sub(lambda code: code[0] if "{=html}" in code[0] else "", text))
+    if found:
+        raise BookError(f"{where} shows {found[1] or found[2]}: keep the picture beside the page, under `images`, and show that")
+    return text
+
+
+def attached(cell: Cell, files: Path) -> str:
+    "The text of a cell; what was pasted into it lies with the other pictures."
+    text = source(cell)
+    for name, data in cell.get("attachments", {}).items():
+        mime = next((m for m in IMAGES if m in data), None)
+        if mime:
+            text = text.replace(f"attachment:{name}", f"pictures/{_picture(data[mime], IMAGES[mime], files)}")
+    return text
 
 
 # Code cells -------------------------------------------------------------------------------------------------------
@@ -52,7 +75,7 @@ def code_cell(cell: Cell, page: Page, files: Path) -> str:
     if opts.get("include") is False:
         return ""
     shown = [_shown_code(code, opts)] if code and opts.get("echo", True) else []
-    outs = [] if opts.get("output") is False else _outputs(cell, opts, files)
+    outs = [] if opts.get("output") is False else [local(out, place(cell, page)) for out in _outputs(cell, opts, files)]
     if not shown and not outs:
         return ""
     return _div(f"#{cell['id']} .cell{_fold(opts)}", *shown, *_labelled(opts, outs))
@@ -120,10 +143,10 @@ def _outputs(cell: Cell, opts: dict[str, Any], files: Path) -> list[str]:
 def _output(out: dict[str, Any], alt: str, opts: dict[str, Any], files: Path) -> str:
     "One stored output as Markdown."
     if out["output_type"] == "stream":
-        text = _text(out["text"])
+        text = "".join(out["text"])
         return text if opts.get("output") == "asis" else _div(f".cell-output .cell-output-{out['name']}", _fence(text, ""))
     if out["output_type"] == "error":
-        return _div(".cell-output .cell-output-error", _fence(_text("\n".join(out["traceback"])), ""))
+        return _div(".cell-output .cell-output-error", _fence("\n".join(out["traceback"]), ""))
     return _div(".cell-output .cell-output-display", _display(out["data"], alt, files))
 
 
@@ -135,14 +158,8 @@ def _display(data: dict[str, Any], alt: str, files: Path) -> str:
             return f"![](pictures/{name}){{{_attribute('fig-alt', alt or None)} .output-picture}}"
     for mime in ("text/markdown", "text/latex"):
         if mime in data:
-            return _text(data[mime])
-    if "text/html" in data:
-        return _fence(_text(data["text/html"]), "=html")
-    return _fence(_text(data.get("text/plain", "")), "")
-
-
-def _text(value: str | list[str]) -> str:
-    return ANSI.sub("", "".join(value))
+            return "".join(data[mime])
+    return _fence("".join(data.get("text/plain", "")), "")
 
 
 def _picture(value: str | list[str], ending: str, files: Path) -> str:

@@ -542,6 +542,27 @@ def clean(book):
             if n > 1: yield f'{path.stem}: {n} cells have the id {cell_id}; give each its own'
         if 'stored_with' not in nb['metadata']: yield f'{path.stem}: cell 0: was never run as a whole; `make execute n={path.stem}` runs it and stores its outputs'
     for cell in book.code: yield from output_faults(cell)
+    yield from stale_pictures(book)
+
+
+def stale_pictures(book):
+    "Stored pictures that another code has drawn, or other results: on any processor, whatever the digits in them."
+    from nb import drawn_from
+    for cell in (c for c in book.code if c.has_image and 'drawn_from' in c.raw['metadata']):
+        if cell.raw['metadata']['drawn_from'] != drawn_from(book.root/'nbs'/f'{cell.page}.ipynb', cell.source):
+            yield f'{cell.where}: its picture is older than its code or the results it shows; `make execute n={cell.page}` draws it again'
+
+
+@rule
+def anywhere(book):
+    "Every notebook begins with the same hidden cell, which brings the library where it is missing, in the version of the page: a reader opens it in Colab, or alone in an empty folder."
+    from anywhere import ID, first_cell
+    from finish import read_settings
+    wanted = first_cell(read_settings(book.root))
+    for stem, cells in book.pages.items():
+        found = [c for c in cells if c.kind == 'code']
+        if not found or found[0].source != wanted or [c.raw.get('id') for c in found].count(ID) != 1:
+            yield f'{stem}: does not begin with the cell of tools/anywhere.py; `python tools/check.py --mend` writes it'
 
 
 def unclean(book, path):
@@ -914,7 +935,7 @@ def form_faults(stem, cells):
     promise = plain(cells[0].source).partition('\n')[2].strip() if cells else ''
     if not promise.startswith('After this chapter') or len(re.findall(r'[.!?](?=\s|$)', promise)) != 1:
         yield f'{stem}: cell 0: below the title stands no promise; write one sentence that begins "After this chapter you can"'
-    if not any('pipeline(' in c.body for c in cells[1:6]) and not stem.startswith('00'):
+    if not any('pipeline(' in c.body for c in cells[1:7]) and not stem.startswith('00'):
         yield f'{stem}: its head does not show where it is in the pipeline; add a cell `#| echo: false` with `pipeline("ids")` below the title'
     if not stem.startswith('00') and not re.search(r'^## Going deeper[ \t]*(\{[^}\n]*\})?[ \t]*$', text, re.M): yield f'{stem}: has no section `## Going deeper`; the core path ends there'
     yield from callout_faults(stem, cells, text)

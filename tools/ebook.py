@@ -7,44 +7,51 @@ import re
 from pathlib import Path
 from typing import Any
 
-from book import BookError
-from pandoc import FILTER, HERE, Parsed, Workshop, run_pandoc
+from book import BookError, busy
+from card import PICTURE
+from pandoc import FILTER, HERE, Workshop, joined, run_pandoc, words
 
 THEME = HERE / "theme"
 
 
-def whole_book(work: Workshop) -> dict[str, Any]:
-    "One syntax tree with every page inside its div, in reading order."
-    first: Parsed = work.parsed[0]
-    return {**first.ast, "meta": {}, "blocks": [block for parsed in work.parsed for block in parsed.ast["blocks"]]}
-
-
 def metadata(work: Workshop) -> dict[str, Any]:
     book = work.book
-    return work.metadata(title=book.title, subtitle=book.subtitle, author=book.authors, description=book.description,
-                         rights="Text: CC BY 4.0. Code: Apache 2.0.")
+    typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}}}
+    front = {"front": words(f"/{PICTURE.as_posix()}")} if (book.root / PICTURE).exists() else {}
+    facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "description": book.description,
+             "rights": "Text: CC BY 4.0. Code: Apache 2.0.", "identifier": book.name}
+    return work.metadata(**{key: words(value) for key, value in facts.items() if value}, literal=typst, **front)
+
+
+def literal(text: str) -> dict[str, Any]:
+    "A string as typst's code writes it, with its quotes."
+    return {"t": "MetaInlines", "c": [{"t": "RawInline", "c": ["typst", json.dumps(text, ensure_ascii=False)]}]}
 
 
 def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
     "Run pandoc over the whole book unless a result made from the same content is there."
-    document, meta = whole_book(work), metadata(work)
-    facts = {**work.facts(), "mode": "book", "pictures": work.pictures.relative_to(work.book.root).as_posix(), "refs": work.refs}
-    styles = [(THEME / name).read_text(encoding="utf-8") for name in theme] + [FILTER.read_text(encoding="utf-8")]
-    sources = [Path(f).read_text(encoding="utf-8") for f in meta["bibliography"]]
-    key = work.key(ending, document, meta, facts, styles, sources, args)
-    target, fresh = work.path(key, ending), work.path(key, f"part.{ending}")
-    if not target.exists():
-        work.path(key, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        run_pandoc(["-f", "json", "-s", f"--metadata-file={work.path(key, 'meta.json')}", f"--lua-filter={FILTER}", *args, "-o", str(fresh)],
-                   work.context(key, **facts), json.dumps(document), "the whole book")
-        fresh.replace(target)
-    return target
+    book = work.book
+    meta = metadata(work)
+    context = {"mode": "book", "number_depth": book.number_depth, "pictures": work.pictures.relative_to(book.root).as_posix(),
+               "first_ids": {p.page.file.as_posix(): next((h["id"] for h in p.headings), "") for p in work.parsed}}
+    styles = [(THEME / name).read_text(encoding="utf-8") for name in theme]
+    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, work.bibliography(), args)
+
+    def make() -> bytes:
+        "The whole book as one document: every page inside its div, in reading order."
+        document = joined(work.trees, meta)
+        busy(f"Writing the {ending}")
+        fresh = work.cache / f"{key}.part.{ending}"
+        run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
+        result = fresh.read_bytes()
+        fresh.unlink()
+        return result
+    return work.remembered(key, ending, make)
 
 
 def build_epub(work: Workshop) -> Path:
     "The EPUB, with MathML and a table of contents two levels deep."
-    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}",
-                 f"--resource-path={work.book.root}", f"--metadata=identifier:{work.book.name}")
+    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}")
 
 
 def build_pdf(work: Workshop) -> Path:
@@ -54,6 +61,7 @@ def build_pdf(work: Workshop) -> Path:
     if not target.exists():
         renamed = re.sub(r"\b(times|dot)\.circle\b", r"\1.o", source.read_text(encoding="utf-8"))    # typst's newer names
         source.write_text(renamed, encoding="utf-8")
+        busy("Setting the pdf")
         target.write_bytes(compile_typst(source, work.book.root))
     return target
 

@@ -6,7 +6,7 @@ imports. `def depth(seed, quick=False) -> dict` is run for `depth.seeds` seeds (
 hold; `def check_depth(runs)` asserts the story that the chapter tells about these runs. Results go to `nbs/results/depth.json`.
 `--quick` runs one seed at reduced size, checks the story, and stores nothing.
 """
-import argparse, hashlib, inspect, json, os, sys, time
+import argparse, ast, hashlib, inspect, json, os, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +19,9 @@ MARK, SEEDS = '#| experiment', 3
 
 class Experiment:
     "A function of a chapter, the seeds it is run with, and the story its runs must tell."
-    def __init__(self, run, check, chapter, source):
+    def __init__(self, run, check, chapter, cells):
         self.name, self.run, self.check, self.chapter = run.__name__, run, check, chapter
+        source = '\n\n'.join(behind({run.__name__, check.__name__}, cells))
         self.seeds, self.code = getattr(run, 'seeds', SEEDS), hashlib.sha256(source.encode()).hexdigest()[:16]
 
     @property
@@ -36,16 +37,40 @@ def marked(notebook):
     return [s for s in sources if any(line.strip() == MARK for line in s.splitlines() if line.startswith('#|'))]
 
 
+def bound(statement):
+    "The names that a statement of a cell gives a meaning."
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)): return {statement.name}
+    if isinstance(statement, (ast.Import, ast.ImportFrom)): return {(a.asname or a.name).partition('.')[0] for a in statement.names}
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
+def behind(names, cells):
+    "The cells that `names` depend on: those that define them, and all that these use. A change of the others changes no result."
+    trees = [ast.parse(cell) for cell in cells]
+    defined = [set().union(*map(bound, tree.body)) for tree in trees]
+    used = [{n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} for tree in trees]
+    def home(name, at):                      # as the reader sees it: the last definition so far, else the first to come
+        homes = [i for i, here in enumerate(defined) if name in here]
+        return max((i for i in homes if i <= at), default=min(homes, default=None))
+    found, todo = set(), {home(name, len(cells)) for name in names}
+    while todo:
+        i = todo.pop()
+        found.add(i)
+        todo |= {home(name, i) for name in used[i]} - found - {None}
+    return [cells[i] for i in sorted(found)]
+
+
 def of_notebook(notebook):
     "The experiments of one chapter; ValueError where one has no check or nobody to check."
-    source = '\n\n'.join(marked(notebook))
+    cells = marked(notebook)
+    source = '\n\n'.join(cells)
     space = {'__name__': f'experiments_of_{notebook.stem}'}
     exec(compile(source, f'nbs/{notebook.name}', 'exec'), space)
     runs = {k: f for k, f in space.items() if inspect.isfunction(f) and list(inspect.signature(f).parameters) == ['seed', 'quick']}
     checks = {k.removeprefix('check_'): f for k, f in space.items() if k.startswith('check_') and inspect.isfunction(f)}
     alone = sorted(set(runs) ^ set(checks))
     if alone: raise ValueError(f'nbs/{notebook.name}: an experiment `NAME(seed, quick=False)` and its `check_NAME(runs)` come in pairs; alone: {", ".join(alone)}')
-    return [Experiment(f, checks[k], notebook.stem, source) for k, f in runs.items()]
+    return [Experiment(f, checks[k], notebook.stem, cells) for k, f in runs.items()]
 
 
 def found(root=NBS):

@@ -15,13 +15,18 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import anywhere                                              # noqa: E402
 import assets                                                # noqa: E402
 import reading                                               # noqa: E402
+from card import CARD, write_card                            # noqa: E402
 from copies import write_copies                              # noqa: E402
+from dark import both_themes                                 # noqa: E402
+from labels import labels, link_labels                       # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,16 +125,32 @@ def set_math(text: str, typeset_formulas: dict[tuple[str, bool], str]) -> str:
     return MATH.sub(show, WRAPPED.sub(r"\1", text))
 
 
+def clean_search(site: Path, texts: dict[Path, str]) -> None:
+    "Quarto's index holds each formula twice, as characters and as TeX: keep the characters."
+    file = site / "search.json"
+    if not file.exists():
+        return
+    pairs = {}
+    for page, text in texts.items():
+        for m in MATH.finditer(text):
+            tex, shown = html.unescape(m["tex"]), html.unescape(re.sub(r"<annotation.*?</annotation>|<[^>]+>", "", m[0], flags=re.S))
+            pairs.setdefault(page.relative_to(site).as_posix(), {})[shown + tex] = shown
+            pairs[page.relative_to(site).as_posix()][shown + "\n" + tex] = shown
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    for entry in entries:
+        for twice, once in sorted(pairs.get(entry["href"].partition("#")[0], {}).items(), key=lambda p: -len(p[0])):
+            if len(twice) > 3 or "\\" in twice:
+                entry["text"] = entry["text"].replace(twice, once)
+    file.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+
+
 # Notebooks --------------------------------------------------------------------------------------------------------
 
 def notebook_links(name: str, settings: dict[str, str], prefix: str) -> str:
     "A line of links: the notebook itself, and where to run it without installing anything."
     links = [f'<a href="{prefix}{name}" download>Download notebook</a>']
     if settings.get("user") and settings.get("repo"):
-        place = f"{settings['user']}/{settings['repo']}"
-        branch = settings.get("branch", "main")
-        links += [f'<a href="https://colab.research.google.com/github/{place}/blob/{branch}/{name}">Open in Colab</a>',
-                  f'<a href="https://mybinder.org/v2/gh/{place}/{branch}?labpath={name}">Open in Binder</a>']
+        links += [f'<a href="{address}">Open in {where}</a>' for where, address in anywhere.addresses(name, settings).items()]
     return f'<p class="notebook-links" data-pagefind-ignore><span>Run this chapter:</span> {" ".join(links)}</p>'
 
 
@@ -147,6 +168,44 @@ def download_links(site: Path) -> str:
     files = sorted(site.glob("*.epub")) + sorted(site.glob("*.pdf"))
     links = " ".join(f'<a href="{file.name}" download>{file.suffix[1:].upper()}</a>' for file in files)
     return f'<p class="notebook-links" data-pagefind-ignore><span>The whole book in one file:</span> {links}</p>' if files else ""
+
+
+# References to whole chapters, which Quarto sends to the page and, on an unnumbered page, names by their titles ---------
+
+TITLE = re.compile(r'<h1 class="title"><span id="(?P<label>sec-[\w-]+)" class="quarto-section-identifier">'
+                   r'(?:<span class="chapter-number">(?P<number>\d+)</span>|(?P<appendix>Appendix [A-Z]))')
+WHOLE = re.compile(r'(<a href=")([^"#:]+\.html)(" class="quarto-xref">)(?:<span>)?.*?(?:</span>)?</a>', re.S)
+APPENDIX = re.compile(r'(class="quarto-section-identifier">)Appendix ([A-Z])\s*—\s*')
+SCROLLS = re.compile(r'<(?:pre(?: class="[^"]*")?|div class="(?:cell-output|table-scroll)[^"]*"|span class="equation-body")(?=>)')     # what may scroll sideways can be reached by keyboard
+
+
+def chapter_names(texts: dict[Path, str]) -> dict[Path, tuple[str, str]]:
+    "The label and the name of each numbered page that Quarto made."
+    found = {page.resolve(): TITLE.search(text) for page, text in texts.items()}
+    return {page: (m["label"], m["appendix"] or f"Chapter {m['number']}") for page, m in found.items() if m}
+
+
+def name_chapters(text: str, page: Path, names: dict[Path, tuple[str, str]]) -> str:
+    "References to whole chapters by their numbers; the title of an appendix as the embedded builder sets it."
+    def named(match: re.Match[str]) -> str:
+        label, name = names.get((page.parent / match[2]).resolve(), ("", ""))
+        return f"{match[1]}{match[2]}#{label}{match[3]}{name}</a>" if label else match[0]
+    titled = APPENDIX.sub('\\1<span class="chapter-number">Appendix\u00a0\\2</span>\u00a0\u00a0', text)
+    return WHOLE.sub(named, titled)
+
+
+# The EPUB that Quarto makes ---------------------------------------------------------------------------------------
+
+def mend_epub(file: Path) -> None:
+    "Drop from each page what EPUB forbids and Quarto leaves: `alt` on a box around a figure."
+    fresh = file.with_suffix(".part")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(fresh, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith(".xhtml"):
+                data = re.sub(r'(<div\b[^>]*?) alt="[^"]*"', r"\1", data.decode()).encode()
+            new.writestr(item, data)
+    os.replace(fresh, file)
 
 
 # How long, and where the core path ends -------------------------------------------------------------------------
@@ -184,7 +243,7 @@ def add_reading_time(text: str, notebook: Path) -> str:
     "Put into a page what its notebook takes to read; a page that has it stays as it is."
     if 'class="reading-time"' in text:
         return text
-    core, deeper = reading.lengths(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    core, deeper = reading.notebook_lengths(notebook.read_text(encoding="utf-8"))
     text, place = mark_deeper(text, deeper.minutes) if deeper else (text, "")
     return add_below_title(text, reading_line(core, deeper, place))
 
@@ -202,8 +261,12 @@ def first_sentence(text: str) -> str:
     return ""
 
 
-def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool) -> str:
-    "Style sheets of fonts and mathematics, description and social metadata."
+# What Quarto says on every page alike, or with addresses that only the page itself understands.
+STANDARD = re.compile(r'<meta (?:name="description"|(?:property|name)="(?:og:(?:description|image)|twitter:(?:description|image|card))[^"]*") content="[^"]*">\n?')
+
+
+def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool, card: str = "") -> str:
+    "Style sheets of fonts and mathematics, description and social metadata; `card` is the address of the picture for links."
     title = html.unescape(re.search(r"<title>(.*?)</title>", text, re.S)[1].strip())  # type: ignore[index]
     lines = []
     if "assets/fonts/fonts.css" not in text:
@@ -211,26 +274,32 @@ def head(text: str, settings: dict[str, str], site_prefix: str, has_katex: bool)
     if has_katex and "katex.min.css" not in text:
         lines.append(f'<link rel="stylesheet" href="{site_prefix}assets/katex/katex.min.css">')
     words = html.escape(first_sentence(text) or settings.get("description", ""))
-    facts = {"og:title": html.escape(title), "og:description": words, "og:type": "article", "og:site_name": html.escape(settings.get("title", ""))}
+    text = STANDARD.sub("", text)
+    facts = {"og:title": html.escape(title), "og:description": words, "og:type": "article", "og:site_name": html.escape(settings.get("title", "")),
+             "og:image": html.escape(card)}
     if '<meta name="description"' not in text:
         lines.append(f'<meta name="description" content="{words}">')
     lines += [f'<meta property="{key}" content="{value}">' for key, value in facts.items() if value and f'property="{key}"' not in text]
-    if "twitter:card" not in text:
-        lines.append('<meta name="twitter:card" content="summary">')
+    lines.append(f'<meta name="twitter:card" content="{"summary_large_image" if card else "summary"}">')
     return text.replace("</head>", "\n".join(lines) + "\n</head>", 1)
 
 
 # The site ---------------------------------------------------------------------------------------------------------
 
+def published(settings: dict[str, str], name: str) -> str:
+    "The address of a file of the published site; nothing where settings.ini names none."
+    host = settings.get("doc_host", "")
+    return f"{host}{settings.get('doc_baseurl', '/')}{name}" if host else ""
+
+
 def write_sitemap(site: Path, settings: dict[str, str]) -> None:
     "Addresses for search engines, from the address that settings.ini gives to the published book."
-    host, base = settings.get("doc_host", ""), settings.get("doc_baseurl", "/")
-    if not host:
+    if not published(settings, ""):
         return
-    urls = "\n".join(f"  <url><loc>{host}{base}{p.relative_to(site).as_posix()}</loc></url>" for p in pages(site))
+    urls = "\n".join(f"  <url><loc>{published(settings, p.relative_to(site).as_posix())}</loc></url>" for p in pages(site))
     (site / "sitemap.xml").write_text(
         f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}\n</urlset>\n', encoding="utf-8")
-    (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {host}{base}sitemap.xml\n", encoding="utf-8")
+    (site / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {published(settings, 'sitemap.xml')}\n", encoding="utf-8")
 
 
 def write_404(site: Path, settings: dict[str, str]) -> None:
@@ -251,10 +320,13 @@ def write_moved(site: Path) -> None:
             (site / old).write_text(text.replace("{{there}}", there), encoding="utf-8")
 
 
-def finish(site: Path, root: Path, memory: Path) -> None:
-    "Do everything to the pages below `site`; doing it twice changes nothing more."
+def finish(site: Path, root: Path, memory: Path, source: Path | None = None) -> None:
+    "Do everything to the pages of a site, which lie in `source` where that is given; doing it twice changes nothing more."
     settings = read_settings(root)
-    texts = {page: page.read_text(encoding="utf-8") for page in pages(site)}
+    source = source or site
+    plain = {site / page.relative_to(source): page.read_text(encoding="utf-8") for page in pages(source)}
+    texts = dict(plain)
+    names = chapter_names(texts)
     shown = typeset([f for text in texts.values() for f in formulas(text)], memory)
     assets.copy_fonts(site)
     if shown:
@@ -267,9 +339,17 @@ def finish(site: Path, root: Path, memory: Path) -> None:
             text = add_reading_time(text, root / name)
         elif name == "index.ipynb":
             text = add_below_title(text, download_links(site))
+        text = name_chapters(text, page, names)
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
-        page.write_text(head(text, settings, up(site, page), 'class="katex' in text), encoding="utf-8")
-    write_copies(site, root, listed_files(root), settings)
+        if "site_libs/" in text:                             # Quarto's; the embedded site has a script for this
+            text = SCROLLS.sub(r'\g<0> tabindex="0"', text)
+        texts[page] = both_themes(text, page, memory.parent / "dark")
+    clean_search(site, plain)
+    known, card = labels(texts), published(settings, CARD) if write_card(site, root, settings, memory.parent / "card") else ""
+    for page, text in texts.items():
+        text = link_labels(text, page, known)
+        page.write_text(head(text, settings, up(site, page), 'class="katex' in text, card), encoding="utf-8")
+    write_copies(site, root, listed_files(root), settings, {label: name for label, (_, name) in known.items()})
     write_sitemap(site, settings)
     write_404(site, settings)
     write_moved(site)
@@ -278,13 +358,15 @@ def finish(site: Path, root: Path, memory: Path) -> None:
 def main() -> int:
     site = Path(os.environ.get("QUARTO_PROJECT_OUTPUT_DIR") or (sys.argv[1] if len(sys.argv) > 1 else ROOT / "_site"))
     site = site if site.is_absolute() else ROOT / site
+    for file in site.glob("*.epub"):
+        mend_epub(file)
     if not (site / "index.html").exists():
         return 0                                             # only the EPUB or the PDF was rendered
     note = assets.ensure()
     if note:
         print(note, file=sys.stderr)
-    if os.environ.get("BOOK_PDF"):                           # made beforehand by tools/build.py
-        shutil.copyfile(os.environ["BOOK_PDF"], site / os.environ["BOOK_PDF_NAME"])
+    for name, file in json.loads(os.environ.get("BOOK_DOWNLOADS", "{}")).items():        # made beforehand by tools/build.py
+        shutil.copyfile(file, site / name)
     finish(site, ROOT, ROOT / ".cache" / "katex.json")
     return 0
 

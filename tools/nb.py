@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Work on one chapter: `nb.py execute 03` runs notebook 03 in place and stores its outputs.
 
-    text     write the notebook as Markdown into .work/ (jupytext), ready to edit
+    text     write the notebook as Markdown into .work/ (jupytext), ready to edit; ⟦U+2028⟧ is a character that would end a line
     update   take the edited Markdown back; cells that did not change keep their ids and outputs
     export   write the notebook's module; without a notebook, write the whole library and its index
     execute  export, run from a clean kernel, store the outputs, clean
@@ -11,11 +11,13 @@ Stored outputs are compared word for word only where everything they depend on i
 and packages (`environment`). Elsewhere every cell must run, every assertion hold, and the kinds of output agree: another
 processor rounds otherwise, and after a hundred steps of training no digit is the same.
 """
-import argparse, json, os, platform, re, subprocess, sys
+import argparse, hashlib, json, os, platform, re, subprocess, sys, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import anywhere
 import grow
+from finish import read_settings
 from machine import processor_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,15 +45,30 @@ def text(nb):
     "Write the notebook as Markdown to edit."
     import jupytext
     WORK.mkdir(exist_ok=True)
-    jupytext.write(jupytext.read(nb), WORK/f'{nb.stem}.md', fmt='md')
+    jupytext.write(respelled(jupytext.read(nb), spell), WORK/f'{nb.stem}.md', fmt={'extension': '.md', 'cell_metadata_filter': '-all'})
     print(f'edit .work/{nb.stem}.md, then: nb.py update {nb.stem}')
+
+
+# What jupytext takes for the end of a line or of a cell is written as ⟦U+2028⟧ in the text, and so is what looks like that.
+SPELLED = re.compile('[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]|⟦(?=U\\+)|(?<=<!-- )#(?=(?:end)?(?:region|md|raw)\\b)')
+
+
+def spell(source): return SPELLED.sub(lambda m: f'⟦U+{ord(m[0]):04X}⟧', source)
+
+
+def unspell(source): return re.sub('⟦U\\+([0-9A-F]{4,5})⟧', lambda m: chr(int(m[1], 16)), source)
+
+
+def respelled(book, change):
+    for cell in book.cells: cell.source = change(cell.source)
+    return book
 
 
 def update(nb):
     "Take the edited Markdown back into the notebook."
     import jupytext
     from jupytext.combine import combine_inputs_with_outputs
-    new = jupytext.read(WORK/f'{nb.stem}.md')
+    new = respelled(jupytext.read(WORK/f'{nb.stem}.md'), unspell)
     if nb.exists(): new = combine_inputs_with_outputs(new, jupytext.read(nb), fmt='md')
     new.metadata = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}, **kept(nb)}
     jupytext.write(new, nb)
@@ -65,9 +82,12 @@ def kept(nb):
 
 
 def clean(nb):
-    "Drop execution counts and editor metadata, as nbdev's git hook does."
+    "Drop execution counts and editor metadata, as nbdev's git hook does, and begin with the cell that all notebooks begin with."
     os.chdir(ROOT)
     from nbdev.clean import nbdev_clean
+    book = json.loads(nb.read_text(encoding='utf-8'))
+    anywhere.begin(book, read_settings(ROOT))
+    nb.write_text(json.dumps(book, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
     nbdev_clean(str(nb))
 
 
@@ -127,20 +147,37 @@ def environment():
 
 def kernel_settings():
     "What a kernel finds in its environment: the library of this tree, and nothing that differs between two runs."
+    os.environ.setdefault('LLM_FROM_SCRATCH_DATA', str(ROOT.parent/'shared'/'data'))
     os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
                       MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
 
 
-def run(nb):
-    """The notebook's cells, executed from a clean kernel in `nbs/`, and the processor seconds they used in `metadata.seconds`.
+class Stopped(RuntimeError):
+    "A run that could not go on, and in which cell."
 
-    Raises CellExecutionError where a cell raises.
+
+def where(client):
+    "The code cell that a client was running: it counts a cell as it begins."
+    cell = [c for c in client.nb.cells if c.cell_type == 'code' and c.source.strip()][max(0, client.code_cells_executed - 1)]
+    return f'in cell {cell.id} ({cell.source.strip().splitlines()[-1]})'
+
+
+def run(nb, folder=None):
+    """The notebook's cells, executed from a clean kernel in an empty folder, and the processor seconds they used in `metadata.seconds`.
+
+    Raises CellExecutionError where a cell raises, and Stopped where the kernel ends or a cell takes too long.
     """
+    if folder is None:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty: return run(nb, empty)
     import nbformat
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     kernel_settings()
     book, before = nbformat.read(nb, as_version=4), children_seconds()
-    NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(nb.parent)}}).execute()
+    client = NotebookClient(book, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(folder)}})
+    try: client.execute()
+    except DeadKernelError: raise Stopped(f'the kernel died {where(client)}: out of memory, or ended by its own code or a compiled library') from None
+    except CellTimeoutError: raise Stopped(f'twenty minutes were over {where(client)}: run less, or make an `#| experiment` of it') from None
     for cell in book.cells:
         if cell.cell_type == 'code': cell.outputs = join_streams(cell.outputs)
     book.metadata.seconds = children_seconds() - before
@@ -173,11 +210,28 @@ def execute(nb):
     export(nb)
     book = run(nb)
     seconds = book.metadata.pop('seconds')
-    book.metadata['stored_with'] = environment()
+    stamp(book, nb)
     book.metadata.pop('language_info', None)
     nbformat.write(book, nb)
     clean(nb)
     if seconds > budget(nb): print(f'{nb.name} used {seconds:.0f} processor seconds; its budget is {budget(nb)}: run less, or make the long part an `#| experiment` (CONTRIBUTING.md)', file=sys.stderr)
+
+
+def stamp(book, nb):
+    "Write into a notebook that was run what its outputs came from."
+    book.metadata['stored_with'] = environment()
+    for cell in book.cells: cell.metadata.pop('drawn_from', None)
+    for cell in filter(draws, book.cells): cell.metadata['drawn_from'] = drawn_from(nb, cell.source)
+
+
+def draws(cell): return any(kind.startswith('image/') for out in cell.get('outputs', []) for kind in out.get('data', {}))
+
+
+def drawn_from(nb, source):
+    "A hash of what a stored picture must not be older than: the code of its cell, and the results of experiments that its notebook names."
+    code = '\n'.join(sources(nb))
+    results = [p for p in sorted((nb.parent/'results').glob('*.json')) if re.search(rf'\b{p.stem}\b', code)]
+    return hashlib.sha256(b'\0'.join([source.encode(), *(p.read_bytes() for p in results)])).hexdigest()[:16]
 
 
 def same_text(a, b):
@@ -252,6 +306,7 @@ def main():
     for which in args.notebook:
         nb = find(which)
         try: commands[args.command](nb)
+        except Stopped as e: sys.exit(f'{nb.name} is as it was: {e}.')
         except CellExecutionError as e: sys.exit(f'{nb.name} raised while it ran; mend the cell and run it again.\n{e}')
     if args.notebook and args.command in ('export', 'execute'): indexes()
 

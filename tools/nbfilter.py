@@ -14,8 +14,11 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
+
+from safe import closed, outside_code, printable
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)(\s+[^:]*)?$")       # `#| export`; cell options have a colon
 DROPPED = {"default_exp", "hide"}                            # cells that no reader sees
@@ -39,8 +42,23 @@ class Symbol:
     public: bool = True             # part of the library's interface, not only of its code
     used: list[str] = field(default_factory=list)
 
+    @property
+    def address(self) -> str:
+        "Where it is defined, seen from another notebook."
+        return f"{self.page}.ipynb#{self.anchor}"
+
 
 # Cells ------------------------------------------------------------------------------------------------------------
+
+def read(path: Path) -> dict[str, Any]:
+    "A notebook as JSON with printable characters only, to look at and not to change."
+    return parsed(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=128)
+def parsed(text: str) -> dict[str, Any]:
+    return printable(json.loads(text))
+
 
 def source(cell: Cell) -> str:
     "The text of a cell, which notebooks store as a string or as a list of lines."
@@ -63,9 +81,14 @@ def directives(text: str) -> tuple[set[str], str]:
     return found, "\n".join(kept)
 
 
-def definitions(text: str) -> Iterator[tuple[str, str]]:
+@lru_cache(maxsize=8192)
+def definitions(text: str) -> tuple[tuple[str, str], ...]:
     "Each public name that a cell defines (functions, classes, constants), with its docstring; methods as `Class.method`."
-    for node in ast.parse(text).body:
+    return tuple(_definitions(ast.parse(text)))
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if not node.name.startswith("_") and not grows(node):
                 yield node.name, _first_line(node)
@@ -110,7 +133,7 @@ def symbols(folder: Path) -> dict[str, Symbol]:
     "Every public name that the notebooks of `folder` export; the first definition wins."
     found: dict[str, Symbol] = {}
     for path in notebooks(folder):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for cell in read(path)["cells"]:
             marks, text = directives(source(cell)) if cell["cell_type"] == "code" else (set(), "")
             if not marks & DEFINES:
                 continue
@@ -139,7 +162,7 @@ def link_symbols(text: str, names: dict[str, Symbol], prefix: str = "") -> str:
 
 def _link(match: re.Match[str], names: dict[str, Symbol], prefix: str) -> str:
     symbol = names.get(match[1])
-    return f"[{match[0]}]({prefix}{symbol.page}.ipynb#{symbol.anchor}){{.symbol}}" if symbol else match[0]
+    return f"[{match[0]}]({prefix}{symbol.address}){{.symbol}}" if symbol else match[0]
 
 
 # The filter -------------------------------------------------------------------------------------------------------
@@ -178,10 +201,19 @@ def drawing_title(outputs: list[dict[str, Any]]) -> str:
 def _filter_output(out: dict[str, Any], names: dict[str, Symbol]) -> dict[str, Any]:
     "Sentences made by code link their symbols like those typed."
     data = out.get("data", {})
+    if "text/html" in data and "text/markdown" not in data:          # as raw HTML: for text/html Quarto asks a CDN for jquery
+        text = closed("".join(data["text/html"]))
+        fence = "`" * max(6, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return {**out, "data": {"text/markdown": [f"{fence}{{=html}}\n", *text.splitlines(True), f"\n{fence}\n"]}}
     if "text/markdown" not in data:
         return out
-    text = link_symbols("".join(data["text/markdown"]), names)
+    text = link_symbols(outside_code("".join(data["text/markdown"]), _without_headings), names)
     return {**out, "data": {**data, "text/markdown": text.splitlines(True)}}
+
+
+def _without_headings(text: str) -> str:
+    "A heading in an output is no section of the book."
+    return re.sub(r"^#{1,6} +(.+?)(?: +#+)?(?: *\{[^}]*\})?$", r"**\1**", text, flags=re.M)
 
 
 # The symbol index -------------------------------------------------------------------------------------------------
@@ -202,7 +234,7 @@ def count_uses(names: dict[str, Symbol], folder: Path) -> None:
 
     A method is used where its class is imported and it is named; `forward` is run by calling the module."""
     for path in notebooks(folder):
-        imported, attributes = uses(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        imported, attributes = uses(read(path)["cells"])
         for symbol in names.values():
             owner, _, method = symbol.name.partition(".")
             if path.stem != symbol.page and owner in imported and method in attributes | {"", "forward"}:
@@ -216,7 +248,7 @@ def symbol_index(folder: Path) -> str:
     entries = [_entry(s) for s in sorted(names.values(), key=lambda s: s.name.lower()) if s.public]
     return "\n".join([
         "# Symbol index {#sec-symbols}", "",
-        "<!-- Written by `python tools/nbfilter.py --symbols`; do not edit. -->", "",
+        "<!-- Written by tools/nbfilter.py (its option symbols); do not edit. -->", "",
         "Every public name of the library: what it does, the chapter that builds it, and the chapters that use it.", "",
         "::: {.symbol-index}", "", *entries, ":::", ""])
 
@@ -235,7 +267,7 @@ def _page_name(page: str) -> str:
 def main(argv: list[str]) -> int:
     "Filter stdin to stdout, or write the symbol index."
     if not argv:
-        notebook = filter_notebook(json.load(sys.stdin), symbols(Path.cwd()))
+        notebook = filter_notebook(parsed(sys.stdin.read()), symbols(Path.cwd()))
         sys.stdout.buffer.write(json.dumps(notebook).encode())
         return 0
     if argv == ["--symbols"]:

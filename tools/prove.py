@@ -27,10 +27,10 @@ RINGS = {
 }
 
 
-def ring_of_commit():
-    "The ring that the hash of the commit chooses."
+def of_commit(choices):
+    "What the hash of the commit chooses."
     said = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return list(RINGS)[int(said or '0', 16) % len(RINGS)]
+    return list(choices)[int(said or '0', 16) % len(choices)]
 
 
 def environment(ring):
@@ -54,7 +54,7 @@ def surroundings(ring):
 
 def in_ring(ring, whole, more):
     "Run the portable tests in a ring; pytest's exit status."
-    ring = ring_of_commit() if ring == 'commit' else ring
+    ring = of_commit(RINGS) if ring == 'commit' else ring
     print(f'Portable tests in the ring "{ring}": {RINGS[ring][0]} (repeat with `make test ring={ring}`).', flush=True)
     chosen = [] if whole else ['-m', 'portable and not slow']
     with surroundings(ring): return pytest(environment(ring), *chosen, *more)

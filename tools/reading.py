@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Iterable
 
-from nbfilter import DROPPED, Cell, directives, source
+from nbfilter import DROPPED, Cell, directives, parsed, source
 
 WORDS_A_MINUTE, LINES_A_MINUTE = 200, 12
+WORD = re.compile(r"\S*?[^\W_]\S*")
 FORMULA = 10                                                 # a displayed formula takes as long as so many words
 DEEPER = re.compile(r"^## Going deeper[ \t]*(?:\{[^}\n]*\})?[ \t]*$", re.M)
 SECTION, GUARD = re.compile(r"^(?=## )", re.M), "\0"
@@ -54,6 +56,12 @@ def lengths(cells: Iterable[Cell]) -> tuple[Length, Length | None]:
     return core, deeper
 
 
+@lru_cache(maxsize=128)
+def notebook_lengths(text: str) -> tuple[Length, Length | None]:
+    "The lengths of a notebook, from the text of its file."
+    return lengths(parsed(text)["cells"])
+
+
 def _guarded(fence: re.Match[str]) -> str:
     "A block of code in which no line looks like a heading."
     return re.sub(r"^(?=## )", GUARD, fence[0], flags=re.M)
@@ -65,7 +73,7 @@ def prose_length(text: str) -> tuple[int, int]:
     text = FENCE.sub(" ", text)
     for pattern, instead in NO_WORDS:
         text = pattern.sub(instead, text)
-    return sum(any(c.isalnum() for c in word) for word in text.split()), lines
+    return len(WORD.findall(text)), lines
 
 
 def code_length(cell: Cell) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from build import ROOT, build
 from book import BookError
 from finish import read_settings
+from site_builder import search_command
 
 SERVED = ".cache/served"                 # a site of its own: the one of `make book`, with EPUB and PDF, stays as it is
 WATCHED = ("_quarto.yml", "settings.ini", "*.qmd", "*.bib", "nbs/*.ipynb", "nbs/*.qmd", "nbs/images/*", "tools/*.py", "tools/*.lua", "tools/theme/*")
@@ -63,17 +65,22 @@ def snapshot(root: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime for path in files if path.is_file()}
 
 
-def rebuild(root: Path, formats: list[str]) -> None:
-    "Build what changed. While the book is being written, a reference that leads nowhere is a warning."
+def rebuild(root: Path, formats: list[str], index: subprocess.Popen[bytes] | None = None) -> subprocess.Popen[bytes] | None:
+    "Build what changed, and only then, beside the next change, its index for search; a reference that leads nowhere is a warning."
+    if index:
+        index.kill()
+        index.wait()
     start = time.perf_counter()
     try:
-        if build(root, formats, quarto="no", draft=True, output=SERVED):
+        if build(root, formats, quarto="no", draft=True, output=SERVED, search=False):
             print(f"Built in {time.perf_counter() - start:.1f} s.", flush=True)
     except (BookError, OSError) as error:
         print(f"Not built: {error}. The last good site is still shown.", file=sys.stderr, flush=True)
+    site = root / SERVED
+    return subprocess.Popen(search_command(site, site), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) if site.exists() else None
 
 
-def watch(root: Path, formats: list[str], seconds: float = 0.7) -> None:
+def watch(root: Path, formats: list[str], seconds: float = 0.3, index: subprocess.Popen[bytes] | None = None) -> None:
     "Look again and again whether a source was saved."
     seen = snapshot(root)
     while True:
@@ -83,7 +90,7 @@ def watch(root: Path, formats: list[str], seconds: float = 0.7) -> None:
             changed = [path.name for path in now if now[path] != seen.get(path)]
             print(f"{', '.join(sorted(changed)[:3]) or 'A file'} changed.", flush=True)
             seen = now
-            rebuild(root, formats)
+            index = rebuild(root, formats, index)
 
 
 def main() -> int:
@@ -92,7 +99,7 @@ def main() -> int:
     parser.add_argument("--formats", default="html", help="which forms to keep up to date (default: html)")
     chosen = parser.parse_args()
     formats = chosen.formats.split(",")
-    rebuild(ROOT, formats)
+    index = rebuild(ROOT, formats)
     try:
         server = open_server(ROOT / SERVED, chosen.port)
     except BookError as error:
@@ -101,7 +108,7 @@ def main() -> int:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"The book is at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends).", flush=True)
     try:
-        watch(ROOT, formats)
+        watch(ROOT, formats, index=index)
     except KeyboardInterrupt:
         server.shutdown()
     return 0

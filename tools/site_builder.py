@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from string import Template
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Iterator
+from urllib.parse import unquote
 
-from book import Book, BookError, Page
+from book import Book, BookError, Page, busy
 from finish import finish
 from pandoc import HERE, Parsed, Workshop
 
@@ -20,22 +24,31 @@ THEME = HERE / "theme"
 ASSETS = ("book.css", "site.css", "theme.js", "site.js", "favicon.svg")
 
 
-def build_site(work: Workshop, site: Path, downloads: list[Path]) -> None:
-    "Write the whole site into the empty folder `site`."
-    template = Template((THEME / "page.html").read_text(encoding="utf-8"))
-    for parsed in work.parsed:
-        body = work.fragment(parsed)
-        target = site / parsed.page.url
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
-        copy_pictures(work, parsed.page, body, site)
+def build_site(work: Workshop, site: Path, downloads: dict[str, Future[Path]], search: bool) -> None:
+    "Write the whole site into the empty folder `site`; the index is made from plain pages while they are finished."
     (site / "assets").mkdir()
     for name in ASSETS:
         shutil.copyfile(THEME / name, site / "assets" / name)
-    for file in downloads:
-        shutil.copyfile(file, site / f"{work.book.name}{file.suffix}")
-    finish(site, work.book.root, work.cache / "katex.json")
-    index_for_search(site)
+    with TemporaryDirectory(dir=work.cache) as folder:
+        plain = Path(folder)
+        write_pages(work, plain, site, list(map(Path, downloads)))
+        with index_for_search(plain, site) if search else nullcontext():
+            for name, file in downloads.items():
+                shutil.copyfile(file.result(), site / name)
+            busy("Finishing the pages")
+            finish(site, work.book.root, work.cache / "katex.json", plain)
+            busy("Finishing the index for search")
+
+
+def write_pages(work: Workshop, plain: Path, site: Path, downloads: list[Path]) -> None:
+    "Write each page in its frame into `plain`, and the pictures that it shows into `site`."
+    template = Template((THEME / "page.html").read_text(encoding="utf-8"))
+    for parsed in work.parsed:
+        body = work.body(parsed)
+        for folder in (plain, site):
+            (folder / parsed.page.url).parent.mkdir(parents=True, exist_ok=True)
+        (plain / parsed.page.url).write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
+        copy_pictures(work, parsed.page, body, site)
 
 
 # One page ---------------------------------------------------------------------------------------------------------
@@ -54,7 +67,8 @@ def page_values(work: Workshop, parsed: Parsed, body: str, downloads: list[Path]
 
 
 def numbered(parsed: Parsed) -> str:
-    return f"{parsed.page.number} {parsed.title}".strip()
+    page = parsed.page
+    return f"{'Appendix ' * (page.appendix and bool(page.number))}{page.number} {parsed.title}".strip()
 
 
 def neighbours(work: Workshop, page: Page) -> tuple[Parsed | None, Parsed | None]:
@@ -146,7 +160,7 @@ def toc_link(entry: dict[str, Any]) -> str:
 def copy_pictures(work: Workshop, page: Page, body: str, site: Path) -> None:
     "Copy every local picture that a page shows; a picture that is not there is an error."
     for source in re.findall(r'<(?:img|source)\b[^>]*\bsrc(?:set)?="([^":]+)"', body):
-        target = (site / page.file.parent / html.unescape(source)).resolve()
+        target = (site / page.file.parent / unquote(html.unescape(source))).resolve()
         name = target.relative_to(site.resolve())
         origin = work.pictures / name.name if name.parts[0] == "pictures" else work.book.root / name
         if not origin.exists():
@@ -155,9 +169,16 @@ def copy_pictures(work: Workshop, page: Page, body: str, site: Path) -> None:
         shutil.copyfile(origin, target)
 
 
-def index_for_search(site: Path) -> None:
-    "Let pagefind read the finished pages."
-    done = subprocess.run([sys.executable, "-m", "pagefind", "--site", str(site), "--exclude-selectors", ".equation, .katex, a.anchor"],
-                          capture_output=True, text=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        raise BookError(f"the search index could not be made ({(done.stderr or done.stdout).strip().splitlines()[-1:]}): reinstall pagefind with `make book`")
+def search_command(pages: Path, site: Path) -> list[str]:
+    "How pagefind reads the pages below one folder and writes their index for the site."
+    return [sys.executable, "-m", "pagefind", "--site", str(pages), "--output-path", str(site / "pagefind"), "--exclude-selectors", ".katex-html, .equation-number, annotation, a.anchor"]
+
+
+@contextmanager
+def index_for_search(pages: Path, site: Path) -> Iterator[None]:
+    "Let pagefind read the pages meanwhile, and wait for it at the end."
+    with subprocess.Popen(search_command(pages, site), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace") as process:
+        yield
+        said = process.communicate()[0]
+    if process.returncode:
+        raise BookError(f"the search index could not be made ({said.strip().splitlines()[-1:]}): reinstall pagefind with `make book`")
