@@ -1273,6 +1273,8 @@ class Checkpoints(Callback):
         if not (trainer.world.is_main and folder == trainer.folder): return
         for path in checkpoints(folder):
             if int(path.name[5:]) > trainer.step: _set_aside(path)
+        best = trainer.best[1] if trainer.best else None
+        _thin(folder, self.keep, best)     # a kill may have come between saving and this
 
 # %% ../nbs/11_training.ipynb #2c748fec
 @torch.no_grad()
