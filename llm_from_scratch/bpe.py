@@ -834,8 +834,9 @@ class RuledTokenizer(BPETokenizer):
             around = text[max(0, start - 1):start], text[stop:stop + 1]
             flags = self.rules.of(name)
             if flags["single_word"] and any(map(_WORD.match, around)): continue
-            if flags["lstrip"]: start = _SPACE_BEFORE.match(text, end, start).start()
-            if flags["rstrip"]: stop = _SPACE_AFTER.match(text, stop).end()
+            if flags["lstrip"] and (space := _SPACE_BEFORE.match(text, end, start)):
+                start = space.start()
+            if flags["rstrip"] and (space := _SPACE_AFTER.match(text, stop)): stop = space.end()
             yield name, start, stop
             end = stop
 

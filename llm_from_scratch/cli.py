@@ -851,10 +851,10 @@ def _opened(model: str, device: str | None) -> tuple[Any, Any]:
     from llm_from_scratch.bpe import EMBEDDED, load_tokenizer
     from llm_from_scratch.gpt import GPT
     from llm_from_scratch.tensors import best_device
-    device = device or best_device()
+    there = device or best_device()
     found = None if model in EMBEDDED else _checkpoint_of(Path(model))
-    if found is not None: return _from_checkpoint(found, device)
-    return GPT.from_pretrained(model, device=device), load_tokenizer(model)
+    if found is not None: return _from_checkpoint(found, there)
+    return GPT.from_pretrained(model, device=there), load_tokenizer(model)
 
 def _checkpoint_of(path: Path) -> Any:
     "The checkpoint that a path means, or the newest of a run that has not ended; else None."
