@@ -290,18 +290,29 @@ class _HeadNorm(nn.Module):
     "Scales vectors of `width` features, one or more a row, to length √width."
 
     def __init__(
-        self, width: int, eps: float = 1e-6, offset: float = 0.0,
+        self, width: int, eps: float = 1e-6, offset: float = 0.0, *,
+        heads: int | None = None,  # gains of their own for each of so many
+        centered: bool = False,    # a layer norm: each vector less its mean
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.eps, self.offset = eps, offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset, self.centered = eps, offset, centered
+        shape = (width,) if heads is None else (heads, width)
+        self.weight = nn.Parameter(torch.full(shape, 1.0 - offset))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
         gain = self.weight + self.offset if self.offset else self.weight
-        rows = x.unflatten(-1, (-1, len(gain)))
+        width = gain.shape[-1:]
+        rows = x.unflatten(-1, (-1, *width))
         # In one dtype, torch has a fused kernel, which computes in float32.
         gain = gain.to(x.dtype)
-        return F.rms_norm(rows, gain.shape, gain, self.eps).flatten(-2)
+        if gain.ndim == 1 and not self.centered and self.bias is None:
+            return F.rms_norm(rows, width, gain, self.eps).flatten(-2)
+        y = (F.layer_norm(rows, width, eps=self.eps) if self.centered
+             else F.rms_norm(rows, width, eps=self.eps)) * gain
+        if self.bias is not None: y = y + self.bias.to(x.dtype)
+        return y.flatten(-2)
 
 # %% ../nbs/06_attention.ipynb #a7d3c0e1
 @runtime_checkable
@@ -403,6 +414,10 @@ class MultiHeadAttention(nn.Module):
         qk_norm_full: bool = False,       # over all heads, not each by itself
         qk_norm_eps: float = 1e-6,        # added to the mean square
         qk_norm_offset: float = 0.0,      # added to the gains of these norms
+        qk_norm_heads: bool = False,      # gains of their own for each head
+        qk_norm_centered: bool = False,   # layer norms, not RMS norms
+        qk_norm_bias: bool = False,       # whether these norms add constants
+        qkv_clip: float | None = None,    # queries, keys, values within ± this
         scale: float | None = None,       # of the scores; by default 1/√d
         softcap: float | None = None,     # logit soft-capping at ± this
         sinks: bool = False,              # learn attention-sink logits
@@ -424,10 +439,12 @@ class MultiHeadAttention(nn.Module):
         self.key = Linear(d_model, K * d, bias)
         self.value = Linear(d_model, K * d, bias)
         self.output = Linear(n_heads * d, d_model, output_bias)
-        widths = (n_heads * d, K * d) if qk_norm_full else (d, d)
         self.query_norm, self.key_norm = (
-            _HeadNorm(width, qk_norm_eps, qk_norm_offset) if qk_norm else None
-            for width in widths)
+            _HeadNorm(n * d if qk_norm_full else d, qk_norm_eps, qk_norm_offset,
+                      heads=n if qk_norm_heads else None,
+                      centered=qk_norm_centered, bias=qk_norm_bias)
+            if qk_norm else None for n in (n_heads, K))
+        self.qkv_clip = qkv_clip
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
         self.rotary, self.position_bias = rotary, position_bias
 
@@ -438,6 +455,8 @@ class MultiHeadAttention(nn.Module):
         if not T: raise ValueError("an empty sequence: expected some tokens")
         _check_shape(positions, B, T)
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if (c := self.qkv_clip) is not None:
+            q, k, v = (y.clamp(-c, c) for y in (q, k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2)

@@ -229,7 +229,8 @@ def count_pretokens(
     texts: Text | Iterable[Text],           # a str is a text, a Path is a UTF-8 file
     pattern: str = GPT2_PATTERN,
     special_tokens: Sequence[str] = (),     # boundaries, not counted
-    workers: int = 1,                       # processes; for more, `if __name__ == "__main__":`
+    workers: int = 1,                       # processes; for more, `if __name__ == "__main__":`,
+                                            #   and a program that is in a file
     progress: bool = False,                 # show a bar
 ) -> Counter[str]:
     "How often each pre-token occurs, reading block by block."
@@ -239,7 +240,8 @@ def count_pretokens(
     total: Counter[str] = Counter()
     with _bar(None, "characters", progress) as bar:
         batches = _batches(texts, pattern, special_tokens, bar)
-        run = partial(_map_processes, workers=workers) if workers > 1 else map
+        several_at_once = workers > 1 and _can_spawn()
+        run = partial(_map_processes, workers=workers) if several_at_once else map
         for counts in run(count, batches): total.update(counts)
     return total
 
@@ -256,6 +258,11 @@ def _batches(
                 yield batch
                 batch, size = [], 0
     if batch: yield batch
+
+def _can_spawn() -> bool:
+    "Whether new processes can read the running program; not if it came through a pipe."
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    return path is None or os.path.exists(path)
 
 def _map_processes(function: Any, items: Iterable[Any], workers: int) -> Iterator[Any]:
     "`map` in other processes, with at most two items waiting for each."
@@ -787,6 +794,8 @@ def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
     }
 
 # %% ../nbs/03_bpe.ipynb #740cf1e6
+_FLAGS = ("lstrip", "rstrip", "single_word")
+
 @dataclass(frozen=True)
 class Rules:
     "What a `tokenizer.json` may ask for besides merges."
@@ -799,11 +808,10 @@ class Rules:
         "The flags of one special token."
         return {flag: name in getattr(self, flag) for flag in _FLAGS}
 
-_FLAGS = ("lstrip", "rstrip", "single_word")
+# %% ../nbs/03_bpe.ipynb #1044b4db
 _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\s*"), regex.compile(r"\s*")
 _WORD = regex.compile(r"\w")
 
-# %% ../nbs/03_bpe.ipynb #5d1c0a7f
 class RuledTokenizer(BPETokenizer):
     "A `BPETokenizer` that follows the `Rules` of a `tokenizer.json`."
     def __init__(self, vocab: Mapping[bytes, int], pattern: str,

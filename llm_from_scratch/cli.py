@@ -3,12 +3,14 @@
 # %% ../nbs/command.ipynb #6a249544
 from __future__ import annotations
 
-import difflib, inspect, io, logging, os, re, sys, traceback
+import difflib, inspect, io, logging, os, re, shutil, sys, traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import dropwhile, takewhile
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
@@ -128,8 +130,15 @@ def _parse(name: str, words: Sequence[str]) -> Callable[[], int | None]:
     flat = {name: value for part in vars(found).values() if is_dataclass(part)
             for name, value in vars(part).items()}
     arguments = {p: _made(hint, given.get(p, {}), flat) if is_dataclass(hint)
-                 else getattr(found, p) for p, hint in hints.items() if p != "return"}
+                 else _given(getattr(found, p)) for p, hint in hints.items() if p != "return"}
+    if "device" in arguments: _check_device(arguments["device"])
     return lambda: command.function(**arguments)
+
+class _Absent(str): "A text that was not given: `None` is a text, too."
+
+_ABSENT = _Absent()
+
+def _given(value: Any) -> Any: return None if value is _ABSENT else value
 
 def _rows(
     function: Callable[..., Any], hints: Mapping[str, Any], given: Mapping[str, Any],
@@ -139,8 +148,12 @@ def _rows(
     for p in inspect.signature(function).parameters.values():
         hint, value = hints[p.name], given.get(p.name, p.default)
         if is_dataclass(hint): yield from _parts(p.name, _flags(hint, given.get(p.name, {})))
-        else: yield p.name, _flag(hint, value, notes.get(p.name, "")), field(default=value)
+        else:
+            flag = _flag(hint, value, notes.get(p.name, ""))
+            if (hint, value) == (str | None, None): flag, value = _as_text(flag), _ABSENT
+            yield p.name, flag, field(default=value)
 
+# %% ../nbs/command.ipynb #3d8b1013
 _PARTS: dict[str, dict[str, tuple[str, ...]]] = {       # configuration -> part -> fields
     "TrainConfig": {
         "length": ("steps", "tokens", "seconds"),
@@ -165,6 +178,20 @@ def _parts(name: str, flags: Any) -> Iterator[tuple[str, Any]]:
     for part, names in parts.items():
         mine = [left.pop(n) for n in names or [*left] if n in left]
         yield part, make_dataclass(flags.__name__, mine)
+
+# %% ../nbs/command.ipynb #5fb6a074
+def _as_text(flag: Any) -> Any:
+    "The flag for a text that may be left out, without `None` as a word for that."
+    return Annotated[(str, *flag.__metadata__)]
+
+def _check_device(name: str | None) -> None:
+    "Misuse names the devices that there are, if this is none of them."
+    if name is None: return
+    import torch
+    there = ["cpu", *_accelerators()]
+    try: is_there = name.split(":")[0] in there and torch.empty(0, device=name) is not None
+    except (RuntimeError, AssertionError): is_there = False       # cuda:7
+    if not is_there: raise Misuse(f"there is no device {name!r} here, only {', '.join(there)}")
 
 # %% ../nbs/command.ipynb #3a154944
 _RULE = re.compile("[─-]+")                          # a line across tyro's box
@@ -204,9 +231,20 @@ def _say(*words: Any, end: str = "\n") -> None:
     sys.stdout.flush()
 
 def _note(text: str) -> None:
-    "Something for a person to know, beside the results."
-    sys.stderr.write(f"llmfs: {text}\n")
-    sys.stderr.flush()
+    "Something for a person to know, beside the results; no reason to stop if nobody listens."
+    with suppress(OSError):
+        sys.stderr.write(f"llmfs: {text}\n")
+        sys.stderr.flush()
+
+def _fill_closed_streams() -> set[str]:
+    """Put the null device where a stream was closed before the start, and say where.
+
+    Otherwise the next file that is opened would get the number of the stream."""
+    closed = {name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None}
+    for name in sorted(closed, key=("stdin", "stdout", "stderr").index):
+        nothing = open(os.devnull, "r+", encoding="utf-8")
+        setattr(sys, name, nothing)
+    return closed
 
 def _speak_utf8() -> None:
     "UTF-8 in pipes and files; in another encoding, an escape for what it does not have."
@@ -218,7 +256,7 @@ def _speak_utf8() -> None:
 
 def _heard() -> str:
     "Standard input as text; nothing if a person sits there."
-    if sys.stdin is None or sys.stdin.isatty(): return ""
+    if sys.stdin.isatty(): return ""
     binary = getattr(sys.stdin, "buffer", None)                    # a test may have none
     data = binary.read() if binary else sys.stdin.read().encode()
     try: return data.decode("utf-8-sig")
@@ -257,11 +295,13 @@ def main(
     llmfs ...
     0
     """
-    words = list(sys.argv[1:] if words is None else words)
-    debug, words = "--debug" in words, [word for word in words if word != "--debug"]
+    debug, words = _take_debug(list(sys.argv[1:] if words is None else words))
+    closed = _fill_closed_streams()
     _warn_in_one_line()
     try:
         _speak_utf8()
+        if "stdout" in closed and not _writes_files(words):
+            raise OSError("standard output is closed: there is nowhere to write to")
         try: status = _dispatch(words) or 0
         except SystemExit as e: status = int(e.code or 0)    # tyro has shown a page
         sys.stdout.flush()
@@ -271,8 +311,9 @@ def main(
         _drop_output()
         return 141
     except Exception as e:
-        if debug: traceback.print_exc()
-        else: _note(_sentence(e))
+        with suppress(OSError): traceback.print_exc() if debug else _note(_sentence(e))
+        try: sys.stdout.flush()
+        except OSError: _drop_output()                       # a full disk: say it once
         return 2 if isinstance(e, Misuse) else 1
 
 # %% ../nbs/command.ipynb #7a9a55b2
@@ -280,9 +321,8 @@ def _dispatch(words: Sequence[str]) -> int | None:
     "Run the subcommand that the first words name, or show a page."
     if not words or words[0] in ("-h", "--help"): return _say(_front_page())
     if words[0] == "--version": return _say(f"llmfs {_version()}")
-    for n in (2, 1):
-        if " ".join(words[:n]) in COMMANDS:
-            return _parse(" ".join(words[:n]), words[n:])()
+    name, rest = _command_in(words)
+    if name: return _parse(name, rest)()
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if group and (len(words) == 1 or words[1] in ("-h", "--help")):
         return _say(_listing("llmfs " + words[0], group))
@@ -291,6 +331,30 @@ def _dispatch(words: Sequence[str]) -> int | None:
     near = difflib.get_close_matches(wrong, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(dict.fromkeys(known))}"
     raise Misuse(f"there is no command {wrong!r}: {hint}")
+
+def _command_in(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    "The name of a subcommand, and the words behind it; no name if there is none such."
+    for n in (2, 1):
+        if (name := " ".join(words[:n])) in COMMANDS: return name, words[n:]
+    return "", words
+
+def _writes_files(words: Sequence[str]) -> bool:
+    "Whether a subcommand's result is in files, and what it prints may be lost."
+    name, _ = _command_in(words)
+    return bool(name) and "out" in inspect.signature(COMMANDS[name].function).parameters
+
+_TEXT_FLAGS = ("--prompt", "--pattern", "--stop", "--special")
+
+def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
+    "Whether `--debug` is asked for, and the words without it; it may also be a text."
+    end = words.index("--") if "--" in words else len(words)
+    if words == ["tokenizer", "encode", "--debug"]: return False, [*words[:2], "--", words[2]]
+    debug, kept = False, list[str]()
+    for word in words[:end]:
+        if word != "--debug": kept.append(word)
+        elif kept and kept[-1] in _TEXT_FLAGS: kept[-1] += f"={word}"
+        else: debug = True
+    return debug, kept + words[end:]
 
 def _version() -> str:
     from llm_from_scratch import __version__
@@ -365,7 +429,8 @@ def _train_tokenizer(
     size: str = "small",                 # of storyland's world
     vocab_size: int | None = None,       # tokens in all; bpe: 512, otherwise as many as come
     special: tuple[str, ...] = (END,),   # tokens that stand for no text; if <unk> is one, it
-                                         #   stands for words or characters never seen
+                                         #   stands for words or characters never seen, as
+                                         #   it does for words of all but storyland
     out: Path = Path("tokenizer.json"),  # the file to write
     json: bool = False,                  # print the result as JSON
 ) -> None:
@@ -375,10 +440,15 @@ def _train_tokenizer(
       llmfs tokenizer train --vocab-size 1024 --out tokenizer.json
       llmfs tokenizer train --kind chars --corpus my-texts/ --out chars.json"""
     from llm_from_scratch.bpe import BPETokenizer
-    from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer
+    from llm_from_scratch.text import (
+        ANY_TEXT_PATTERN, UNKNOWN, CharTokenizer, SpacedWordTokenizer,
+    )
     texts = _documents(corpus, "train", n, size)
+    if kind == "words" and corpus != "storyland" and UNKNOWN not in special:
+        special = (*special, UNKNOWN)
     if kind == "bpe": made: Any = BPETokenizer.train(texts, vocab_size or 512, special)
-    elif kind == "words": made = SpacedWordTokenizer.train(texts, vocab_size, special)
+    elif kind == "words":
+        made = SpacedWordTokenizer.train(texts, vocab_size, special, ANY_TEXT_PATTERN)
     elif vocab_size: raise Misuse("characters are as many as the text has: no --vocab-size")
     else: made = CharTokenizer.train(texts, special)
     made.save(out)
@@ -391,10 +461,11 @@ def _lines(given: Sequence[str]) -> Iterator[str]:
     if given:
         yield " ".join(given)
         return
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin.isatty() or getattr(sys.stdin, "name", "") == os.devnull:      # or closed
         raise Misuse("there is nothing to read: give a text, or send one through a pipe")
     for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
-        try: text = line.decode("utf-8") if isinstance(line, bytes) else line
+        mark = "-sig" if number == 1 else ""                # a byte-order mark is no text
+        try: text = line.decode(f"utf-8{mark}") if isinstance(line, bytes) else line
         except UnicodeDecodeError as e:
             raise ValueError(f"line {number} of standard input is not UTF-8: {e}") from e
         yield text.removesuffix("\n").removesuffix("\r")
@@ -575,22 +646,24 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     if {"-h", "--help"} & {*words}: words = []               # a page needs no run
     if "--resume" not in words:
         return {"shape": _shape(_peek(words, "--preset", "tiny")), "settings": _recipe(words)}
-    from llm_from_scratch.files import revived
+    from llm_from_scratch.files import read_json, reading, revived
     from llm_from_scratch.gpt import GPTConfig
     from llm_from_scratch.training import TrainConfig, renamed
     out = Path(_peek(words, "--out", "run"))
     path = out / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
-    saved = _json_file(path)
-    if missing := {"data", "shape", "settings"} - saved.keys():
-        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
-    settings = revived(TrainConfig, renamed(saved["settings"]))
+    with reading(path, "the description of a run"):
+        saved = read_json(path)
+        if missing := {"data", "shape", "settings"} - saved.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        settings = revived(TrainConfig, renamed(saved["settings"]))
+        TrainConfig(**settings)                  # checked while it is known whose they are
+        shape = GPTConfig.from_dict(saved["shape"])
+        given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
+        data = given or _data_of(out, saved["data"])
     settings |= _settings(_peek(words, "--config", ""))
-    shape = GPTConfig.from_dict(saved["shape"])
-    given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
-    return {"shape": vars(shape), "settings": settings,
-            "data": given or _data_of(out, saved["data"])}
+    return {"shape": vars(shape), "settings": settings, "data": data}
 
 def _data_of(out: Path, saved: str) -> Path:
     "Where the data of a run are; its `run.json` says so as seen from its folder."
@@ -835,7 +908,7 @@ def _generate(
     from llm_from_scratch.constraints import Constraint
     from llm_from_scratch.generation import stream
     made, table = _opened(model, device)
-    begun = (_heard().rstrip("\r\n") if prompt is None else prompt)
+    begun = (_heard().rstrip() if prompt is None else prompt)
     end = table.special_tokens.get(END)
     if end is None and not begun:
         raise Misuse(f"this tokenizer has no {END} to begin with: give a --prompt")
@@ -876,7 +949,10 @@ def _eval(
     if corpus == "storyland": n = EVAL_SIZE if n is None else n
     texts = list(_documents(corpus, split, n, size))
     facts = _measured(made, table, texts, size if corpus == "storyland" else None)
-    if json: return _say(json_text(facts))
+    if json: _say(json_text(facts))
+    if not isfinite(facts["loss"]):
+        raise ValueError(f"the loss is {facts['loss']}: the weights of {model} are damaged")
+    if json: return
     for name, unit in (("loss", "nats per token"), ("perplexity", "tokens to choose from"),
                        ("bits_per_byte", ""), ("above_floor", "nats per token")):
         if name not in facts: continue
@@ -918,7 +994,7 @@ def _info(
 ) -> None:
     """Tell what this machine is and what is installed on it.
 
-    Also which devices there are, and where things are kept.
+    Also which devices there are, where things are kept, and what is missing.
 
     A report of a mistake in the library should begin with it."""
     facts = _facts()
@@ -944,7 +1020,32 @@ def _facts() -> dict[str, dict[str, Any]]:
         "places": {"library": str(_library()),
                    **{f"model {name}": str(model_folder(name)) for name in EMBEDDED},
                    "downloads": str(_cache()), "set by": f"${CACHE_VARIABLE}"},
+        "missing": _missing(),
     }
+
+_PIP = "pip install 'llm-from-scratch[{}]'"
+_WANTED = {                                  # what it is good for, and how to get it
+    "matplotlib": ("figures", _PIP.format("plots")),
+    "IPython": ("figures in a notebook", _PIP.format("plots")),
+    "pooch": ("downloads", _PIP.format("hub")),
+    "lm_eval": ("the evaluation harness", _PIP.format("eval")),
+    "tokenizers": ("comparisons with Hugging Face", _PIP.format("dev")),
+    "transformers": ("comparisons with Hugging Face", _PIP.format("dev")),
+    "nbdev": ("editing the book", _PIP.format("dev")),
+}
+_PROGRAMS = {
+    "quarto": ("the book by Quarto; make book has its own builder", "https://quarto.org"),
+    "chromium": ("tests of the site", "a package of the system"),
+    "git": ("contributing", "a package of the system"),
+    "make": ("contributing", "a package of the system"),
+}
+
+def _missing() -> dict[str, str]:
+    "What is not installed: name → what it is good for, and how to get it."
+    absent = [name for name in _WANTED if find_spec(name) is None]
+    absent += [name for name in _PROGRAMS if shutil.which(name) is None]
+    every = {**_WANTED, **_PROGRAMS}
+    return {name: "{}: {}".format(*every[name]) for name in absent}
 
 # %% ../nbs/command.ipynb #02d2ce22
 _PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "regex", "tyro", "matplotlib",
@@ -959,13 +1060,18 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError: found[name] = "not installed"
     return found
 
+def _accelerators() -> list[str]:
+    "The kinds of device that torch can compute with besides the CPU."
+    import torch
+    found = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    return [name for name, is_there in found.items() if is_there]
+
 def _devices() -> dict[str, str]:
     "The accelerators that torch sees, and whether they agree with the CPU."
     import torch
     from llm_from_scratch.tensors import check_device
-    found = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(),
-             "mps": torch.backends.mps.is_available()}
-    seen = {name: check_device(name).verdict for name, there in found.items() if there}
+    seen = {name: check_device(name).verdict for name in _accelerators()}
     if "cuda" in seen: seen["cuda"] = f"{torch.cuda.get_device_name()}: {seen['cuda']}"
     return seen
 

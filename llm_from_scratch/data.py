@@ -3,11 +3,11 @@
 # %% ../nbs/05_data.ipynb #fba285c2
 from __future__ import annotations
 
-import mmap, os, shutil, struct, tempfile
+import gzip, logging, mmap, os, re, shutil, struct, tempfile, zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt64
 
 from llm_from_scratch.files import (
-    check_checksum, checksum, digest, finish_replacing, replacing,
+    check_checksum, checksum, digest, finish_replacing, parse_json, replacing,
 )
 from .text import Tokenizer, clean, pydoc_corpus, several
 
@@ -151,19 +151,60 @@ def split_documents(documents: Sequence[Any], split: str) -> Sequence[Any]:
     return documents[start:stop]
 
 # %% ../nbs/05_data.ipynb #dfd14be5
+_KINDS = (".txt", ".md", ".jsonl")          # each also as .gz
+
+def _kind(path: Path) -> str:
+    "The kind of a text file, by the end of its name in small letters."
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
 def _read(path: Path) -> str:
-    "The text of a UTF-8 file, with or without a byte-order mark."
-    try: return path.read_text(encoding="utf-8-sig")
+    "The text of a UTF-8 file, with or without a byte-order mark, packed or not."
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".gz": data = gzip.decompress(data)
+        return re.sub("\r\n?", "\n", data.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         byte = e.object[e.start]
         raise ValueError(f"{path} is not UTF-8: byte {byte:#04x} at {e.start:,}") from e
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{path} is not a whole gzip file: {e}") from e
+
+def _documents(path: Path) -> Iterator[str]:
+    "The texts of a file: one, or the field `text` of every line of a .jsonl."
+    if _kind(path) != ".jsonl": return iter([_read(path)])
+    lines = enumerate(_read(path).split("\n"), start=1)
+    return (_text_of(line, f"{path}, line {n}") for n, line in lines if line.strip())
+
+def _text_of(line: str, where: str) -> str:
+    try: text = parse_json(line).get("text")
+    except ValueError as e: raise ValueError(f"{where}: {e}") from e
+    if isinstance(text, str): return text
+    raise ValueError(f"{where}: expected a field \"text\" that is a string, got {text!r:.40}")
+
+# %% ../nbs/05_data.ipynb #9dce0c95
+def _text_files(folder: Path) -> tuple[list[Path], list[str]]:
+    "The text files of a folder in the order of their names, and the names of all others."
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=Path.as_posix)
+    names = {path: path.relative_to(folder) for path in files}
+    texts = {p: name for p, name in names.items()
+             if _kind(p) in _KINDS and not any(part[0] == "." for part in name.parts)}
+    return [*texts], [name.as_posix() for p, name in names.items() if p not in texts]
 
 def _from_files(path: Path, split: str) -> Iterator[str]:
-    "The documents of a file or of a folder's `.txt` files, in the order of their names."
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"), key=Path.as_posix)
-    if not files: raise ValueError(f"empty corpus: there is no .txt file in {path}")
-    if len(files) >= 3: return map(_read, split_documents(files, split))
-    return _from_texts(map(_read, files), split, str(path))
+    "The documents of a file or of a folder, in the order of their names."
+    files, others = ([path], []) if path.is_file() else _text_files(path)
+    if not files: raise ValueError(f"empty corpus: there is no {_any_kind()} file in {path}")
+    if others and split == "train":
+        logging.getLogger(__name__).warning(
+            "%s: left out %d of %d files, hidden or no %s, such as %s", path, len(others),
+            len(files) + len(others), _any_kind(), ", ".join(others[:3]))
+    if len(files) >= 3:
+        return chain.from_iterable(map(_documents, split_documents(files, split)))
+    texts = [text for file in files for text in _documents(file)]
+    if len(texts) >= 3: return iter(split_documents(texts, split))
+    return _from_texts(texts, split, str(path))
+
+def _any_kind() -> str: return ", ".join(_KINDS[:-1]) + f" or {_KINDS[-1]}"
 
 def _from_texts(texts: Iterable[str], split: str, name: str) -> Iterator[str]:
     "The parts of a few long texts that belong to `split`."
@@ -204,7 +245,7 @@ def load_corpus(
     else:
         names = ", ".join(["storyland", "pydoc", *sources])
         raise ValueError(f"there is no corpus or path {known!r}; known are {names}, "
-                         "and any folder of .txt files")
+                         "and any text file or folder of them")
     return islice(found, n)
 
 # %% ../nbs/05_data.ipynb #a3e6b87c

@@ -437,7 +437,7 @@ def cells(x: float, y: float, numbers: Any, show: int = 3, largest: float = 1.0)
 # %% ../nbs/figures.ipynb #a1f00006
 _STAGES = {"text": (0, 0, ""), "tokens": (1, 0, "T"), "ids": (2, 0, "T"),
            "vectors": (3, 0, "T × D"), "blocks": (3, 1, "T × D"),
-           "logits": (2, 1, "V"), "next token": (1, 1, "1")}
+           "logits": (2, 1, "T × V"), "next token": (1, 1, "1")}
 _TRAINING = {"loss": (2, 2, ""), "update": (3, 2, "")}
 # each: column, row, shape of what it gives
 

@@ -225,7 +225,7 @@ class Sampler(Config):
         "that is 0 or at least 0.001", lambda x: x == 0 or x >= 1e-3)] = 1.0
     top_k: PositiveInt | None = None          # keep so many tokens
     top_p: PositiveShare | None = None        # keep the best with this probability together
-    min_p: Probability | None = None          # keep those with this share of the best's
+    min_p: Probability | None = None          # keep those at this share of the best probability
     typical_p: PositiveShare | None = None    # keep those of typical surprise
     repetition_penalty: PositiveFloat = 1.0   # above 1: less of what prompt or text contain
     presence_penalty: float = 0.0             # above 0: less of what was written

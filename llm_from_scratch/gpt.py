@@ -42,11 +42,12 @@ from llm_from_scratch.tensors import (
 if TYPE_CHECKING: from typing_extensions import Self
 
 # %% auto #0
-__all__ = ['MIXERS', 'PRESETS', 'GPTConfig', 'GPT']
+__all__ = ['PRESETS', 'GPTConfig', 'GPT']
 
-# %% ../nbs/09_gpt.ipynb #93011853
+# %% ../nbs/09_gpt.ipynb #71e51323
 MIXERS: dict[str, Callable[..., nn.Module]] = {}         # what mixes positions, see below
 
+# %% ../nbs/09_gpt.ipynb #93011853
 @dataclass(frozen=True)
 class GPTConfig(Config):
     """Every choice that makes a model; checked when made, never changed afterwards.
@@ -99,7 +100,11 @@ class GPTConfig(Config):
     norm_offset: float = 0.0                # added to the weights of all norms
     qk_norm_full: bool = False              # over all heads of a position at once
     qk_norm_eps: NonNegativeFloat = 1e-6    # added to the mean square
+    qk_norm_heads: bool = False             # gains of their own for each head
+    qk_norm_centered: bool = False          # layer norms, not RMS norms
+    qk_norm_bias: bool = False              # constants in these norms
     # Factors
+    qkv_clip: PositiveFloat | None = None   # queries, keys and values within ± this
     attention_scale: PositiveFloat | None = None         # of attention scores; None: 1/√d
     embedding_scale: PositiveFloat = 1.0    # of token embeddings
     residual_scale: PositiveFloat = 1.0     # of what each branch adds to the stream
@@ -150,7 +155,9 @@ def _attention(c: GPTConfig, layer: int, scheme: PositionScheme) -> nn.Module:
         c.d_model, c.n_heads, c.kv_heads, d_head=c.head_width, bias=qkv_bias,
         output_bias=output_bias, dropout=c.dropout, rotary=scheme.rotary,
         position_bias=scheme.bias, qk_norm=c.qk_norm, qk_norm_full=c.qk_norm_full,
-        qk_norm_eps=c.qk_norm_eps, qk_norm_offset=c.norm_offset, scale=c.attention_scale,
+        qk_norm_eps=c.qk_norm_eps, qk_norm_offset=c.norm_offset,
+        qk_norm_heads=c.qk_norm_heads, qk_norm_centered=c.qk_norm_centered,
+        qk_norm_bias=c.qk_norm_bias, qkv_clip=c.qkv_clip, scale=c.attention_scale,
         softcap=c.softcap, sinks=c.sinks, window=c.window, layer=layer, backend=c.backend)
 
 

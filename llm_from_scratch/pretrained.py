@@ -148,7 +148,7 @@ def _shared_out(
     tensor = tensor.mT if line.transpose else tensor
     wanted, rows = [shapes[t] for t in targets], 1 if "{e}" in line.source else 0
     expected = list(wanted[0])
-    expected[rows] = sum(shape[rows] for shape in wanted)
+    if len(expected) > rows: expected[rows] = sum(shape[rows] for shape in wanted)
     if list(tensor.shape) != expected:
         raise ValueError(f"{line.source} has shape {tuple(tensor.shape)}, but what it fills, "
                          f"{' + '.join(targets)}, has {tuple(expected)}")

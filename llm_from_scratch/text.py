@@ -400,6 +400,7 @@ class CharTokenizer(TableTokenizer):
 WHITESPACE_PATTERN = r"\S+"
 WORD_PATTERN = r"\w+(?:['’]\w+)*|[^\w\s]"
 SPACED_PATTERN = rf"\s?(?:{WORD_PATTERN})"      # a word with the space before it
+ANY_TEXT_PATTERN = rf"{SPACED_PATTERN}|\s"      # … and any other white space by itself
 
 def split_words(
     text: str,

@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'OPTIMIZERS', 'evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer',
-           'save', 'load', 'plot_history']
+__all__ = ['evaluate', 'TrainConfig', 'DamagedCheckpoint', 'Callback', 'TrainResult', 'Trainer', 'save', 'load', 'plot_history']
 
 # %% ../nbs/11_training.ipynb #15cf680e
 def lm_loss(
@@ -95,12 +94,13 @@ def evaluate(
     model.train(was_training)
     return total, counted
 
-# %% ../nbs/11_training.ipynb #1ef86317
+# %% ../nbs/11_training.ipynb #29d7c0a2
 PRECISIONS: dict[str, torch.dtype | None] = {
     "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16,
     "float16": torch.float16}
 OPTIMIZERS: dict[str, Callable[[nn.Module, Any], list[torch.optim.Optimizer]]] = {}   # below
 
+# %% ../nbs/11_training.ipynb #1ef86317
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """Every choice of a training run; checked when made, never changed afterwards.
@@ -1273,6 +1273,8 @@ class Checkpoints(Callback):
         if not (trainer.world.is_main and folder == trainer.folder): return
         for path in checkpoints(folder):
             if int(path.name[5:]) > trainer.step: _set_aside(path)
+        best = trainer.best[1] if trainer.best else None
+        _thin(folder, self.keep, best)     # a kill may have come between saving and this
 
 # %% ../nbs/11_training.ipynb #2c748fec
 @torch.no_grad()

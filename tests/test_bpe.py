@@ -337,6 +337,13 @@ def test_workers_without_a_main_guard_say_so(tmp_path):
     assert done.returncode and '__main__' in done.stderr.strip().splitlines()[-1]
 
 
+def test_a_program_from_a_pipe_may_ask_for_workers():
+    "No process can read it again, so this one counts."
+    program = 'from llm_from_scratch.bpe import BPETokenizer\nprint(BPETokenizer.train(["low lower"] * 9, 259, workers=2).vocab_size)\n'
+    done = subprocess.run([sys.executable, '-'], input=program, capture_output=True, text=True, timeout=600, env={**os.environ, 'PYTHONPATH': str(Path(bpe.__file__).parent.parent)})
+    assert (done.stdout, done.stderr) == ('259\n', '')
+
+
 def test_line_ends_of_files_are_kept(tmp_path):
     (tmp_path/'a.txt').write_bytes(b'one\r\ntwo\rthree\n')
     assert count_pretokens(tmp_path/'a.txt') == {'one': 1, 'two': 1, 'three': 1, '\r': 2, '\n': 2}

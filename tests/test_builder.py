@@ -506,6 +506,8 @@ def test_rows_of_a_picture_are_read_whatever_their_filter():
 def test_a_map_that_begins_at_white_begins_at_black_in_the_dark():
     light, rich_in_color = heat_map(png(2, (0, (*BLUE, *WHITE)))), heat_map(png(2, (0, (*BLUE, 255, 255, 255, 0))))
     assert f'<image style="{dark.FLIP}"' in dark.dark_drawing(light) and dark.FLIP not in dark.dark_drawing(rich_in_color)
+    both = heat_map(png(1, (0, BLUE))) + light                 # a map that never reaches the end of its scale, and the scale
+    assert dark.dark_drawing(both).count(dark.FLIP) == 2
     assert "fill: #dddddd" in dark.dark_drawing(light) and "fill: #dddddd" in dark.dark_drawing(rich_in_color)      # letters turn, as in every drawing
 
 
@@ -906,6 +908,16 @@ def test_quarto_is_handed_the_epub_and_the_pdf(plain, monkeypatch, tmp_path):
     builder.build_quarto(load_book(plain.root), ["html", "epub", "pdf"], plain.root / "_site")
     assert asked["command"][:4] == ["quarto", "render", "--to", "html"]
     assert asked["files"] == {"small.epub": str(tmp_path / "x.epub"), "small.pdf": str(tmp_path / "y.pdf")}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not on PATH")
+def test_git_ignores_what_a_build_leaves_behind(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    left = ["_site/index.html", ".cache/x", ".quarto/x", "index.html", "nbs/01_one.html", "site_libs/x.js", "nbs/01_one_files/x.svg", "index_files/x", "nbs/01_one.quarto_ipynb"]
+    kept = ["tools/theme/page.html", "nbs/01_one.ipynb", "nbs/images/road.svg", "index.qmd"]
+    said = subprocess.run(["git", "check-ignore", *left, *kept], cwd=tmp_path, capture_output=True, text=True).stdout.split()
+    assert said == left
 
 
 def test_quartos_own_epub_loses_what_epub_forbids(tmp_path):

@@ -149,6 +149,8 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
     (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
     (['generate', '--top-p', '1.5'], 'top_p must be a number in (0, 1] or None, got 1.5', 2),
+    (['generate', '--device', 'tpu'], f"there is no device 'tpu' here, only {', '.join(['cpu', *cli._accelerators()])}", 2),
+    (['eval', '--device', 'cuda:77'], f"there is no device 'cuda:77' here, only {', '.join(['cpu', *cli._accelerators()])}", 2),
     (['generate', '--overflow', 'burst'], "invalid choice 'burst' for argument '--overflow'. Expected one of ('slide', 'error')", 2),
     (['generate', '--prompt'], "missing value for argument '--prompt'. Expected 1 values", 2),
     (['tokenizer', 'decode', 'seven'], "token ids are whole numbers, got 'seven'", 2),
@@ -157,7 +159,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['tokenizer', 'encode', '--tokenizer', 'nowhere', 'a'], "there is no tokenizer 'nowhere': expected a file, a folder with tokenizer.json, or storyland", 1),
     (['tokenizer', 'train', '--vocab-size', '9'], 'vocab_size=9 is too small: 256 bytes and 1 special tokens need 257', 1),
     (['tokenizer', 'train', '--kind', 'chars', '--vocab-size', '9'], 'characters are as many as the text has: no --vocab-size', 2),
-    (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any folder of .txt files", 1),
+    (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any text file or folder of them", 1),
     (['train', '--data', 'nowhere', '--steps', '1'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
     (['train', '--data', 'nowhere'], 'nowhere has no train.tok: llmfs data --out nowhere makes it', 1),
     (['train', '--steps', '1', '--lr', '0'], 'lr must be a number above 0, got 0.0', 2),
@@ -182,6 +184,19 @@ def test_debug_shows_where(call):
     out, err, status = call('tokenizer', 'decode', '100000', '--debug')
     assert (out, status) == ('', 1) and err.startswith('Traceback') and 'ValueError: id 100000' in err
     assert call('--debug', 'tokenizer', 'decode', 'x')[2] == 2
+
+
+@pytest.mark.parametrize('words, debug, kept', [
+    ('info --debug', True, ['info']), ('--debug info', True, ['info']), ('info --json --debug', True, ['info', '--json']), ('generate --prompt --debug', False, ['generate', '--prompt=--debug']),
+    ('tokenizer encode --debug', False, ['tokenizer', 'encode', '--', '--debug']), ('tokenizer encode a --debug', True, ['tokenizer', 'encode', 'a']),
+    ('tokenizer encode --debug -- --debug', True, ['tokenizer', 'encode', '--', '--debug'])])
+def test_debug_may_be_a_text(words, debug, kept): assert cli._take_debug(words.split()) == (debug, kept)
+
+
+def test_a_text_may_look_like_a_flag_or_like_nothing(call):
+    for text in 'None', '--debug', '-1':
+        assert f"'{text[0] if text[0] == '-' else text}' at position 0" in call('generate', '--prompt', text)[1]
+    assert "'-' at position 0" in call('tokenizer', 'encode', '--debug')[1] and "'None'" in call('tokenizer', 'encode', 'None')[1]
 
 
 def test_a_mistake_of_ours_is_a_sentence_too(call, monkeypatch):
@@ -296,6 +311,49 @@ def test_nobody_reads_at_all(words):
         assert (process.wait(600), process.stderr.read()) == (141, b'')
 
 
+CLOSED = '"$PY" -m llm_from_scratch.cli'
+
+
+def shell(line, folder):
+    done = subprocess.run(['sh', '-c', line.replace('llmfs', CLOSED)], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**ENVIRONMENT, 'PY': sys.executable}, timeout=600)
+    return done.stdout, done.stderr, done.returncode
+
+
+@posix
+@pytest.mark.parametrize('line, out, err, status', [
+    ('llmfs tokenizer encode Once >&-', '', 'llmfs: standard output is closed: there is nowhere to write to\n', 1), ('llmfs --version >&-', '', 'llmfs: standard output is closed: there is nowhere to write to\n', 1),
+    ('llmfs tokenizer encode Once 2>&-', '110\n', '', 0), ('llmfs tokenizer encode Zorro 2>&-', '', '', 1), ('llmfs tokenizer encode Zorro >&- 2>&-', '', '', 1),
+    ('llmfs tokenizer encode <&-', '', 'llmfs: there is nothing to read: give a text, or send one through a pipe\n', 2),
+    ('llmfs tokenizer train --kind chars --n 5 --out t.json >&- 2>&- <&-; cat t.json | head -c 11', '{"format": ', '', 0),
+    ('llmfs tokenizer encode Once > /dev/full', '', 'llmfs: no space left on device\n', 1)])
+def test_a_closed_or_full_stream(tmp_path, line, out, err, status):
+    if '/dev/full' in line and not os.path.exists('/dev/full'): pytest.skip('this system has no /dev/full')
+    assert shell(line, tmp_path) == (out, err, status)
+
+
+def test_a_note_that_nobody_hears_is_no_reason_to_stop(monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text): raise BrokenPipeError
+    monkeypatch.setattr('sys.stderr', Broken())
+    assert cli._note('said') is None
+
+
+def test_a_byte_order_mark_is_no_text(call):
+    once = call('tokenizer', 'encode', given='Once upon\nOnce\n')
+    assert call('tokenizer', 'encode', given='\ufeffOnce upon\nOnce\n') == once and once[1:] == ('', 0)
+    assert 'ufeff' in call('tokenizer', 'encode', given='Once\n\ufeffOnce\n')[1]              # anywhere else it is one
+
+
+def test_words_of_any_text_can_be_encoded_and_go_on_from_a_pipe(call, quick):
+    text = 'First  line,\n\n\n\tthen another.\n' * 40
+    assert call('tokenizer', 'train', '--kind', 'words', '--corpus', '-', '--out', 't.json', given=text)[2] == 0
+    assert call('data', '--corpus', '-', '--tokenizer', 't.json', '--out', 'words', given=text)[2] == 0
+    words = load_tokenizer('t.json')
+    assert words.decode(words.encode(text)) == text and words.decode(words.encode('First Zorro')) == 'First<unk>'
+    assert call('generate', '--max-new-tokens', 2, given='Once upon \n') == call('generate', '--max-new-tokens', 2, given='Once upon')
+    assert '<unk>' not in load_tokenizer('storyland').special_tokens
+
+
 # Generation -----------------------------------------------------------------------------------------------------
 
 def test_a_story(call, quick):
@@ -343,6 +401,19 @@ def test_a_story_comes_piece_by_piece(call, monkeypatch):
     monkeypatch.setattr(cli, '_say', lambda *words, end='\n': pieces.append(' '.join(words) + end))
     call('generate', '--prompt', 'Once upon a time', '--max-new-tokens', 20, '--seed', 3)
     assert len(pieces) > 10 and pieces[0] == 'Once upon a time'
+
+
+def test_a_result_that_is_no_number(call, quick, tmp_path):
+    "A model with NaN: JSON that every reader takes, and an exit status that says so."
+    model = GPT.from_pretrained('storyland')
+    model.token_embedding.weight.data[5] = float('nan')
+    model.save_pretrained(tmp_path/'bad')
+    load_tokenizer('storyland').save(tmp_path/'bad'/'tokenizer.json')
+    out, err, status = call('eval', '--model', 'bad', '--n', 3, '--json')
+    def strict(word): raise ValueError(word)
+    facts = json.loads(out, parse_constant=strict)
+    assert facts['loss'] is None and facts['tokens'] > 100 and (err, status) == ('llmfs: the loss is nan: the weights of bad are damaged\n', 1)
+    assert call('eval', '--model', 'bad', '--n', 3)[0::2] == ('', 1)
 
 
 # A run ----------------------------------------------------------------------------------------------------------
@@ -471,7 +542,8 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path):
     (tmp_path/'settings.json').write_text('{"floor": 0.2}', encoding='utf-8')
     (tmp_path/'data').mkdir(); (tmp_path/'data'/'train.tok').touch()
     assert cli._run_defaults(['--resume', '--out', str(tmp_path)])['settings'] == {'steps': 9, 'min_lr_ratio': .1, 'betas': (.9, .95)}
-    assert cli._run_defaults(['--config', str(tmp_path/'settings.json')])['settings'] == {'min_lr_ratio': .2}
+    settings = cli._run_defaults(['--config', str(tmp_path/'settings.json')])['settings']
+    assert settings['min_lr_ratio'] == .2 and 'floor' not in settings
 
 
 # The life of a run's folder -------------------------------------------------------------------------------------
@@ -661,7 +733,12 @@ def test_a_damaged_checkpoint_is_named_and_can_be_left_out(data, call, tmp_path)
     call('train', '--data', data, *TINY, '--steps', 6, '--save-every', 3)
     (tmp_path/'odd').mkdir()
     (tmp_path/'odd'/'run.json').write_text('{"data": "data"}', encoding='utf-8')
-    assert call('train', '--resume', '--out', 'odd') == ('', f"llmfs: {Path('odd', 'run.json')} is damaged: it has no settings, shape\n", 1)
+    described = f"llmfs: {Path('odd', 'run.json')} is not the description of a run: "
+    assert call('train', '--resume', '--out', 'odd') == ('', f'{described}it has no settings, shape\n', 1)
+    for wrong in '[]', '{', '{"data": 5, "shape": {}, "settings": []}', '{"data": "d", "shape": {}, "settings": {"steps": 5}}', '{"data": "d", "shape": {}, "settings": {"lr": "x"}}':
+        (tmp_path/'odd'/'run.json').write_text(wrong, encoding='utf-8')
+        out, err, status = call('train', '--resume', '--out', 'odd')
+        assert (out, status, err.count('\n')) == ('', 1, 1) and err.startswith(described), err
     file = tmp_path/'run'/'step-00000006'/'model.safetensors'
     file.write_bytes(file.read_bytes()[:-1])
     out, err, status = call('train', '--resume', '--steps', 8)
@@ -713,5 +790,9 @@ def test_info_is_for_people_and_programs(call, monkeypatch, tmp_path):
     assert facts['machine']['cores'] == os.cpu_count() and facts['places']['downloads'] == str(tmp_path/'here')
     import torch
     assert facts['versions']['torch'] == torch.__version__ and Path(facts['places']['model storyland']).is_dir()
+    assert facts['missing'].keys() <= {*cli._WANTED, *cli._PROGRAMS} and not facts['missing'].keys() & {'pooch', 'tokenizers'}
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    assert cli._missing()['pooch'] == "downloads: pip install 'llm-from-scratch[hub]'"
+    monkeypatch.undo(); monkeypatch.setenv('LLM_FROM_SCRATCH_CACHE', str(tmp_path/'here'))
     page = call('info')[0]
     assert all(f'\n  {name} ' in page for rows in facts.values() for name in rows)

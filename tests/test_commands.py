@@ -196,6 +196,14 @@ def test_no_release_without_notes_or_with_another_tag(tmp_path, version, changes
     with pytest.raises(release.Refused, match=re.escape(said)): released(tmp_path, version, changes, tag)
 
 
+def test_no_release_of_what_is_not_committed(tmp_path):
+    git = ['git', '-c', 'user.name=A', '-c', 'user.email=a@example.org', '-C', tmp_path]
+    for command in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'As it is']): subprocess.run([*git, *command], check=True)
+    release.committed(tmp_path)
+    (tmp_path/'new.txt').write_text('', encoding='utf-8')
+    with pytest.raises(release.Refused, match='new.txt is not committed'): release.committed(tmp_path)
+
+
 def test_a_python_that_does_not_run_is_missing(tmp_path, monkeypatch):
     "As with a version manager, whose commands exist and refuse."
     monkeypatch.setattr(release, 'supported', lambda: ['3.10', '3.99'])

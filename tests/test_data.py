@@ -1,5 +1,5 @@
 "Corpora, token files and batches: properties, downloads from a server on this machine, errors that say which."
-import hashlib, http.server, itertools, subprocess, sys, threading, tracemalloc
+import gzip, hashlib, http.server, itertools, subprocess, sys, threading, tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def test_splits_of_documents_partition_them(n):
 
 def test_a_folder_is_read_in_order_of_its_names(tmp_path):
     (tmp_path/'b').mkdir()
-    for name, text in ('b/1.txt', '\ufeffsecond'), ('a.txt', 'first'), ('c.txt', 'third\r\nline'), ('c.md', 'not text'): (tmp_path/name).write_bytes(text.encode())
+    for name, text in ('b/1.txt', '\ufeffsecond'), ('a.txt', 'first'), ('c.txt', 'third\r\nline'), ('c.pdf', 'not text'): (tmp_path/name).write_bytes(text.encode())
     assert [next(load_corpus(tmp_path, split)) for split in SPLITS] == ['first', 'second', 'third\nline']
     assert list(load_corpus(str(tmp_path/'a.txt'))) == ['first']
     with pytest.raises(ValueError, match=r'empty corpus: .*a\.txt is too short to have a test part'): load_corpus(tmp_path/'a.txt', 'test')
@@ -94,10 +94,30 @@ def test_a_folder_is_read_in_order_of_its_names(tmp_path):
     with pytest.raises(ValueError, match=r'c\.txt is not UTF-8: byte 0xe9 at 3'): list(load_corpus(tmp_path, 'test'))
 
 
+def test_text_files_of_every_kind(tmp_path, caplog):
+    "Packed or not, in capitals or not; what is hidden or of another kind is left out, and said once."
+    for name, text in ('A.TXT', b'one'), ('b.txt.gz', gzip.compress(b'two')), ('c.JSONL', b'\xef\xbb\xbf{"text": "three", "n": 1}\n\n{"text": "f\\u00f6ur"}\r\n'), ('d.md', b'five'), ('e.jsonl.GZ', gzip.compress(b'{"text": "six"}')):
+        (tmp_path/name).write_bytes(text)
+    for name in '.ipynb_checkpoints/a.txt', '.hidden.txt', 'f.pdf': (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_text('no text')
+    assert [list(load_corpus(tmp_path, split)) for split in SPLITS] == [['one', 'two', 'three', 'föur'], ['five'], ['six']]
+    assert [r.getMessage() for r in caplog.records] == [f'{tmp_path}: left out 3 of 8 files, hidden or no .txt, .md or .jsonl, such as .hidden.txt, .ipynb_checkpoints/a.txt, f.pdf']
+    (tmp_path/'one.jsonl').write_text('\n'.join(f'{{"text": "{i}"}}' for i in range(20)))
+    assert [list(load_corpus(tmp_path/'one.jsonl', split)) for split in SPLITS] == [[str(i) for i in range(18)], ['18'], ['19']]      # a line is a document
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.jsonl', b'{"text": "a"}\n{"txt": 1}', r'a\.jsonl, line 2: expected a field "text" that is a string, got None'), ('a.jsonl', b'[1]', r'a\.jsonl, line 1: expected a JSON object, got list'),
+    ('a.jsonl', b'{"text": 5}', 'got 5'), ('a.txt.gz', b'plain', r'a\.txt\.gz is not a whole gzip file'), ('a.txt.gz', gzip.compress(b'cut' * 99)[:-9], 'not a whole gzip file'),
+    ('a.md.gz', gzip.compress(b'\xff'), 'a.md.gz is not UTF-8: byte 0xff at 0')])
+def test_what_is_wrong_in_a_text_file_is_named(tmp_path, name, content, words):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError, match=words): list(load_corpus(tmp_path))
+
+
 def test_unknown_corpus_and_split_name_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"'nope'; known are storyland, pydoc, shakespeare, the-verdict"): load_corpus('nope')
     with pytest.raises(ValueError, match=r"no split 'dev'; there are train, validation, test"): load_corpus(split='dev')
-    with pytest.raises(ValueError, match='empty corpus: there is no .txt file'): load_corpus(tmp_path)
+    with pytest.raises(ValueError, match='empty corpus: there is no .txt, .md or .jsonl file'): load_corpus(tmp_path)
 
 
 def test_storyland_is_the_default_and_repeats():

@@ -25,6 +25,7 @@ LAYERED = dict(positions='rope', norm='layernorm', feed_forward='gelu', tie_embe
 ROPE = {'rope_type': 'default', 'rope_theta': 10_000.0}
 PARTIAL = {'rope_parameters': {**ROPE, 'partial_rotary_factor': 0.5}}
 WIDE = dict(head_dim=8)
+OWN_NORMS = dict(qk_norm=True, qk_norm_eps=1e-5, qk_norm_centered=True, qk_norm_heads=True)
 
 # family: transformers' class, its settings, ours, the parts of a layer, the ends of the model, where the layers are, fused rows in turns
 FAMILIES = {
@@ -73,6 +74,23 @@ FAMILIES = {
     'Cohere': ('Cohere', dict(logit_scale=0.25, rope_parameters=ROPE, layer_norm_eps=1e-5, tie_word_embeddings=True), dict(MODERN, norm='layernorm', norm_eps=1e-5, n_kv_heads=2, norm_order='parallel_shared', rope_layout='interleaved',
                                                                             logit_scale=0.25, tie_embeddings=True),
                {'input_layernorm': 'attention_norm', **SEPARATE, **GATED}, ENDS, 'model.layers', ''),
+    'Cohere with QK-norm': ('Cohere', dict(use_qk_norm=True, logit_scale=0.25, rope_parameters=ROPE, layer_norm_eps=1e-5, tie_word_embeddings=True),
+                            dict(MODERN, norm='layernorm', norm_eps=1e-5, n_kv_heads=2, norm_order='parallel_shared', rope_layout='interleaved', logit_scale=0.25, tie_embeddings=True, **OWN_NORMS),
+                            {'input_layernorm': 'attention_norm', **SEPARATE, **GATED, **QK_NORMS}, ENDS, 'model.layers', ''),
+    'StableLM with QK-norm': ('StableLm', dict(qk_layernorm=True, num_key_value_heads=2, use_qkv_bias=True, layer_norm_eps=1e-5, **PARTIAL),
+                              dict(MODERN, norm='layernorm', norm_eps=1e-5, norm_bias=True, qkv_bias=True, n_kv_heads=2, rope_fraction=0.5, **OWN_NORMS),
+                              {**NORMS, **SEPARATE, **GATED, 'self_attn.q_layernorm.norms.{e}': 'attention.query_norm', 'self_attn.k_layernorm.norms.{e}': 'attention.key_norm'}, ENDS, 'model.layers', ''),
+    'Phi with QK-norm': ('Phi', dict(qk_layernorm=True, intermediate_size=24, hidden_act='gelu_new', **PARTIAL),
+                         dict(LAYERED, feed_forward='gelu_tanh', norm_order='parallel_shared', rope_fraction=0.5, head_bias=True, qk_norm=True, qk_norm_eps=1e-5, qk_norm_centered=True, qk_norm_bias=True),
+                         {'input_layernorm': 'attention_norm', **{k: v for k, v in SEPARATE.items() if 'o_proj' not in k}, 'self_attn.dense': 'attention.output', 'mlp.fc1': 'feed_forward.up',
+                          'mlp.fc2': 'feed_forward.down', 'self_attn.q_layernorm': 'attention.query_norm', 'self_attn.k_layernorm': 'attention.key_norm'},
+                         {'model.embed_tokens': 'token_embedding', 'model.final_layernorm': 'norm', 'lm_head': 'head'}, 'model.layers', ''),
+    'OLMo, clipped': ('Olmo', dict(clip_qkv=0.3), dict(MODERN, norm='layernorm', norm_eps=1e-5, n_kv_heads=2, qkv_clip=0.3), {**SEPARATE, **GATED},
+                      {'model.embed_tokens': 'token_embedding', 'lm_head': 'head'}, 'model.layers', ''),
+    'Falcon with ALiBi': ('Falcon', dict(alibi=True, multi_query=False, new_decoder_architecture=False, parallel_attn=False, bias=True, ffn_hidden_size=24, tie_word_embeddings=True),
+                          dict(LAYERED, positions='alibi_scaled', tie_embeddings=True),
+                          {**NORMS, 'self_attention.query_key_value': FUSED, 'self_attention.dense': 'attention.output', 'mlp.dense_h_to_4h': 'feed_forward.up', 'mlp.dense_4h_to_h': 'feed_forward.down'},
+                          {'transformer.word_embeddings': 'token_embedding', 'transformer.ln_f': 'norm', 'lm_head': 'head'}, 'transformer.h', 'n_heads'),
     'Nemotron': ('Nemotron', dict(norm_eps=1e-5, **PARTIAL), dict(LAYERED, feed_forward='relu2', bias=False, norm_bias=True, norm_offset=1.0, n_kv_heads=2, rope_fraction=0.5),
                  {**NORMS, **SEPARATE, **TWO}, ENDS, 'model.layers', ''),
     'Granite': ('Granite', dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=4.0),
@@ -103,10 +121,10 @@ def lines_of(family, state):
     *_, parts, ends, layers, groups = FAMILIES[family]
     def kinds(there, here, turns=None):
         for kind in ('weight', 'bias'):
-            if f'{there}.{kind}'.replace('{i}', '0') in state: yield Weight(f'{there}.{kind}', ' '.join(f'{t}.{kind}' for t in here.split()), groups=turns)
+            if f'{there}.{kind}'.replace('{i}', '0').replace('{e}', '0') in state: yield Weight(f'{there}.{kind}', ' '.join(f'{t}.{kind}' for t in here.split()), groups=turns)
     lines = [line for there, here in ends.items() for line in kinds(there, here)]
     for there, here in parts.items(): lines += kinds(f'{layers}.{{i}}.{there}', ' '.join(f'blocks.{{i}}.{t}' for t in here.split()), (groups or 1) if ' ' in here else None)
-    if family == 'OLMo': lines += [Weight('', 'norm.weight', constant=1.0), Weight('', 'blocks.{i}.attention_norm.weight blocks.{i}.feed_forward_norm.weight', constant=1.0)]
+    if FAMILIES[family][0] == 'Olmo': lines += [Weight('', 'norm.weight', constant=1.0), Weight('', 'blocks.{i}.attention_norm.weight blocks.{i}.feed_forward_norm.weight', constant=1.0)]
     return lines
 
 

@@ -130,12 +130,12 @@ def test_the_first_cell_installs_what_is_missing_and_says_when_it_cannot(monkeyp
     cell, asked, missing = anywhere.first_cell(read_settings(nb.ROOT)), [], True
     def pip(command, **_):
         asked.append(command)
-        return subprocess.CompletedProcess(command, int(offline))
+        return subprocess.CompletedProcess(command, int(offline), stderr='ERROR: no route')
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None if missing else name)
     monkeypatch.setattr('subprocess.run', pip)
     monkeypatch.setattr('llm_from_scratch.figures.allow_missing_extras', lambda: asked.append('goes on'))
     offline = True
-    with pytest.raises(SystemExit, match='Is there a network'): exec(cell, {})
+    with pytest.raises(SystemExit, match='Is there a network.* ERROR: no route'): exec(cell, {})
     offline = False
     exec(cell, {})
     assert asked[1][:5] == [sys.executable, '-m', 'pip', 'install', '-q'] and asked[1][5].startswith('llm-from-scratch[notebooks] @ https://') and asked[2] == 'goes on'

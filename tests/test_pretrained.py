@@ -87,6 +87,7 @@ def test_each_tensor_is_used_exactly_once(hf):
     with pytest.raises(ValueError, match='nothing fills: position_embedding.weight'): load(without, [line for line in GPT2_WEIGHTS if 'wpe' not in line.source])
     with pytest.raises(ValueError, match='fills again: norm.weight'): load({**state, 'again': torch.zeros(16)}, [*GPT2_WEIGHTS, Weight('again', 'norm.weight')])
     with pytest.raises(ValueError, match='two lines'): load(state, [*GPT2_WEIGHTS, GPT2_WEIGHTS[0]])
+    with pytest.raises(ValueError, match=r'x.\{e\} has shape \(1, 3\), but what it fills, norm.weight, has \(16,\)'): load({**state, 'x.0': torch.zeros(3)}, [*GPT2_WEIGHTS, Weight('x.{e}', 'norm.weight')])
     with pytest.raises(ValueError, match='this model has no: nowhere'): load({**state, 'x': torch.zeros(1)}, [*GPT2_WEIGHTS, Weight('x', 'nowhere')])
     assert all(torch.equal(p, before[name]) for name, p in made.state_dict().items())          # nothing was copied before all was checked
     load({k: v for k, v in state.items() if k != 'lm_head.weight'})                            # a tied head may be left out

@@ -65,8 +65,8 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path):
 spec = importlib.util.spec_from_file_location('campaign', {str(HERE/'__main__.py')!r})
 campaign = importlib.util.module_from_spec(spec); spec.loader.exec_module(campaign)
 path = pathlib.Path({str(tmp_path/'kept.json')!r})
-campaign.Store(path, {{'state': 1}}).put('kills 0', {{'a': 1}}, 2.04)
-print(json.dumps([campaign.Store(path, {{'state': 1}}).get('kills 0'), campaign.Store(path, {{'state': 2}}).get('kills 0')]))"""
+campaign.Store(path, 'state').put('kills 0', {{'a': 1}}, 2.04)
+print(json.dumps([campaign.Store(path, 'state').get('kills 0'), campaign.Store(path, 'another').get('kills 0')]))"""
     assert campaign(code) == [{'piece': {'a': 1}, 'seconds': 2.0}, None]
 
 

@@ -56,6 +56,14 @@ def test_an_error_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
     assert load_checkpoint(tmp_path).step in (1, 2) and not list(tmp_path.glob('.step*'))
 
 
+def test_checkpoints_that_a_kill_kept_go_when_the_run_is_resumed(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(training, '_thin', lambda *args: None)
+        make(tmp_path, steps=6, save_every=2, keep=1).fit()
+    make(tmp_path, steps=6, save_every=2, keep=1).resume()
+    assert [p.name for p in checkpoints(tmp_path)] == ['step-00000006']
+
+
 def test_what_a_kill_left_is_never_taken_for_a_checkpoint_and_is_swept(tmp_path):
     half = tmp_path/'.step-00000009.0123abcd.tmp'
     half.mkdir(); (half/'model.safetensors').write_bytes(b'half')

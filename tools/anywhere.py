@@ -12,9 +12,11 @@ if importlib.util.find_spec("llm_from_scratch") is None:
     library = ("llm-from-scratch[notebooks] @ {repository}"
                "{archive}")
     pip = [sys.executable, "-m", "pip", "install", "-q", library]
-    if subprocess.run(pip).returncode: sys.exit(
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode: sys.exit(
         "This notebook needs the library llm-from-scratch, and pip could not "
-        "install it. Is there a network? (Kaggle: Settings, Internet on.)")
+        "install it. Is there a network? (Kaggle: Settings, Internet on.) "
+        f"The end of what pip said: {{done.stderr[-300:]}}")
     importlib.invalidate_caches()
 from llm_from_scratch.figures import allow_missing_extras
 allow_missing_extras()'''

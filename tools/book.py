@@ -6,6 +6,7 @@ import posixpath
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -59,9 +60,13 @@ class Page:
 
     def way(self, stem: str, place: str) -> str:
         "The way from this page to a place on a page of the book."
-        if stem == self.stem:
-            return f"#{place}"
-        return posixpath.relpath(f"{stem}.html", posixpath.dirname(self.stem) or ".") + (f"#{place}" if place else "")
+        here = self.stem
+        return f"#{place}" if stem == here else _way(here, stem) + (f"#{place}" if place else "")
+
+
+@lru_cache(maxsize=8192)
+def _way(here: str, stem: str) -> str:
+    return posixpath.relpath(f"{stem}.html", posixpath.dirname(here) or ".")
 
 
 @dataclass

@@ -79,7 +79,6 @@ def picture(text: str, ending: str, pictures: Path) -> str:
 
 # Pages ------------------------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=128)
 def cite(text: str, page: str) -> str:
     "Each citation as the page shows it; where it shows none, it stays as it is."
     shown = defaultdict(list)
@@ -112,6 +111,13 @@ def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries:
     else:
         text = path.read_text(encoding="utf-8")
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)
+    return with_sources(text, page, tuple(entries.items()))
+
+
+@lru_cache(maxsize=128)
+def with_sources(text: str, page: str, sources: tuple[tuple[str, str], ...]) -> str:
+    "The text with its citations in words, and behind it the sources that the page cites."
+    entries = dict(sources)
     text = REFS.sub(lambda _: _listed(entries.values()), cite(text, page))
     text = outside_code(re.sub(r"^(`{3,})\{=html\}\n.*?^\1$", "", text, flags=re.M | re.S), readable)
     text = re.sub(r"^(#+ .*?)\s*\{[#.][^}]*\}$", r"\1", text, flags=re.M)

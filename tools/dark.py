@@ -1,7 +1,7 @@
 """A heat map for the dark theme, drawn from the one for the light theme.
 
 Lines and letters turn their lightness around, as the style sheet does with every other drawing. The colors of the map stay
-(bright is still much) unless they begin at white, the color of the paper: then they begin at black."""
+(bright is still much) unless one of them is white, the color of the paper: then that is black."""
 
 from __future__ import annotations
 
@@ -66,11 +66,9 @@ def begins_at_white(png: bytes) -> bool:
 
 def dark_drawing(svg: str) -> str:
     "A drawing with heat maps as the dark theme shows it."
-    whites = [begins_at_white(base64.b64decode(m[1])) for m in MAP.finditer(svg)]
-    kept = () if any(whites) else WRITTEN
-    turn = iter(whites)
-    dark = MAP.sub(lambda m: m[0].replace("<image", f'<image style="{FLIP}"', 1) if next(turn) else m[0], svg)
-    pieces = re.split(r'("data:[^"]*")', dark)
+    turns = any(begins_at_white(base64.b64decode(m[1])) for m in MAP.finditer(svg))       # a map and its scale turn together
+    kept = () if turns else WRITTEN
+    pieces = re.split(r'("data:[^"]*")', svg.replace("<image", f'<image style="{FLIP}"') if turns else svg)
     pieces[::2] = [COLOR.sub(lambda m: m[0] if m[0].lower() in kept else flipped(m[0]), piece) for piece in pieces[::2]]
     return "".join(pieces).replace("<svg ", '<svg fill="#ffffff" ', 1)
 
@@ -91,7 +89,7 @@ def both_themes(text: str, page: Path, memory: Path) -> str:
 
 def _remembered(svg: str, memory: Path) -> str:
     "The dark form of a drawing, from `memory` where it was drawn before."
-    known = memory / f"{hashlib.sha256((svg + FLIP).encode()).hexdigest()[:20]}.svg"
+    known = memory / f"{hashlib.sha256(svg.encode() + Path(__file__).read_bytes()).hexdigest()[:20]}.svg"
     if not known.exists():
         memory.mkdir(parents=True, exist_ok=True)
         known.write_text(dark_drawing(svg), encoding="utf-8")

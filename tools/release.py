@@ -56,6 +56,12 @@ def ready(tag=None, root=ROOT):
     return version
 
 
+def committed(root=ROOT):
+    "`Refused` where the files are not those that the tag would hold."
+    changed = run('git', 'status', '--porcelain', cwd=root).splitlines()
+    if changed: raise Refused(f'{changed[0][3:]} is not committed, so the tag would hold something else; commit first')
+
+
 # Building ---------------------------------------------------------------------------------------------------------
 
 def build(out, root=ROOT):
@@ -128,6 +134,7 @@ def main(argv):
     parser.add_argument('--python', action='append', default=[], metavar='PATH', help='another Python to choose from')
     args = parser.parse_args(argv)
     version = ready(args.tag)
+    committed()
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     packages = build(DIST)

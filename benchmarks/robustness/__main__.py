@@ -2,7 +2,8 @@
 
 Kills commands, feeds tokenizers, damages files and takes streams and disks away; what came of it is stored in `results.json`,
 from which the page *Robustness* is drawn. An interrupted campaign goes on where it was: each finished piece is kept in
-`.cache/robustness.json`, as long as size and seed are the same and no file of the library or of this folder has changed.
+`.cache/robustness.json`, as long as its size is the same and no file of the library or of this folder has changed.
+Parts may run at the same time.
 """
 import argparse, hashlib, json, os, subprocess, sys, time
 from pathlib import Path
@@ -20,17 +21,21 @@ PARTS = 'kills', 'strings', 'damage', 'conditions'
 
 class Store:
     "Finished pieces of a campaign, on disk after each of them."
-    def __init__(self, path, about):
-        self.path, self.about = path, about
-        try: found = json.loads(path.read_text())
-        except (OSError, ValueError): found = {}
-        self.pieces = found['pieces'] if found.get('about') == about else {}
+    def __init__(self, path, about): self.path, self.about = path, about
 
-    def get(self, name): return self.pieces.get(name)
+    def pieces(self):
+        found = read_json(self.path)
+        return found['pieces'] if found.get('about') == self.about else {}
+
+    def get(self, name): return self.pieces().get(name)
 
     def put(self, name, piece, seconds):
-        self.pieces[name] = {'piece': piece, 'seconds': round(seconds, 1)}
-        write_json(self.path, {'about': self.about, 'pieces': self.pieces})
+        write_json(self.path, {'about': self.about, 'pieces': {**self.pieces(), name: {'piece': piece, 'seconds': round(seconds, 1)}}})
+
+
+def read_json(path):
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError): return {}
 
 
 def write_json(path, content):
@@ -86,14 +91,14 @@ def gathered(store, part, size):
     "A part's pieces put together: tallies add up, tables are joined."
     found, names = {}, [name for name, _ in pieces(part, size)]
     for name in names:
-        piece = store.get(name)['piece']
+        piece = store.get(kept(name, size))['piece']
         if part == 'strings': piece = {'strings': piece}
         for key, value in piece.items():
             if part == 'conditions': found[key] = value
             else:
                 found.setdefault(key, Tally())
                 found[key] += Tally(value['counts'], value['faults'])
-    return {key: value.to_json() if isinstance(value, Tally) else value for key, value in found.items()}, sum(store.get(name)['seconds'] for name in names)
+    return {key: value.to_json() if isinstance(value, Tally) else value for key, value in found.items()}, sum(store.get(kept(name, size))['seconds'] for name in names)
 
 
 def machine():
@@ -106,18 +111,20 @@ def machine():
 
 def campaign(parts, size):
     "Run what has not been run yet, and store what came of it."
-    known = json.loads(RESULTS.read_text(encoding='utf-8')) if RESULTS.exists() else {}
-    store = Store(KEPT, {'state': state(), 'size': size})
+    store, found = Store(KEPT, state()), {}
     for part in parts:
         for name, _ in pieces(part, size):
-            if store.get(name): continue
+            if store.get(kept(name, size)): continue
             start = clock()
             piece = one(name, size)
-            store.put(name, piece, clock() - start)
+            store.put(kept(name, size), piece, clock() - start)
             print(f'{clock() - start:6.0f} s  {name}', flush=True)
-        found, seconds = gathered(store, part, size)
-        known[part] = {'machine': machine(), 'date': time.strftime('%Y-%m-%d'), 'size': size, 'seconds': round(seconds), 'found': found}
-    return known
+        tallies, seconds = gathered(store, part, size)
+        found[part] = {'machine': machine(), 'date': time.strftime('%Y-%m-%d'), 'size': size, 'seconds': round(seconds), 'found': tallies}
+    return found
+
+
+def kept(name, size): return f'{name}, size {size}'
 
 
 def faults(found):
@@ -131,14 +138,14 @@ def faults(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('parts', nargs='*', default=PARTS, help=f'which of {", ".join(PARTS)}; all of them if none is named')
-    parser.add_argument('--size', type=float, default=1.0, help='a share of the whole; smaller ones are not stored')
+    parser.add_argument('--size', type=float, default=1.0, help='a share of the whole')
     parser.add_argument('--check', action='store_true', help='store nothing; exit status 1 where there is a fault')
     parser.add_argument('--piece', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.piece: return inside(args.piece, args.size)
     if unknown := set(args.parts) - set(PARTS): parser.error(f'there is no part {", ".join(sorted(unknown))}; there are {", ".join(PARTS)}')
     found = campaign(args.parts, args.size)
-    if args.size == 1 and not args.check: write_json(RESULTS, found)
+    if not args.check: write_json(RESULTS, {**read_json(RESULTS), **found})
     for line in (wrong := [*faults(found)]): print(line)
     return int(args.check and bool(wrong))
 

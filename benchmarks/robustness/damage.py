@@ -184,6 +184,8 @@ def write_log(folder):
 def write_run(folder):
     from dataclasses import asdict
     from llm_from_scratch.training import TrainConfig
+    (folder/'data').mkdir()
+    (folder/'data'/'train.tok').touch()
     run = {'data': 'data', 'shape': asdict(tiny().config), 'settings': asdict(TrainConfig(steps=10))}
     (folder/'run.json').write_text(json.dumps(run, indent=1))
 
@@ -409,8 +411,10 @@ def attempt(form, folder, n, seed, first=0):
     tally, number = Tally(), first
     while number < first + n:
         numbers = range(number, min(first + n, number + TOGETHER))
+        (folder/'results').unlink(missing_ok=True)
         status = ended(fork(lambda: several(form, home, numbers, seed, folder/'results'), folder/'said'), len(numbers) * SECONDS)
-        found = [json.loads(line) for line in (folder/'results').read_text().splitlines()] if (folder/'results').exists() else []
+        if not (folder/'results').exists(): raise SystemExit(f'{form.name}: {(folder/"said").read_text()}')
+        found = [json.loads(line) for line in (folder/'results').read_text().splitlines()]
         for i, row in enumerate(found): note(tally, form, row, numbers[i])
         number += len(found)
         if status and len(found) < len(numbers):
