@@ -1,6 +1,6 @@
 """The robustness campaign: `make campaign`, or `python benchmarks/robustness [--size SHARE] [kills|strings|damage|conditions ...]`.
 
-Kills commands, feeds tokenizers, damages files and takes streams and disks away; what came of it is stored in `results.json`,
+Kills commands, feeds tokenizers, damages files and takes streams and disks away; what came of it is stored in `results/campaign.json`,
 from which the page *Robustness* is drawn. An interrupted campaign goes on where it was: each finished piece is kept in
 `.cache/robustness.json`, as long as its size is the same and no file of the library or of this folder has changed.
 Parts may run at the same time.
@@ -14,7 +14,7 @@ sys.path.append(str(ROOT/'tools'))
 from machine import processor  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-RESULTS, KEPT = HERE/'results.json', ROOT/'.cache'/'robustness.json'
+RESULTS, KEPT = HERE/'results'/'campaign.json', ROOT/'.cache'/'robustness.json'
 WHOLE = {'kills': 1000, 'strings': 1_000_000, 'damage': 10_000}           # kills, strings, files of each format
 PARTS = 'kills', 'strings', 'damage', 'conditions'
 
