@@ -49,7 +49,11 @@ class DataParallel(ProcessGroup):
 def read_environment() -> tuple[int, int, int] | None:
     """Rank, number of processes, rank on this machine; None if this process is alone.
 
-    ValueError for an environment that says half of it."""
+    ValueError for an environment that says half of it.
+
+    >>> read_environment() is None             # this process is alone
+    True
+    """
     size, rank = _number("WORLD_SIZE"), _number("RANK", "SLURM_PROCID")
     known = {"RANK": rank, **{name: os.environ.get(name) for name in _MEETING}}
     missing = [name for name, value in known.items() if value is None]
