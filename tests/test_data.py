@@ -96,7 +96,7 @@ def test_a_folder_is_read_in_order_of_its_names(tmp_path):
 
 def test_text_files_of_every_kind(tmp_path, caplog):
     "Packed or not, in capitals or not; what is hidden or of another kind is left out, and said once."
-    for name, text in ('A.TXT', b'one'), ('b.txt.gz', gzip.compress(b'two')), ('c.JSONL', b'\xef\xbb\xbf{"text": "three", "n": 1}\n\n{"text": "f\\u00f6ur"}\r\n'), ('d.md', b'five'), ('e.jsonl.GZ', gzip.compress(b'{"text": "six"}')):
+    for name, text in ('A.TXT', b'one'), ('b.txt.gz', gzip.compress(b'two', mtime=0)), ('c.JSONL', b'\xef\xbb\xbf{"text": "three", "n": 1}\n\n{"text": "f\\u00f6ur"}\r\n'), ('d.md', b'five'), ('e.jsonl.GZ', gzip.compress(b'{"text": "six"}', mtime=0)):
         (tmp_path/name).write_bytes(text)
     for name in '.ipynb_checkpoints/a.txt', '.hidden.txt', 'f.pdf': (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_text('no text')
     assert [list(load_corpus(tmp_path, split)) for split in SPLITS] == [['one', 'two', 'three', 'föur'], ['five'], ['six']]
@@ -107,8 +107,8 @@ def test_text_files_of_every_kind(tmp_path, caplog):
 
 @pytest.mark.parametrize('name, content, words', [
     ('a.jsonl', b'{"text": "a"}\n{"txt": 1}', r'a\.jsonl, line 2: expected a field "text" that is a string, got None'), ('a.jsonl', b'[1]', r'a\.jsonl, line 1: expected a JSON object, got list'),
-    ('a.jsonl', b'{"text": 5}', 'got 5'), ('a.txt.gz', b'plain', r'a\.txt\.gz is not a whole gzip file'), ('a.txt.gz', gzip.compress(b'cut' * 99)[:-9], 'not a whole gzip file'),
-    ('a.md.gz', gzip.compress(b'\xff'), 'a.md.gz is not UTF-8: byte 0xff at 0')])
+    ('a.jsonl', b'{"text": 5}', 'got 5'), ('a.txt.gz', b'plain', r'a\.txt\.gz is not a whole gzip file'), ('a.txt.gz', gzip.compress(b'cut' * 99, mtime=0)[:-9], 'not a whole gzip file'),
+    ('a.md.gz', gzip.compress(b'\xff', mtime=0), 'a.md.gz is not UTF-8: byte 0xff at 0')])
 def test_what_is_wrong_in_a_text_file_is_named(tmp_path, name, content, words):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(ValueError, match=words): list(load_corpus(tmp_path))
