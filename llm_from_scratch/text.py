@@ -523,6 +523,9 @@ class SpacedWordTokenizer(WordTokenizer):
         """Write a `tokenizer.json`, which `tokenizers` and `transformers` read.
 
         They turn special tokens in *any* text into ids; `encode` never does."""
+        for name in self._ids.keys() & self._special.keys():
+            raise ValueError(f"the special token {name!r} is spelled like a word: "
+                             "in a tokenizer.json they would be one")
         content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
         write_text(tokenizer_file(path), content + "\n")
 
@@ -550,10 +553,6 @@ def tokenizer_file(path: str | os.PathLike[str]) -> Path:
 # %% ../nbs/02_text.ipynb #06d6c7c8
 def _to_hf(words: SpacedWordTokenizer) -> dict[str, Any]:
     table = {piece: i for i, piece in enumerate(words.pieces)}
-    if len(table) < words.vocab_size:
-        both = [name for name in words.special_tokens if name in words.pieces[:table[name]]]
-        raise ValueError(f"the special token {both[0]!r} is spelled like a word: "
-                         "in a tokenizer.json they would be one")
     split = {"type": "Split", "pattern": {"Regex": words.pattern}, "behavior": "Isolated",
              "invert": False}
     return {

@@ -332,10 +332,12 @@ def test_a_closed_or_full_stream(tmp_path, line, out, err, status):
 
 
 def test_a_note_that_nobody_hears_is_no_reason_to_stop(monkeypatch):
+    heard = []
     class Broken(io.StringIO):
-        def write(self, text): raise BrokenPipeError
+        def write(self, text): heard.append(text); raise BrokenPipeError
     monkeypatch.setattr('sys.stderr', Broken())
-    assert cli._note('said') is None
+    cli._note('said')
+    assert heard == ['llmfs: said\n']
 
 
 def test_a_byte_order_mark_is_no_text(call):

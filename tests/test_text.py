@@ -371,6 +371,13 @@ def test_files_of_other_pipelines_are_refused_by_the_part(tmp_path, change, word
     with pytest.raises(ValueError, match=f'tokenizer.json is no word-level tokenizer.json: .*({words})'): SpacedWordTokenizer.from_hf(tmp_path)
 
 
+def test_a_word_and_a_special_token_of_one_spelling_are_not_exported(tmp_path):
+    both = SpacedWordTokenizer(['a', ' b'], ['a'])
+    assert both.encode('a b') == [0, 1] and both.special_tokens == {'a': 2}
+    with pytest.raises(ValueError, match="'a' is spelled like a word"): both.to_hf(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_order_of_a_vocabulary_in_its_file_does_not_matter(tmp_path):
     HF_WORDS.to_hf(tmp_path)
     file = json.loads((tmp_path/'tokenizer.json').read_text(encoding='utf-8'))
