@@ -440,8 +440,7 @@ def _finite(content: Any) -> Any:
     return content
 
 # %% ../nbs/files.ipynb #d7c694a8
-_RESULTS = {"experiments": "nbs/results", "benchmarks": "benchmarks/results",
-            "robustness": "benchmarks/robustness/results"}
+_RESULTS = {"experiments": "nbs/results", "benchmarks": "benchmarks/results"}
 
 def results_folder(kind: str) -> Path:      # such as "benchmarks"
     "Where the stored results are: in the installed package, or else in the clone around it."

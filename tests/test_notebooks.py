@@ -20,7 +20,7 @@ from finish import read_settings
 from llm_from_scratch.figures import EXTRAS
 
 NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
-DATA = {'measurements': ['benchmarks/results/*', 'benchmarks/run.py'], 'robustness': ['benchmarks/robustness/results/*']}
+DATA = {'measurements': ['benchmarks/results/*', 'benchmarks/run.py'], 'robustness': ['benchmarks/results/robustness.json']}
 ALLOWANCE = 2              # a slower processor may use this many times the budget
 
 

@@ -1,6 +1,6 @@
 """The robustness campaign: `make campaign`, or `python benchmarks/robustness [--size SHARE] [kills|strings|damage|conditions ...]`.
 
-Kills commands, feeds tokenizers, damages files and takes streams and disks away; what came of it is stored in `results/campaign.json`,
+Kills commands, feeds tokenizers, damages files and takes streams and disks away; what came of it is stored in `../results/robustness.json`,
 from which the page *Robustness* is drawn. An interrupted campaign goes on where it was: each finished piece is kept in
 `.cache/robustness.json`, as long as its size is the same and no file of the library or of this folder has changed.
 Parts may run at the same time.
@@ -14,7 +14,7 @@ sys.path.append(str(ROOT/'tools'))
 from machine import processor  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-RESULTS, KEPT = HERE/'results'/'campaign.json', ROOT/'.cache'/'robustness.json'
+RESULTS, KEPT = HERE.parent/'results'/'robustness.json', ROOT/'.cache'/'robustness.json'
 WHOLE = {'kills': 1000, 'strings': 1_000_000, 'damage': 10_000}           # kills, strings, files of each format
 PARTS = 'kills', 'strings', 'damage', 'conditions'
 
@@ -62,7 +62,7 @@ def pieces(part, size):
     import conditions, damage, kills, strings
     n = {name: max(1, round(whole * size)) for name, whole in WHOLE.items()}
     if part == 'kills':
-        rounds = max(1, round(5 * size))
+        rounds = max(1, round(25 * size))
         for i in range(rounds): yield f'kills {i}', lambda i=i: {k: t.to_json() for k, t in kills.run(n['kills'] / rounds, i).items()}
     if part == 'strings':
         rounds = max(1, round(20 * size))
