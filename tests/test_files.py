@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from shapes import unchecked
 
@@ -353,6 +353,7 @@ def test_wrong_content_is_told_with_the_name_of_the_file(tmp_path, text):
     with pytest.raises(FileNotFoundError), reading('x', 'a size'): open(tmp_path/'none')
 
 
+@example({'loss': float('nan'), 'ends': [float('-inf'), (1.0, float('inf'))]})
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
 def test_json_is_json(content):
     def strict(word): raise ValueError(word)
