@@ -14,6 +14,7 @@ import llm_from_scratch.bpe as bpe
 from llm_from_scratch.bpe import (GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, compile_pattern, count_pretokens,
                                   learn_merges, load_tokenizer, merge_bytes, model_folder)
 from llm_from_scratch.data import fingerprint
+from llm_from_scratch.files import digest
 from llm_from_scratch.text import CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, pydoc_corpus
 
 INPUTS = []
@@ -637,3 +638,13 @@ def test_each_tokenizer_is_found_by_its_file(tmp_path):
     (tmp_path/'tokenizer.json').unlink()
     with pytest.raises(FileNotFoundError, match=r'there is no tokenizer .*: expected a file, a folder with tokenizer.json, or storyland'): load_tokenizer(tmp_path)
     assert load_tokenizer('storyland').vocab_size == 448 and model_folder('storyland').is_dir()
+
+
+@pytest.mark.parametrize('vocab', [{'a': 'x'}, {'a': [1]}, {'a': 0}, [], {bytes([b]).decode('latin-1'): b - 1 for b in range(256)}])
+def test_a_forged_file_is_named_whatever_it_holds(tmp_path, vocab):
+    content = {'pattern': GPT2_PATTERN, 'special_tokens': {}, 'vocab': vocab}
+    (tmp_path/'t.json').write_text(json.dumps({'format': 'llm_from_scratch.bpe', 'version': 1, 'sha256': digest(content), **content}), encoding='utf-8')
+    with pytest.raises(ValueError, match='t.json is not a saved BPETokenizer: '): BPETokenizer.load(tmp_path/'t.json')
+    (tmp_path/'encoder.json').write_text(json.dumps(vocab), encoding='utf-8')
+    (tmp_path/'vocab.bpe').write_text('#version: 0.2\n', encoding='utf-8')
+    with pytest.raises(ValueError, match="encoder.json, .*vocab.bpe is not GPT-2's pair of files: "): BPETokenizer.from_gpt2_files(tmp_path/'encoder.json', tmp_path/'vocab.bpe')

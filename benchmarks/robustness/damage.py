@@ -4,7 +4,7 @@ Each trial spoils one good file and reads it, in a child with little memory and 
 ValueError or OSError that names the file, or give what the whole file gives. Where a file carries no checksum, it may also
 give another value: that is counted, and said.
 """
-import functools, json, random, shutil, signal, sys
+import copy, functools, json, random, shutil, signal, sys
 
 from common import Tally, ended, fork, limited, scratch
 
@@ -305,7 +305,7 @@ def changed(content, path, draw):
     if way == 0: del node[key]
     elif way == 1 and isinstance(node, dict): node[f'{key}{draw.choice(["s", " ", "", "_"])}'] = node.pop(key)
     elif way == 2 and isinstance(node, list): node.insert(draw.randrange(len(node) + 1), node[key])
-    elif way == 3: node[key] = node[draw.choice([*node])] if isinstance(node, dict) else draw.choice(node)
+    elif way == 3: node[key] = copy.deepcopy(node[draw.choice([*node])] if isinstance(node, dict) else draw.choice(node))
     elif way == 4 and isinstance(node[key], (int, float)): node[key] = node[key] + draw.choice([-1, 1, .5]) if draw.random() < .5 else -node[key]
     else: node[key] = draw.choice(STRANGE)
     return content
@@ -383,10 +383,10 @@ def trial(form, home, good, wanted, number, seed):
     way, data = spoil(form, name, good[name], draw)
     path = home/name
     path.write_bytes(data)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try: outcome, said = judge(form, path, wanted)
     except Late: outcome, said = 'Late', ''
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     path.write_bytes(good[name])
     return {'file': name, 'way': way, 'outcome': 'unchanged' if data == good[name] and outcome == 'same' else outcome, 'said': said}
 
@@ -395,7 +395,7 @@ def several(form, home, numbers, seed, results):
     "Some trials in this process, each noted before the next begins."
     good = {p.name: p.read_bytes() for p in (home.rglob('*') if form.files is None else map(home.joinpath, form.files)) if p.is_file()}
     wanted = form.read(home/sorted(good)[0])
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     limited(MEMORY)
     with open(results, 'w') as file:
         for number in numbers:

@@ -312,8 +312,8 @@ def once(trial, home, number, draw, tally):
 
 
 def next_act(trial, folder):
-    "What a person types next: `--resume`, where a run has begun."
-    return trial.again if trial.name == 'train' and (folder/'run'/'run.json').exists() else trial.act
+    "What a person types next: `--resume`, where a run has a checkpoint."
+    return trial.again if trial.name == 'train' and list((folder/'run').glob('step-*')) else trial.act
 
 
 def recover(trial, folder, tally, way):
