@@ -17,7 +17,7 @@ class Tally:
     def fault(self, kind, example):
         self.counts[f'fault: {kind}'] += 1
         kept = self.faults.setdefault(kind, [])
-        if len(kept) < EXAMPLES: kept.append(str(example)[:600])
+        if len(kept) < EXAMPLES: kept.append((str(example).splitlines() or [''])[0][:200])         # no trace of another library, with paths of this machine
 
     def __iadd__(self, other):
         self.counts.update(other.counts)
