@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Union
 import regex
 
 from llm_from_scratch.files import (
-    digest, finish_replacing, plain, read_json, revived, write_text,
+    digest, finish_replacing, plain, read_json, reading, revived, write_text,
 )
 from llm_from_scratch.text import (
     CharTokenizer, SpacedWordTokenizer, Tokenizer, WordTokenizer, hf_added_tokens, several,
@@ -582,7 +582,8 @@ class BPETokenizer:
     @classmethod
     def from_gpt2_files(cls, encoder_json: _Path, vocab_bpe: _Path) -> BPETokenizer:
         "OpenAI's tokenizer from the two files published with GPT-2."
-        return cls(*_read_gpt2(Path(encoder_json), Path(vocab_bpe)))
+        with reading(f"{encoder_json}, {vocab_bpe}", "GPT-2's pair of files"):
+            return cls(*_read_gpt2(Path(encoder_json), Path(vocab_bpe)))
 
     def to_hf(self, path: _Path) -> None:
         "Write a `tokenizer.json`. Its readers turn special tokens in *any* text into ids."
@@ -707,7 +708,7 @@ def _save(tokenizer: BPETokenizer, path: _Path) -> None:
 
 # %% ../nbs/03_bpe.ipynb #a92577fd
 def _load(kind: type[BPETokenizer], path: _Path) -> BPETokenizer:
-    try:
+    with reading(path, "a saved BPETokenizer"):
         content = read_json(path)
         if content.pop("format", None) != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT!r}")
@@ -718,8 +719,6 @@ def _load(kind: type[BPETokenizer], path: _Path) -> BPETokenizer:
         vocab = {token.encode("latin-1"): i for token, i in content["vocab"].items()}
         rules = Rules(**revived(Rules, content["rules"])) if version == 2 else None
         return _made(kind, (vocab, content["pattern"], content["special_tokens"]), rules)
-    except (ValueError, KeyError) as e:
-        raise ValueError(f"{os.fspath(path)} is not a saved BPETokenizer: {e}") from e
 
 # %% ../nbs/03_bpe.ipynb #dd292fe7
 def byte_alphabet() -> dict[int, str]:

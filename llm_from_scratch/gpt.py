@@ -681,10 +681,20 @@ def _read_model(
         config, renamed = _understood(parse_json(written))
     tensors = _read_tensors(weights, written)
     _check_tokenizer(folder / "tokenizer.json", weights)
-    with torch.device("meta"): model = kind(config)              # no number is drawn
+    with reading(text, "the configuration of these weights"):
+        if config.n_layers > len(tensors):
+            raise ValueError(f"{config.n_layers} layers, but {len(tensors)} tensors")
+        model = _without_numbers(kind, config)
     try: tensors = renamed(model, tensors)
     except ValueError as e: raise ValueError(f"{weights}: {e}") from e
     _check_tensors(weights, tensors, model)
     numbers = torch.get_default_dtype()
     model.load_state_dict({k: t.to(numbers) for k, t in tensors.items()}, assign=True)
     return model.to(device).eval()
+
+
+def _without_numbers(kind: type[_G], config: GPTConfig) -> _G:
+    "A model whose parameters have shapes and no memory; ValueError if none can be so large."
+    try:
+        with torch.device("meta"): return kind(config)
+    except RuntimeError as e: raise ValueError(str(e).partition("\n")[0]) from e
