@@ -1029,8 +1029,8 @@ _WANTED = {                                  # what it is good for, and how to g
     "IPython": ("figures in a notebook", _PIP.format("plots")),
     "pooch": ("downloads", _PIP.format("hub")),
     "lm_eval": ("the evaluation harness", _PIP.format("eval")),
-    "tokenizers": ("comparisons with Hugging Face", _PIP.format("dev")),
-    "transformers": ("comparisons with Hugging Face", _PIP.format("dev")),
+    "tokenizers": ("comparisons with Hugging Face", _PIP.format("peers")),
+    "transformers": ("comparisons with Hugging Face", _PIP.format("peers")),
     "nbdev": ("editing the book", _PIP.format("dev")),
 }
 _PROGRAMS = {
@@ -1042,10 +1042,14 @@ _PROGRAMS = {
 
 def _missing() -> dict[str, str]:
     "What is not installed: name → what it is good for, and how to get it."
-    absent = [name for name in _WANTED if find_spec(name) is None]
+    absent = [name for name in _WANTED if not _is_installed(name)]
     absent += [name for name in _PROGRAMS if shutil.which(name) is None]
     every = {**_WANTED, **_PROGRAMS}
     return {name: "{}: {}".format(*every[name]) for name in absent}
+
+def _is_installed(package: str) -> bool:
+    try: return find_spec(package) is not None
+    except ImportError: return False                  # a finder that refuses it
 
 # %% ../nbs/command.ipynb #02d2ce22
 _PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "regex", "tyro", "matplotlib",

@@ -166,7 +166,7 @@ def test_a_picture_is_stored_with_what_drew_it_and_the_text_to_edit_does_not_sho
     assert 'drawn_from' not in (text := (tmp_path/'it.md').read_text(encoding='utf-8'))
     (tmp_path/'it.md').write_text(text + '\nMore.\n', encoding='utf-8')
     nb.update(path)
-    assert [c.metadata for c in nbformat.read(path, as_version=4).cells] == [drawn, {}, {}]
+    assert [c.metadata for c in nbformat.read(path, as_version=4).cells] == [drawn, {}, {}, {}]              # with the first cell of every notebook
 
 
 def notebook_with(source, *outputs): return {'cells': [{'cell_type': 'code', 'source': source, 'outputs': list(outputs)}]}

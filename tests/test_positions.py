@@ -299,7 +299,7 @@ def test_each_scheme_by_its_name():
     kinds = {name: tuple(type(part) for part in (s.embedding, s.rotary, s.bias)) for name, s in schemes.items()}
     nothing = type(None)
     assert kinds == {'none': (nothing,) * 3, 'sinusoidal': (SinusoidalPositions, nothing, nothing), 'learned': (LearnedPositions, nothing, nothing),
-                     'rope': (nothing, Rope, nothing), 'alibi': (nothing, nothing, Alibi)}
+                     'rope': (nothing, Rope, nothing), 'alibi': (nothing, nothing, Alibi), 'alibi_scaled': (nothing, nothing, Alibi)}
     rope = schemes['rope'].rotary
     assert torch.equal(rope.inverse_frequencies, rope_frequencies(2, 500.0) / 2) and (rope.layout, rope.width, rope.length) == ('interleaved', 2, 16)
     assert schemes['learned'].embedding.weight.shape == (16, 8) and schemes['alibi'].bias.n_heads == 2
