@@ -1271,6 +1271,7 @@ class Checkpoints(Callback):
     def resumed(self, trainer: Trainer, folder: Path) -> None:
         self.saved = trainer.step
         if not (trainer.world.is_main and folder == trainer.folder): return
+        _sweep(folder)
         for path in checkpoints(folder):
             if int(path.name[5:]) > trainer.step: _set_aside(path)
         best = trainer.best[1] if trainer.best else None

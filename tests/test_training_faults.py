@@ -60,8 +60,9 @@ def test_checkpoints_that_a_kill_kept_go_when_the_run_is_resumed(tmp_path, monke
     with monkeypatch.context() as m:
         m.setattr(training, '_thin', lambda *args: None)
         make(tmp_path, steps=6, save_every=2, keep=1).fit()
+    (tmp_path/'.step-00000004.0123abcd.tmp').mkdir()               # one that was on its way out
     make(tmp_path, steps=6, save_every=2, keep=1).resume()
-    assert [p.name for p in checkpoints(tmp_path)] == ['step-00000006']
+    assert [p.name for p in tmp_path.glob('*step-*')] == ['step-00000006']
 
 
 def test_what_a_kill_left_is_never_taken_for_a_checkpoint_and_is_swept(tmp_path):

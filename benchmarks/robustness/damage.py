@@ -307,7 +307,7 @@ def changed(content, path, draw):
     elif way == 2 and isinstance(node, list): node.insert(draw.randrange(len(node) + 1), node[key])
     elif way == 3: node[key] = copy.deepcopy(node[draw.choice([*node])] if isinstance(node, dict) else draw.choice(node))
     elif way == 4 and isinstance(node[key], (int, float)): node[key] = node[key] + draw.choice([-1, 1, .5]) if draw.random() < .5 else -node[key]
-    else: node[key] = draw.choice(STRANGE)
+    else: node[key] = copy.deepcopy(draw.choice(STRANGE))             # it may be changed in its turn
     return content
 
 
