@@ -156,7 +156,7 @@ def run(commands=COMMANDS, conditions=CONDITIONS, done=lambda command, row: None
                 if condition in missing: outcome, status, said = 'not possible here', None, missing[condition]
                 else: outcome, status, said = tell(home, command, condition, before, whole)
                 if condition == 'undisturbed' and command in WRITES: whole = tree(home/'now'/'folder')
-                row[condition] = {'outcome': outcome, 'status': status, 'said': said[:200].replace(str(home), '…')}
+                row[condition] = {'outcome': outcome, 'status': status, 'said': said.replace(str(home), '…').replace(sys.prefix, '…')[:200]}
             table[command] = row
             done(command, row)
     for command, row in table.items():
