@@ -48,7 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     beside = place.with_name(f"{start}{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "x+b") as file:
-            _hold(file.fileno())
+            if os.name == "posix": _lock(file)      # so that no other process sweeps it
             yield file
             file.flush(); os.fsync(file.fileno())
         _take_place(beside, place)
@@ -111,15 +111,21 @@ def _held(path: Path) -> Iterator[bool]:
         yield False                             # Windows removes no open file anyway
         return
     handle = os.open(path, os.O_RDONLY)
-    try: yield _hold(handle)
+    try: yield bool(_lock(handle))
     finally: os.close(handle)
 
-def _hold(handle: int) -> bool:
-    "Lock an open file until it is closed; False where another process has, or nobody can."
+def _lock(file: BinaryIO | int) -> bool | None:
+    "Lock an open file until it is closed. False: another process has it; None: nobody can."
     try:
-        import fcntl
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError): return False
+        if os.name == "nt":
+            import msvcrt
+            handle = file if isinstance(file, int) else file.fileno()
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return False if e.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) else None
     return True
 
 # %% ../nbs/files.ipynb #77f1356b
@@ -199,17 +205,8 @@ def _place(folder: str | os.PathLike[str]) -> tuple[int, str]:
 
 # %% ../nbs/files.ipynb #0c087a19
 def _take(file: BinaryIO) -> bool:
-    "Whether the lock of an open file is ours now; it ends when the file is closed."
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        return e.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-    return True
+    "Whether the lock of an open file is ours now; where nobody can lock, it is."
+    return _lock(file) is not False
 
 # %% ../nbs/files.ipynb #49a00def
 def checksum(

@@ -71,17 +71,17 @@ class GPTConfig(Config):
     norm_order: Annotated[str, OneOf(ORDERS)] = "pre"    # where norms stand
     feed_forward: Annotated[str, OneOf(FEED_FORWARDS)] = "gelu_tanh"
     positions: Annotated[str, OneOf(POSITIONS)] = "learned"
-    rope_base: PositiveFloat = 10_000.0     # the slowest clock: a turn in 2π · base tokens
+    rope_base: PositiveFloat = 10_000.0     # RoPE base θ: a larger one rotates more slowly
     rope_layout: Literal["half", "interleaved"] = "half"  # "half": pairs (i, i + half)
-    rope_fraction: PositiveShare = 1.0      # of each head that turns
+    rope_fraction: PositiveShare = 1.0      # of head dimensions rotated (partial rotary)
     rope_scaling: RopeScaling | None = None # for contexts beyond the trained one
-    bias: bool = True                       # constants in linear layers and norms
+    bias: bool = True                       # biases in linear layers and norms
     tie_embeddings: bool = True             # the head is the embedding table
     dropout: BelowOne = 0.0                 # one rate, wherever GPT-2 drops
     qk_norm: bool = False                   # normalize queries and keys
-    softcap: PositiveFloat | None = None    # of attention scores
-    sinks: bool = False                     # learn a score of looking nowhere
-    window: PositiveInt | None = None       # how far back a query may look; None: to the start
+    softcap: PositiveFloat | None = None    # logit soft-capping of attention scores
+    sinks: bool = False                     # learned attention-sink logits
+    window: PositiveInt | None = None       # keys a query attends to; None: all so far
     backend: Annotated[str, OneOf(BACKENDS)] = "sdpa"
 
     def __post_init__(self) -> None:
@@ -102,14 +102,14 @@ class GPTConfig(Config):
     qk_norm_eps: NonNegativeFloat = 1e-6    # added to the mean square
     qk_norm_heads: bool = False             # gains of their own for each head
     qk_norm_centered: bool = False          # layer norms, not RMS norms
-    qk_norm_bias: bool = False              # constants in these norms
+    qk_norm_bias: bool = False              # biases in these norms
     # Factors
     qkv_clip: PositiveFloat | None = None   # queries, keys and values within ± this
     attention_scale: PositiveFloat | None = None         # of attention scores; None: 1/√d
     embedding_scale: PositiveFloat = 1.0    # of token embeddings
     residual_scale: PositiveFloat = 1.0     # of what each branch adds to the stream
     logit_scale: PositiveFloat = 1.0        # of logits
-    logit_softcap: PositiveFloat | None = None           # of logits, bent to stay within ± this
+    logit_softcap: PositiveFloat | None = None           # soft-capping of logits, at ± this
     # Layers
     mixer: Annotated[str, OneOf(MIXERS)] = "attention"
     layers: Sequence[Mapping[str, Any]] = field(default=(), hash=False)  # exceptions, in turn
@@ -604,13 +604,12 @@ def write_model(
     tensors: Mapping[str, Tensor],          # name -> tensor
     tokenizer: Any = None,                  # whose ids the model reads
 ) -> None:
-    "Both files replace older ones together, or not at all."
+    "Write both files into a folder of `replacing_together`, which lets them count together."
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     marks = {"crc32": _model_checksum(config, tensors), "format": "pt"}
     if tokenizer is not None: marks["tokenizer"] = fingerprint(tokenizer)
-    with replacing_together(folder) as beside:
-        for name, data in zip(_FILES, (config.encode(), _as_bytes(tensors, marks))):
-            with replacing(beside / name) as file: file.write(data)
+    for name, data in zip(_FILES, (config.encode(), _as_bytes(tensors, marks))):
+        with replacing(folder / name) as file: file.write(data)
 
 # %% ../nbs/09_gpt.ipynb #2f281076
 def complain(what: str, names: Sequence[str]) -> None:

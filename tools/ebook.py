@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -35,7 +36,8 @@ def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
     context = {"mode": "book", "number_depth": book.number_depth, "pictures": work.pictures.relative_to(book.root).as_posix(),
                "first_ids": {p.page.file.as_posix(): next((h["id"] for h in p.headings), "") for p in work.parsed}}
     styles = [(THEME / name).read_text(encoding="utf-8") for name in theme]
-    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, work.bibliography(), args)
+    images = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(book.root.glob("nbs/images/*")) if path.is_file()]
+    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, images, work.bibliography(), args)
 
     def make() -> bytes:
         "The whole book as one document: every page inside its div, in reading order."
