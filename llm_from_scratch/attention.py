@@ -80,7 +80,7 @@ def attention_weights(
     >>> attention_weights(q, q, causal=True).tolist()
     [[[[1.0, 0.0], [0.5, 0.5]]]]
     """
-    _check(q, k, mask, causal, bias, sinks)
+    check_inputs(q, k, mask, causal, bias, sinks)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ _repeat_heads(k, q.shape[1]).mT * factor
     if softcap is not None: scores = softcap * (scores / softcap).tanh()
@@ -92,11 +92,11 @@ def attention_weights(
     return softmax(torch.cat([scores, sink], -1))[..., :-1]
 
 # %% ../nbs/06_attention.ipynb #a1bbe660
-def _check(
+def check_inputs(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool,
     bias: Tensor | None, sinks: Tensor | None,
 ) -> None:
-    "Refuse shapes that do not fit, by name."
+    "Refuse what does not fit together, by name."
     (B, H, T, d), (_, K, S, width) = q.shape, k.shape
     if not T or not S:
         raise ValueError(f"an empty sequence: {T} queries and {S} keys")
@@ -205,14 +205,27 @@ def _flex(
     return heads * kept.to(heads.dtype)
 
 # %% ../nbs/06_attention.ipynb #4e3cb17d
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float,
+    **scoring: Any,
+) -> Tensor:
+    "In tiles, without the matrix: the function of a later chapter."
+    from llm_from_scratch.flash import flash_attention
+    if dropout:
+        raise ValueError("flash attention in plain PyTorch has no dropout: "
+                         "use 'sdpa' or 'manual'")
+    result: Any = flash_attention(q, k, v, mask, **scoring)
+    return result
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "manual": _manual, "sdpa": _sdpa, "flex": _flex}
+    "manual": _manual, "sdpa": _sdpa, "flex": _flex, "flash": _flash}
 
 # %% ../nbs/06_attention.ipynb #af75ae8f
 def attention(
     q: Float[Tensor, "B H T d"],   # queries
     k: Float[Tensor, "B K S d"],   # keys; K divides H (grouped-query attention)
-    v: Float[Tensor, "B K S d"],   # values
+    v: Float[Tensor, "B K S e"],   # values; their width may be another
     mask: Bool[Tensor, "T S"] | Bool[Tensor, "B T S"]
         | Bool[Tensor, "B #H T S"] | None = None,  # True where a query attends
     *,
@@ -224,7 +237,7 @@ def attention(
     sinks: Float[Tensor, "H"] | None = None,  # learned attention-sink logits
     dropout: float = 0.0,          # dropout probability of attention weights
     backend: str = "sdpa",         # one of `BACKENDS`
-) -> Float[Tensor, "B H T d"]:
+) -> Float[Tensor, "B H T e"]:
     """Scaled dot-product attention, @eq-attention: weighted averages of values.
 
     A query that is fully masked gives zeros. Raises ValueError or TypeError for
@@ -235,7 +248,7 @@ def attention(
     >>> attention(q, q, v, causal=True).tolist()
     [[[[1.0, 1.0], [2.0, 2.0]]]]
     """
-    _check(q, k, mask, causal, bias, sinks)
+    check_inputs(q, k, mask, causal, bias, sinks)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} "
                          "do not pair up")
@@ -421,6 +434,7 @@ class MultiHeadAttention(nn.Module):
         scale: float | None = None,       # of the scores; by default 1/√d
         softcap: float | None = None,     # logit soft-capping at ± this
         sinks: bool = False,              # learn attention-sink logits
+        gated: bool = False,              # scale the heads by a sigmoid of x
         window: int | None = None,        # keys per query, its own included
         layer: int = 0,                   # the name of this layer for a cache
         backend: str = "sdpa",            # one of `BACKENDS`
@@ -438,6 +452,7 @@ class MultiHeadAttention(nn.Module):
         self.query = Linear(d_model, n_heads * d, bias)
         self.key = Linear(d_model, K * d, bias)
         self.value = Linear(d_model, K * d, bias)
+        self.gate = Linear(d_model, n_heads * d, bias) if gated else None
         self.output = Linear(n_heads * d, d_model, output_bias)
         self.query_norm, self.key_norm = (
             _HeadNorm(n * d if qk_norm_full else d, qk_norm_eps, qk_norm_offset,
@@ -494,7 +509,9 @@ class MultiHeadAttention(nn.Module):
             **self._scoring()}
         heads = (attend(q, k, v, positions, **options) if cache is None else
                  cache.attend(self.layer, q, k, v, positions, **options))
-        return self.output(heads.transpose(1, 2).flatten(2))
+        joined = heads.transpose(1, 2).flatten(2)
+        if self.gate is not None: joined = joined * self.gate(x).sigmoid()
+        return self.output(joined)
 
     def weights(
         self,
@@ -511,6 +528,14 @@ class MultiHeadAttention(nn.Module):
         _, mask, plan = _plan(
             q, k, positions, mask, self.window, self.position_bias)
         return attention_weights(q, k, mask, **plan, **self._scoring())
+
+    def cached_per_token(self) -> int:
+        "How many numbers a cache keeps of each token: its keys and values."
+        return 2 * self.n_kv_heads * self.d_head
+
+    def multiplied_per_key(self) -> int:
+        "How many numbers a token is multiplied with for each key."
+        return 2 * self.n_heads * self.d_head
 
     def extra_repr(self) -> str:
         "What the list of submodules does not show."
@@ -567,16 +592,17 @@ def _plan(
 
 def attend(
     q: Float[Tensor, "B H T d"],  # queries
-    k: Float[Tensor, "B K S d"],  # keys; the last T are those of the queries
-    v: Float[Tensor, "B K S d"],  # values
+    k: Float[Tensor, "B K S _"],  # keys; the last T are those of the queries
+    v: Float[Tensor, "B K S _"],  # values
     positions: Int[Tensor, "T"] | Int[Tensor, "#B T"]
         | None = None,            # (B, T): ragged rows
     *,
     mask: Tensor | None = None,   # replaces the default
     window: int | None = None,    # keys a query attends to, its own included
     position_bias: PositionBias | None = None,  # added to the scores
+    attention: Callable[..., Tensor] = attention,  # or what else attends
     **scoring: Any,               # as for `attention`
-) -> Float[Tensor, "B H T d"]:
+) -> Float[Tensor, "B H T _"]:
     "Causal `attention`, within the last `window` positions, without padding."
     S, mask, plan = _plan(q, k, positions, mask, window, position_bias)
     if S < k.shape[2]: k, v = k[:, :, -S:], v[:, :, -S:]
@@ -597,6 +623,8 @@ class Cache:
     torch.Size([1, 2, 3, 4])
     """
 
+    spare = 0  # how many tokens a layer with a window can take back
+
     def __init__(self) -> None:
         self._states: dict[Any, dict[str, Any]] = {}
         self._shared: dict[Any, Any] = {}  # what all layers need in one pass
@@ -613,9 +641,9 @@ class Cache:
     def update(
         self,
         layer: Any,
-        k: Float[Tensor, "B K T d"],  # keys of the new tokens
-        v: Float[Tensor, "B K T d"],  # values of the new tokens
-    ) -> tuple[Tensor, Tensor]:       # all kept, (B K S d), the new ones last
+        k: Float[Tensor, "B K T _"],  # keys of the new tokens
+        v: Float[Tensor, "B K T _"],  # values of the new tokens
+    ) -> tuple[Tensor, Tensor]:       # all kept, (B K S _), the new ones last
         "Add new keys and values; give back all that are kept."
         state = self.state(layer)
         if "keys" in state:
@@ -636,8 +664,8 @@ class Cache:
         self,
         layer: Any,
         q: Float[Tensor, "B H T d"],  # queries of the new tokens
-        k: Float[Tensor, "B K T d"],
-        v: Float[Tensor, "B K T d"],
+        k: Float[Tensor, "B K T _"],
+        v: Float[Tensor, "B K T _"],
         positions: Int[Tensor, "T"] | Int[Tensor, "#B T"]
             | None = None,            # of the new tokens
         *,
@@ -645,8 +673,9 @@ class Cache:
             | None = None,            # replaces the default
         window: int | None = None,    # keys per query, its own included
         position_bias: PositionBias | None = None,  # added to the scores
+        attention: Callable[..., Tensor] = attention,  # or what else attends
         **scoring: Any,               # as for `attention`
-    ) -> Float[Tensor, "B H T d"]:
+    ) -> Float[Tensor, "B H T _"]:
         """`update`, then `attention` of the new queries to the keys kept.
 
         Positions of shape (T,) go on where all rows are; (B, T) gives each row
@@ -656,14 +685,17 @@ class Cache:
         where, masked = self._where(layer, positions, k, keys), mask is not None
         if where is None:
             heads = attend(q, keys, values, mask=mask, window=window,
-                           position_bias=position_bias, **scoring)
+                           position_bias=position_bias, attention=attention,
+                           **scoring)
         else:
             bias, T = None, q.shape[2]
             if mask is None: mask = self._once(_last_visible, where, T, window)
             if position_bias is not None:
                 bias = self._once(_last_bias, where, T, position_bias, q.dtype)
             heads = attention(q, keys, values, mask, bias=bias, **scoring)
-        if window is not None and not masked: self.forget(layer, window - 1)
+        if window is not None and not masked:
+            self.state(layer)["window"] = window
+            self.forget(layer, window - 1 + self.spare)
         return heads
 
     def _once(self, make: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -697,6 +729,7 @@ class Cache:
     ) -> None:
         "Drop all but the last n positions of each row, now or in a later call."
         state = self.state(layer)
+        _check_apart(layer, state)
         if "keys" not in state: return  # a subclass keeps them in its own way
         at, S = state.get("positions"), state["keys"].shape[2]
         if at is None: kept: Any = slice(max(0, S - n), None)
@@ -706,6 +739,30 @@ class Cache:
             state["positions"] = self._once(torch.gather, at, 1, kept)
         for name in ("keys", "values"):
             state[name] = _columns(state[name], kept)
+
+    def truncate(
+        self,
+        n: int,  # of the tokens that were read last
+    ) -> None:
+        """Take back the last n tokens of each row, as if they were never read.
+
+        ValueError, before anything changes, for ragged rows and recurrent
+        layers, and for more than `spare` where a layer has a window."""
+        for layer, state in self._states.items():
+            _check_truncate(layer, state, n, self.spare)
+        for layer, state in self._states.items():
+            if "read" in state: state["read"] -= n
+            self.drop_last(layer, n)
+
+    def drop_last(
+        self,
+        layer: Any,
+        n: int,  # how many positions of each row go
+    ) -> None:
+        "Drop the last n positions of each row in one layer."
+        state = self.state(layer)
+        for name in {"keys", "values"} & state.keys():
+            state[name] = state[name][:, :, : state[name].shape[2] - n]
 
 # %% ../nbs/06_attention.ipynb #caf94f63
 def _pick(kept: Any, rows: Tensor, done: dict[int, Tensor]) -> Any:
@@ -730,7 +787,13 @@ def visible(
     attends = (distance >= 0) & (keys >= 0)[:, None]
     return attends if window is None else attends & (distance < window)
 
-# %% ../nbs/06_attention.ipynb #0ace214d
+# %% ../nbs/06_attention.ipynb #5a8a09f0
+def _check_apart(layer: Any, state: dict[str, Any]) -> None:
+    "A recurrent state, of a later chapter, cannot drop single positions."
+    if mixed := {"conv", "recurrent"} & state.keys():
+        raise ValueError(f"layer {layer} keeps all that it has read mixed in "
+                         f"one state ({', '.join(sorted(mixed))}): no position "
+                         "can be dropped")
 
 
 def _columns(memory: Tensor, kept: slice | Tensor) -> Tensor:
@@ -761,3 +824,19 @@ def _last_bias(
 def _latest(positions: Tensor, n: int) -> Tensor:
     "The columns of the n latest positions of each row, in order."
     return positions.topk(n, 1).indices.sort(1).values
+
+# %% ../nbs/06_attention.ipynb #e1600003
+#| code-fold: true
+#| code-summary: "Code that refuses what cannot be taken back"
+def _check_truncate(
+    layer: Any, state: dict[str, Any], n: int, spare: int,
+) -> None:
+    "ValueError for tokens that this layer cannot take back."
+    _check_apart(layer, state)
+    if n and "positions" in state:
+        raise ValueError(f"layer {layer} holds ragged rows, which have no last "
+                         "tokens in common: nothing can be taken back")
+    most = state.get("read", 0)
+    if "window" in state: most = min(most, spare)
+    if not 0 <= n <= most:
+        raise ValueError(f"layer {layer} can take back {most} tokens, got {n}")

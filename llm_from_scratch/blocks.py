@@ -381,10 +381,13 @@ class Block(nn.Module):
         if self.residual_scale != 1: h = h * self.residual_scale
         return self.dropout(h) if self.dropout.training else h
 
+# %% ../nbs/08_blocks.ipynb #d4a7e001
+DRAWN: list[type[nn.Module]] = [Linear, Embedding, LearnedPositions]
+
 # %% ../nbs/08_blocks.ipynb #20f8db8c
 @torch.no_grad()
 def init_weights(
-    model: nn.Module,                           # its tables and linear layers are drawn
+    model: nn.Module,                           # its layers of the kinds in `DRAWN`
     n_layers: int,                              # how many blocks write into the stream, L
     std: float = 0.02,                          # standard deviation of the weights
     generator: torch.Generator | None = None,   # draws the weights; None: torch's own
@@ -398,8 +401,10 @@ def init_weights(
     """
     if n_layers < 1: raise ValueError(f"expected at least one layer, got {n_layers}")
     for name, module in model.named_modules():
-        if not isinstance(module, (Linear, Embedding, LearnedPositions)): continue
+        if not isinstance(module, tuple(DRAWN)): continue
+        if module.weight.is_meta: continue          # no numbers, nothing to draw
         writes = name.rpartition(".")[2] in ("output", "down")
         scale = (2 * n_layers) ** -0.5 if writes else 1.0
-        module.weight.normal_(0.0, std * scale, generator=generator)
-        if isinstance(module, Linear) and module.bias is not None: module.bias.zero_()
+        drawn: Any = module
+        drawn.weight.normal_(0.0, std * scale, generator=generator)
+        if getattr(drawn, "bias", None) is not None: drawn.bias.zero_()

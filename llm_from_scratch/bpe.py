@@ -11,13 +11,13 @@ import os
 import sys
 import unicodedata
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib import resources
 from itertools import groupby, permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import regex
 
@@ -145,7 +145,7 @@ def _bar(total: int | None, unit: str, progress: bool) -> Any:
     from tqdm import tqdm
     return tqdm(total=total, unit=" " + unit, unit_scale=True, disable=not progress)
 
-def _checked(text: str) -> str:
+def checked_text(text: str) -> str:
     "The text, if it is one and has UTF-8 bytes."
     if not isinstance(text, str):
         raise TypeError(f"expected a text (str), got {type(text).__name__}")
@@ -184,7 +184,7 @@ def _read(source: Text) -> Iterator[str]:
                         f"got {type(source).__name__}")
 
 # %% ../nbs/03_bpe.ipynb #3dbce829
-def _any_of(special_tokens: Iterable[str]) -> regex.Pattern[str] | None:
+def any_of(special_tokens: Iterable[str]) -> regex.Pattern[str] | None:
     "An expression that finds special tokens, the longest first; None if there are none."
     longest_first = sorted(special_tokens, key=lambda s: (-len(s), s))
     return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
@@ -202,7 +202,7 @@ def _blocks(
     parts: Iterable[str], pattern: str, special_tokens: Sequence[str] = ()
 ) -> Iterator[str]:
     "Join parts of one text into blocks that can be tokenized apart."
-    special, hold = _any_of(special_tokens), max(map(len, special_tokens), default=0)
+    special, hold = any_of(special_tokens), max(map(len, special_tokens), default=0)
     cuts_known = pattern in (GPT2_PATTERN, GPT4_PATTERN)
     buffer, limit = "", _BLOCK
     for part in parts:
@@ -219,7 +219,7 @@ def _count_block(
     texts: list[str], pattern: str, special_tokens: tuple[str, ...]
 ) -> Counter[str]:
     "Count the pre-tokens of some blocks."
-    split, special = compile_pattern(pattern).findall, _any_of(special_tokens)
+    split, special = compile_pattern(pattern).findall, any_of(special_tokens)
     counts: Counter[str] = Counter()
     for text in texts:
         for segment in special.split(text) if special else [text]: counts.update(split(segment))
@@ -374,24 +374,15 @@ class BPETokenizer:
         if piece := reader.decode(b"", final=True): yield piece
 
     @cached_property
-    def _cache(self) -> _Cache: return _Cache(self.vocab)
+    def _cache(self) -> PieceCache:
+        return PieceCache(lambda piece: merge_bytes(piece.encode("utf-8"), self.vocab))
 
     def _ordinary(self, text: str) -> list[int]:
         cache = self._cache
         return [i for piece in self._split(text) for i in cache[piece]]
 
     def _allowed(self, names: Iterable[str] | str) -> list[str]:
-        "Check the names of allowed special tokens."
-        if names == "all": return list(self._special)
-        if isinstance(names, str):
-            raise TypeError("allowed_special is 'all' or a set of names, "
-                            f"got the string {names!r}")
-        names = list(names)
-        unknown = sorted(set(names) - set(self._special))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; "
-                             f"it has {list(self._special)}")
-        return names
+        return allowed_names(names, self._special)
 
     def encode(
         self,
@@ -399,7 +390,7 @@ class BPETokenizer:
         allowed_special: Iterable[str] | str = (),     # may become special tokens; or "all"
     ) -> list[int]:
         "The ids of a text. Raises ValueError at a lone surrogate."
-        special = _any_of(self._allowed(allowed_special))
+        special = any_of(self._allowed(allowed_special))
         try:
             if special is None: return self._ordinary(text)
             ids, start = [], 0
@@ -467,7 +458,7 @@ class BPETokenizer:
         Memory is bounded, but a run of white space is kept until it ends, and everything is
         kept if the pattern is neither `GPT2_PATTERN` nor `GPT4_PATTERN`."""
         names = self._allowed(allowed_special)
-        special, hold = _any_of(names), max(map(len, names), default=0)
+        special, hold = any_of(names), max(map(len, names), default=0)
         buffer, limit, seen = "", _PART, 0
         for text in [texts] if isinstance(texts, str) else texts:
             for start in range(0, len(text), _PART):
@@ -499,7 +490,7 @@ class BPETokenizer:
     def to_tiktoken(self, name: str = "llm_from_scratch") -> tiktoken.Encoding:
         "The same tokenizer as a `tiktoken.Encoding`. ValueError where it would give other ids."
         import tiktoken
-        _check_readable(self.pattern)
+        check_readable(self.pattern)
         for a, b in permutations(self._special, 2):
             if b.startswith(a):
                 raise ValueError(f"tiktoken does not say which of {a!r} and {b!r} it finds "
@@ -529,8 +520,8 @@ class BPETokenizer:
         threads: int | None = None,                      # None: as many as there are cores
     ) -> list[list[int]]:
         "The ids of many texts, by `tiktoken` on several threads; as `encode` gives for each."
-        special = _any_of(self._allowed(allowed_special))
-        texts = [_checked(text) for text in several(texts)]
+        special = any_of(self._allowed(allowed_special))
+        texts = [checked_text(text) for text in several(texts)]
         if special is None: return self._encode_all(texts, threads)
         segments = [segment for text in texts for segment in special.split(text)]
         encoded, out = iter(self._encode_all(segments, threads)), []
@@ -596,50 +587,84 @@ class BPETokenizer:
         return _from_hf(cls, tokenizer_file(path))
 
 # %% ../nbs/03_bpe.ipynb #d1277118
-def merge_bytes(
-    data: bytes,                        # one pre-token
-    ranks: Mapping[bytes, int],         # token → id, all single bytes among them
-    below: int = sys.maxsize,           # replay only merges whose id is lower
-) -> list[int]:
-    "Replay the merges in one piece, lowest id first, then leftmost: O(n log n)."
-    if (rank := ranks.get(data, below)) < below: return [rank]
-    n = len(data)
-    ends = list(range(1, n + 1))                # the part at i is data[i:ends[i]]
-    starts = list(range(-1, n))                 # the part that ends at j begins at starts[j]
-    wanted = [below] * n                        # what the part at i and the next would become
+NEVER = sys.maxsize                             # the rank of a pair that is not merged
+_Part = TypeVar("_Part", bytes, str)
+
+def merge_parts(
+    parts: Iterable[_Part],                     # what to begin with: bytes or characters
+    rank: Callable[[_Part, _Part], int],        # of two neighbors; `NEVER`: leave them
+) -> list[_Part]:
+    """Join neighbors, lowest rank first, then leftmost, until none may be: O(n log n).
+
+    >>> merge_parts("banana", lambda a, b: 0 if a + b == "an" else NEVER)
+    ['b', 'an', 'an', 'a']
+    """
+    parts = [*parts]
+    n = len(parts)
+    after, before = list(range(1, n + 1)), list(range(-1, n))    # neighbors of the part at i
+    wanted = [NEVER] * n                        # the rank of the part at i and the next
     heap: list[int] = []
     changed: Sequence[int] = range(n)
     while True:
         for i in changed:                       # offer the part at i and the next
-            j = ends[i]
-            wanted[i] = rank = ranks.get(data[i:ends[j]], below) if j < n else below
-            if rank < below: heapq.heappush(heap, rank * n + i)     # sorts by rank, then place
+            j = after[i]
+            wanted[i] = offer = rank(parts[i], parts[j]) if j < n else NEVER
+            if offer < NEVER: heapq.heappush(heap, offer * n + i)   # sorts by rank, then place
         if not heap: break
-        rank, i = divmod(heapq.heappop(heap), n)
+        offer, i = divmod(heapq.heappop(heap), n)
         changed = ()
-        if wanted[i] != rank: continue          # out of date
-        j = ends[i]
-        ends[i], wanted[j] = ends[j], below
-        starts[ends[i]] = i
-        changed = (starts[i], i) if i > 0 else (i,)
+        if wanted[i] != offer: continue         # out of date
+        j = after[i]
+        parts[i] += parts[j]
+        after[i], wanted[j] = after[j], NEVER
+        before[after[i]] = i
+        changed = (before[i], i) if i > 0 else (i,)
     out, i = [], 0
     while i < n:
-        out.append(ranks[data[i:ends[i]]])
-        i = ends[i]
+        out.append(parts[i])
+        i = after[i]
     return out
 
+# %% ../nbs/03_bpe.ipynb #8fb01d9b
+def merge_bytes(
+    data: bytes,                        # one pre-token
+    ranks: Mapping[bytes, int],         # token → id, all single bytes among them
+    below: int = NEVER,                 # replay only merges whose id is lower
+) -> list[int]:
+    "Replay the merges in one piece, lowest id first, then leftmost."
+    if ranks.get(data, below) < below: return [ranks[data]]
+    def rank(a: bytes, b: bytes) -> int:
+        new = ranks.get(a + b, below)
+        return new if new < below else NEVER
+    return [ranks[part] for part in merge_parts(map(_BYTE.__getitem__, data), rank)]
+
+_BYTE = [bytes([b]) for b in range(256)]
+
 # %% ../nbs/03_bpe.ipynb #6218ba99
-class _Cache(dict[str, list[int]]):
-    "Pre-token → ids, computed when first asked for."
-    def __init__(self, ranks: Mapping[bytes, int], limit: int = 1 << 18):
+class PieceCache(dict[str, list[int]]):
+    "Piece → ids, computed when first asked for."
+    def __init__(self, compute: Callable[[str], list[int]], limit: int = 1 << 18):
         super().__init__()
-        self.ranks, self.limit = ranks, limit
+        self.compute, self.limit = compute, limit
 
     def __missing__(self, piece: str) -> list[int]:
-        ids = merge_bytes(piece.encode("utf-8"), self.ranks)
+        ids = self.compute(piece)
         if len(self) >= self.limit: self.clear()
         if len(piece) <= 64: self[piece] = ids
         return ids
+
+# %% ../nbs/03_bpe.ipynb #2e91f43c
+def allowed_names(names: Iterable[str] | str, special_tokens: Iterable[str]) -> list[str]:
+    "The names of special tokens that a caller allows, where they exist."
+    known = list(special_tokens)
+    if names == "all": return known
+    if isinstance(names, str):
+        raise TypeError(f"allowed_special is 'all' or a set of names, got the string {names!r}")
+    names = list(names)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; "
+                         f"it has {known}")
+    return names
 
 # %% ../nbs/03_bpe.ipynb #5249feb8
 _PART = 1 << 16                                                 # characters to gather at a time
@@ -661,7 +686,7 @@ _ALIKE = regex.compile(rf"""(?x)
       | \{{ \d+ (?: ,\d* )? \}} (?![?+])
     )*""")
 
-def _check_readable(pattern: str) -> None:
+def check_readable(pattern: str) -> None:
     "ValueError for a pattern that other engines may read in another way than `regex`."
     if _ALIKE.fullmatch(pattern): return
     raise ValueError(f"the pattern {pattern!r} may mean something else to other programs: "
@@ -766,7 +791,7 @@ def _join_vocabulary(
 
 # %% ../nbs/03_bpe.ipynb #f7bb8348
 def _to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
-    _check_readable(tokenizer.pattern)
+    check_readable(tokenizer.pattern)
     rules, alphabet = getattr(tokenizer, "rules", Rules()), byte_alphabet()
     vocab = {_spell(token, alphabet): i for token, i in _by_id(tokenizer.vocab)}
     for name in vocab.keys() & tokenizer.special_tokens.keys():
@@ -811,6 +836,23 @@ class Rules:
 _SPACE_BEFORE, _SPACE_AFTER = regex.compile(r"(?r)\s*"), regex.compile(r"\s*")
 _WORD = regex.compile(r"\w")
 
+def find_added(
+    text: str,
+    names: regex.Pattern[str] | None,           # finds them, the longest first
+    flags_of: Callable[[str], Mapping[str, bool]],      # of one of them, by its name
+) -> Iterator[tuple[str, int, int]]:            # name, start, stop
+    "Added tokens in a text, with the white space that is theirs."
+    end = 0
+    for match in names.finditer(text) if names else ():
+        name, (start, stop) = match.group(), match.span()
+        around, flags = (text[max(0, start - 1):start], text[stop:stop + 1]), flags_of(name)
+        if flags["single_word"] and any(map(_WORD.match, around)): continue
+        if flags["lstrip"] and (space := _SPACE_BEFORE.match(text, end, start)):
+            start = space.start()
+        if flags["rstrip"] and (space := _SPACE_AFTER.match(text, stop)): stop = space.end()
+        yield name, start, stop
+        end = stop
+
 class RuledTokenizer(BPETokenizer):
     "A `BPETokenizer` that follows the `Rules` of a `tokenizer.json`."
     def __init__(self, vocab: Mapping[bytes, int], pattern: str,
@@ -821,28 +863,15 @@ class RuledTokenizer(BPETokenizer):
     def _state(self) -> tuple[Any, ...]: return *super()._state(), self.rules
 
     def _normal(self, text: str) -> str:
-        return unicodedata.normalize("NFC", _checked(text)) if self.rules.nfc else text
+        return unicodedata.normalize("NFC", checked_text(text)) if self.rules.nfc else text
 
     def _ordinary(self, text: str) -> list[int]: return super()._ordinary(self._normal(text))
-
-    def _found(self, text: str, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-        "Special tokens with the white space that is theirs: name, start and stop of each."
-        special, end = _any_of(names), 0
-        for match in special.finditer(text) if special else ():
-            name, (start, stop) = match.group(), match.span()
-            around = text[max(0, start - 1):start], text[stop:stop + 1]
-            flags = self.rules.of(name)
-            if flags["single_word"] and any(map(_WORD.match, around)): continue
-            if flags["lstrip"] and (space := _SPACE_BEFORE.match(text, end, start)):
-                start = space.start()
-            if flags["rstrip"] and (space := _SPACE_AFTER.match(text, stop)): stop = space.end()
-            yield name, start, stop
-            end = stop
 
     def encode(self, text: str, allowed_special: Iterable[str] | str = ()) -> list[int]:
         "The ids of a text. Raises ValueError at a lone surrogate."
         ids, end = [], 0
-        for name, start, stop in self._found(_checked(text), self._allowed(allowed_special)):
+        special = any_of(self._allowed(allowed_special))
+        for name, start, stop in find_added(checked_text(text), special, self.rules.of):
             ids += [*self._ordinary(text[end:start]), self._special[name]]
             end = stop
         return ids + self._ordinary(text[end:])
@@ -910,15 +939,16 @@ def _from_hf(kind: type[BPETokenizer], path: Path) -> BPETokenizer:
         model, added = file["model"], file.get("added_tokens") or []
         _check_part("file", file); _check_part("model", model)
         for token in added: _check_part("added token", token)
-        special = _added_ids(added, model["vocab"])
+        special = added_ids(added, model["vocab"])
+        _check_processor(file.get("post_processor"))
+        pattern = _hf_pattern(file.get("pre_tokenizer") or {})
+        rules = _rules(file.get("normalizer"), added)
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         both = special.keys() & ({a + b for a, b in merges} | {*byte_alphabet().values()})
         if both: raise ValueError(f"its added token {min(both)!r} is one of its merges, too")
         vocab, _ = _join_vocabulary(model["vocab"], merges, special)
         _check_merges(vocab, merges)
-        _check_processor(file.get("post_processor"))
-        pattern = _hf_pattern(file.get("pre_tokenizer") or {})
-        return _made(kind, (vocab, pattern, special), _rules(file.get("normalizer"), added))
+        return _made(kind, (vocab, pattern, special), rules)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is not a tokenizer.json of byte-level BPE: {e!r}") from e
     except ValueError as e: raise ValueError(f"cannot read {path}: {e}") from e
@@ -931,12 +961,14 @@ def _check_merges(vocab: Mapping[bytes, int], merges: Sequence[Sequence[str]]) -
             raise ValueError(f"its merges never make {a + b!r}, whose parts are merged to "
                              f"{a!r} and {b!r} before")
 
-def _added_ids(added: Sequence[Mapping[str, Any]], vocab: Mapping[str, int]) -> dict[str, int]:
+def added_ids(added: Sequence[Mapping[str, Any]], vocab: Mapping[str, int]) -> dict[str, int]:
     "Special tokens: name → id. ValueError for an id that `tokenizers` would not give."
     found: dict[str, int] = {}
+    n_new = 0
     for token in added:
         name = token["content"]
-        found[name] = vocab.get(name, len(vocab) + len(found.keys() - vocab.keys()))
+        found[name] = vocab.get(name, len(vocab) + n_new)
+        n_new += name not in vocab
         if token["id"] != found[name]:
             raise ValueError(f"its added token {name!r} has the id {token['id']}, by the "
                              f"order of the file it is {found[name]}")
@@ -997,7 +1029,7 @@ def _hf_pattern(pre: Mapping[str, Any]) -> str:
 
 def _covering(pattern: str) -> str:
     "The pattern with what lies between its matches as matches, too."
-    _check_readable(pattern)
+    check_readable(pattern)
     if pattern in (GPT2_PATTERN, GPT4_PATTERN) or pattern.endswith(_GAPS): return pattern
     return f"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+{_GAPS}"
 
@@ -1005,14 +1037,42 @@ def _covering(pattern: str) -> str:
 EMBEDDED: tuple[str, ...] = ("storyland",)    # models that come with the library
 
 def model_folder(source: _Path) -> Path:
-    "The folder of a model: one in `EMBEDDED` by its name, any other by its path."
+    "The folder of a model: embedded or pulled (@sec-hub) by its name, or any by its path."
     if source in EMBEDDED:
         return Path(str(resources.files("llm_from_scratch"))) / "models" / source
     if (folder := Path(source)).is_dir():
         finish_replacing(folder)
         return folder
-    raise FileNotFoundError(f"there is no model {os.fspath(source)!r}: expected a folder, "
-                            f"or one of {', '.join(EMBEDDED)}")
+    from llm_from_scratch.hub import CATALOG, is_pulled, pulled_folder
+    if str(source) not in CATALOG:
+        raise FileNotFoundError(f"there is no model {os.fspath(source)!r}: expected a folder, "
+                                f"or one of {', '.join([*EMBEDDED, *CATALOG])}")
+    if is_pulled(str(source)): return pulled_folder(str(source))
+    raise FileNotFoundError(f"the weights of {source} are not here: llmfs pull {source} gets "
+                            f"them; {EMBEDDED[0]} comes with the library")
+
+def gguf_file(source: _Path) -> Path | None:
+    "The GGUF file that a model's name, folder or path means; None if it is another model."
+    path = Path(source)
+    if source not in EMBEDDED and path.is_file():
+        return path if path.suffix == ".gguf" else None
+    folder = model_folder(source)
+    found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+# %% ../nbs/03_bpe.ipynb #2058d6cb
+def _is_pulled(source: _Path) -> bool:
+    "Whether this is the name of a model of the catalog. FileNotFoundError if it is not here."
+    if Path(source).exists(): return False
+    from llm_from_scratch.hub import CATALOG
+    return str(source) in CATALOG and model_folder(source).is_dir()
+
+def _from_gguf(path: Path) -> Tokenizer:
+    "The tokenizer in a GGUF file (@sec-gguf)."
+    from llm_from_scratch.gguf import GGUFFile, tokenizer_from_gguf
+    found = tokenizer_from_gguf(GGUFFile(path).metadata)
+    if found is None: raise ValueError(f"{path} holds no tokenizer")
+    return found
 
 # %% ../nbs/03_bpe.ipynb #1b604fa9
 def load_tokenizer(source: _Path) -> Tokenizer:
@@ -1022,16 +1082,29 @@ def load_tokenizer(source: _Path) -> Tokenizer:
     >>> words.decode(words.encode("Once upon a time"))
     'Once upon a time'
     """
-    path, known = Path(source), source in EMBEDDED
-    if known or path.is_dir(): path = model_folder(source) / "tokenizer.json"
+    path, named = Path(source), source in EMBEDDED or _is_pulled(source)
+    if named or path.is_dir() or path.suffix == ".gguf":
+        if (found := gguf_file(source)) is not None: return _from_gguf(found)
+        path = _tokenizer_in(model_folder(source))
     else: finish_replacing(path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer {os.fspath(source)!r}: expected a "
                                 f"file, a folder with tokenizer.json, or {', '.join(EMBEDDED)}")
     try: head = read_json(path)
-    except ValueError as e: raise ValueError(f"{path} is not a tokenizer: {e}") from e
+    except ValueError: head = {}                # no JSON, perhaps a file of others
     for kind in (CharTokenizer, WordTokenizer, SpacedWordTokenizer):
         if head.get("class") == kind.__name__: return kind.load(path)
-    if "model" not in head: return BPETokenizer.load(path)
-    by_words = isinstance(head["model"], dict) and head["model"].get("type") == "WordLevel"
-    return (SpacedWordTokenizer if by_words else BPETokenizer).from_hf(path)
+    if head.get("format") == _FORMAT: return BPETokenizer.load(path)
+    model = head.get("model")
+    if isinstance(model, dict) and model.get("type") == "WordLevel":
+        return SpacedWordTokenizer.from_hf(path)
+    from llm_from_scratch.tokenizer_files import read_tokenizer
+    return read_tokenizer(path)
+
+_NAMES = ("tokenizer.json", "tekken.json", "tokenizer.model", "vocab.json", "encoder.json",
+          "*.tiktoken", "*.model")
+
+def _tokenizer_in(folder: Path) -> Path:
+    "The file of a folder that holds its tokenizer; `tokenizer.json`, if there is none."
+    found = (path for name in _NAMES for path in sorted(folder.glob(name)))
+    return next(found, folder / "tokenizer.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib, inspect, io, logging, os, re, shutil, sys, traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import closing, redirect_stderr, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -343,7 +343,7 @@ def _writes_files(words: Sequence[str]) -> bool:
     name, _ = _command_in(words)
     return bool(name) and "out" in inspect.signature(COMMANDS[name].function).parameters
 
-_TEXT_FLAGS = ("--prompt", "--pattern", "--stop", "--special")
+_TEXT_FLAGS = ("--prompt", "--pattern", "--stop", "--special", "--system")
 
 def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
     "Whether `--debug` is asked for, and the words without it; it may also be a text."
@@ -381,6 +381,13 @@ Train one of your own, from text to story:
   llmfs data --corpus storyland --tokenizer tokenizer.json --out data
   llmfs train --data data --out run
   llmfs generate --model run
+
+Talk to a real assistant, once its weights are here:
+  llmfs pull smollm2
+  llmfs chat --model smollm2
+
+Let other programs talk to it, through the OpenAI API:
+  llmfs serve --model smollm2
 
 Every command takes --debug: it shows where an error comes from.
 llmfs --version tells the version, llmfs info what this machine is."""
@@ -850,9 +857,11 @@ def _opened(model: str, device: str | None) -> tuple[Any, Any]:
     "A model and its tokenizer, by name, by folder or by checkpoint."
     from llm_from_scratch.bpe import EMBEDDED, load_tokenizer
     from llm_from_scratch.gpt import GPT
+    from llm_from_scratch.hub import CATALOG
     from llm_from_scratch.tensors import best_device
     there = device or best_device()
-    found = None if model in EMBEDDED else _checkpoint_of(Path(model))
+    known = model in EMBEDDED or (model in CATALOG and not Path(model).exists())
+    found = None if known else _checkpoint_of(Path(model))
     if found is not None: return _from_checkpoint(found, there)
     return GPT.from_pretrained(model, device=there), load_tokenizer(model)
 
@@ -886,9 +895,10 @@ def _from_checkpoint(found: Any, device: Any) -> tuple[Any, Any]:
 def _generate(
     sampler: Sampler,
     *,
-    model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made, or
-                                      #   one of a run's checkpoints
+    model: str = "storyland",         # storyland comes with the library; a name that
+                                      #   `llmfs pull` has fetched; a folder that `llmfs
+                                      #   train` or `save_pretrained` has made, a GGUF
+                                      #   file, or one of a run's checkpoints
     prompt: str | None = None,        # how the text begins; without it, standard input
     max_new_tokens: int = 300,        # write at most so many
     seed: int = 0,                    # another seed, another text
@@ -921,13 +931,199 @@ def _generate(
     for piece in pieces: _say(piece, end="")
     _say()
 
+# %% ../nbs/command.ipynb #02d4239c
+@_command("serve")
+def _serve(
+    *,
+    model: tuple[str, ...] = ("storyland",),  # one or several, as for `llmfs
+                                      #   generate`; the first is the default
+    host: str = "127.0.0.1",          # the address to listen on; others than
+                                      #   this machine's need a key
+    port: int = 8000,                 # 0: any that is free
+    api_key: str | None = None,       # what clients must send; or set
+                                      #   LLMFS_API_KEY
+    allowed_host: tuple[str, ...] = (),  # names of this server, such as
+                                      #   llm.example.org
+    insecure: bool = False,           # other machines, and no key
+    queue: int = 256,                 # texts that may wait; then 429
+    max_running: int = 64,            # texts in one forward pass
+    pages: int = 1024,                # of keys and values, 16 tokens each
+    max_tokens: int = 4096,           # of one answer
+    seconds: float = 300.0,           # for one answer
+    grace: float = 10.0,              # for what runs when the server ends
+    device: str | None = None,        # cpu, cuda, …; by default the best
+) -> None:
+    """Serve models over HTTP: the OpenAI API and a chat page.
+
+    Ctrl-C takes no more requests, finishes those that run, and ends.
+
+    Examples:
+      llmfs serve --model storyland
+      llmfs serve --model smollm2 --port 8080
+      LLMFS_API_KEY=secret llmfs serve --host 0.0.0.0"""
+    from llm_from_scratch.api import Limits
+    from llm_from_scratch.serving import ModelRegistry, Server, ServedModel, template_of
+    limits = Limits(queue=queue, max_tokens=max_tokens, seconds=seconds, grace=grace)
+    registry = ModelRegistry(limits, n_pages=pages, max_running=max_running)
+    for source in model:
+        name = Path(source).name
+        registry.add(name, lambda name=name, source=source: ServedModel.of(
+            name, *_opened(source, device), template_of(source)))
+    key = api_key or os.environ.get("LLMFS_API_KEY") or None
+    server = Server(registry, host=host, port=port, api_key=key,
+                    allowed_hosts=allowed_host, insecure=insecure)
+    for name in registry.names: registry.host(name)
+    _say(f"{', '.join(registry.names)} at {server.url}, the API at "
+         f"{server.url}/v1; Ctrl-C ends it")
+    server.run()
+
+# %% ../nbs/command.ipynb #e5367386
+def _chat_defaults(words: Sequence[str]) -> dict[str, Any]:
+    "A small assistant keeps to the point if it draws few improbable tokens."
+    return {"sampler": {"temperature": 0.2, "top_p": 0.9}}
+
+@_command("chat", _chat_defaults)
+def _chat(
+    sampler: Sampler,
+    *,
+    model: str = "smollm2",           # a name that `llmfs pull` has fetched; a folder or a
+                                      #   GGUF file with a chat template
+    system: str | None = None,        # how the assistant should behave; without it, what
+                                      #   the model's chat template says
+    max_new_tokens: int = 300,        # of one answer
+    seed: int = 0,                    # another seed, other answers
+    device: str | None = None,        # cpu, cuda, …; by default the best there is
+) -> None:
+    """Talk to an assistant, line by line.
+
+    Ctrl-C stops an answer, Ctrl-D or /quit ends the chat, /help lists the rest.
+
+    Examples:
+      llmfs chat --model smollm2
+      llmfs chat --system "Answer like a pirate."
+      echo "What is the capital of France?" | llmfs chat"""
+    from llm_from_scratch.chat import Conversation
+    from llm_from_scratch.pretrained import load_chat_template
+    template = load_chat_template(model)
+    made, table = _opened(model, device)
+    chat = Conversation(made, table, template, system=system, sampler=sampler,
+                        max_new_tokens=max_new_tokens, seed=seed)
+    for line in _messages():
+        if not line.startswith("/"): _answer(chat, line)
+        elif not _order(chat, *line.partition(" ")[::2]): return
+
+# %% ../nbs/command.ipynb #b83947b1
+def _messages() -> Iterator[str]:
+    "Lines that say something, until there are no more."
+    asks = sys.stdin.isatty()
+    while True:
+        try:
+            if asks: line = input("> ")
+            elif not (line := _next_line()): return
+        except EOFError: return _say()
+        except KeyboardInterrupt:
+            if not asks: raise
+            _say()
+            _note("/quit or Ctrl-D ends the chat")
+            continue
+        if line.strip(): yield line.strip()
+
+def _next_line() -> str:
+    binary = getattr(sys.stdin, "buffer", None)                    # a test may have none
+    data = binary.readline() if binary else sys.stdin.readline().encode()
+    try: return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"standard input is not UTF-8 text: byte {data[e.start]:#04x} "
+                         f"at {e.start:,} of a line") from e
+
+def _answer(chat: Any, text: str) -> None:
+    "Print an answer as it comes. Ctrl-C ends it, and what was said so far is remembered."
+    stopped, answer = False, chat.say(text)
+    try:
+        with closing(answer):
+            for piece in answer: _say(piece, end="")
+    except KeyboardInterrupt: stopped = True
+    except ValueError as e: return _note(str(e))                   # it does not fit
+    _say()
+    if chat.dropped:
+        _note(f"the oldest {chat.dropped} of the turns no longer fit into the context of "
+              f"{chat.model.config.context_length:,} tokens, and are forgotten")
+    if stopped: _note("stopped")
+    elif chat.truncated:
+        _note(f"the answer was cut after {chat.max_new_tokens} tokens: --max-new-tokens")
+
+# %% ../nbs/command.ipynb #001fc90e
+_ORDERS = {"/help": "this list", "/quit": "end the chat", "/reset": "forget everything",
+           "/system TEXT": "another system prompt; the history stays",
+           "/save FILE": "write the conversation as JSON",
+           "/load FILE": "go on with a conversation that was saved"}
+
+def _order(chat: Any, name: str, rest: str) -> bool:
+    "Do what a line with a slash says; False ends the chat."
+    system = [m for m in chat.messages if m["role"] == "system"][:1]
+    others = [m for m in chat.messages if m["role"] != "system"]
+    try:
+        if name == "/quit": return False
+        if name == "/reset": chat.reset(*(m["content"] for m in system))
+        elif name == "/system": chat.messages = [
+            *([{"role": "system", "content": rest}] if rest else []), *others]
+        elif name == "/save" and rest: _save_chat(chat, Path(rest))
+        elif name == "/load" and rest: chat.messages = _saved_chat(Path(rest))
+        else:
+            for order, what in _ORDERS.items(): _note(f"{order:14} {what}")
+    except (OSError, ValueError) as e: _note(_sentence(e))
+    return True
+
+def _save_chat(chat: Any, path: Path) -> None:
+    from llm_from_scratch.files import write_text
+    said = {"messages": chat.messages}
+    write_text(path, json_text(said, indent=1, ensure_ascii=False) + "\n")
+    _note(f"{len(chat.messages)} messages are in {path}")
+
+def _saved_chat(path: Path) -> list[dict[str, Any]]:
+    from llm_from_scratch.files import read_json, reading
+    with reading(path, "a saved chat"):
+        found = read_json(path)["messages"]
+        for m in found:
+            if not (isinstance(m["role"], str) and isinstance(m["content"], str)):
+                raise ValueError(f"a message is {m!r:.60}")
+    return found
+
+# %% ../nbs/command.ipynb #d9e4e91a
+@_command("pull")
+def _pull(
+    name: Positional[str] = "",       # which model; without it, list those that there are
+    *,
+    json: bool = False,               # print the result as JSON
+) -> None:
+    """Fetch pretrained weights, or list which there are.
+
+    Examples:
+      llmfs pull
+      llmfs pull smollm2"""
+    from llm_from_scratch.hub import CATALOG, is_pulled, pull
+    if name: return _say(_pulled(name, json, pull, CATALOG))
+    for key, one in CATALOG.items():
+        facts = {"name": key, "bytes": sum(file.size for file in one.files),
+                 "license": one.license, "here": is_pulled(key), "about": one.about}
+        if json: _say(json_text(facts))
+        else: _say(f"{key:13} {facts['bytes'] / 1e6:5.0f} MB  {one.license:10}  "
+                   f"{'here' if facts['here'] else '-':4}  {one.about}".rstrip())
+
+def _pulled(name: str, json: bool, pull: Callable[..., Path], known: Mapping[str, Any]) -> str:
+    if name not in known:
+        raise Misuse(f"there is no model {name!r} to pull: expected one of {', '.join(known)}")
+    folder = pull(name, progress=sys.stderr.isatty())
+    return json_text({"name": name, "folder": str(folder)}) if json else str(folder)
+
 # %% ../nbs/command.ipynb #bc01af16
 @_command("eval")
 def _eval(
     *,
-    model: str = "storyland",         # storyland comes with the library; else a folder that
-                                      #   `llmfs train` or `save_pretrained` has made, or
-                                      #   one of a run's checkpoints
+    model: str = "storyland",         # storyland comes with the library; a name that
+                                      #   `llmfs pull` has fetched; a folder that `llmfs
+                                      #   train` or `save_pretrained` has made, a GGUF
+                                      #   file, or one of a run's checkpoints
     corpus: str = "storyland",        # storyland, pydoc, shakespeare, the-verdict; a text file,
                                       #   a folder of them, or - for standard input
     split: Literal["train", "validation", "test"] = "test",
@@ -1086,12 +1282,9 @@ def _memory() -> str:
     return f"{pages * size / 1e9:.1f} GB"
 
 def _cache() -> str:
-    "Where `download` keeps what it has downloaded."
-    from llm_from_scratch.data import CACHE_VARIABLE
-    if folder := os.environ.get(CACHE_VARIABLE): return folder
-    try: import pooch
-    except ImportError: return "nowhere: downloads need pip install 'llm-from-scratch[hub]'"
-    return str(pooch.os_cache("llm_from_scratch"))
+    "Where `download` and `pull` keep what they have downloaded."
+    from llm_from_scratch.hub import cache_folder
+    return str(cache_folder())
 
 # %% ../nbs/command.ipynb #280d7b1a
 if __name__ == "__main__" and __spec__: sys.exit(main())    # python -m llm_from_scratch.cli

@@ -29,10 +29,13 @@ class _Expressions:
 
     NOTHING, EMPTY = 0, 1
 
-    def __init__(self) -> None:
+    def __init__(self, budget: float = float("inf")) -> None:
+        self.budget = budget
         self.nodes: list[tuple[Any, ...]] = []
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._derived: dict[tuple[int, str], int] = {}
+        self._ends: dict[int, bool] = {}
+        self.work = 0                          # parts that were looked at
         for kind in ("nothing", "empty"): self.make(kind)
 
     def make(self, *node: Any) -> int:
@@ -40,6 +43,11 @@ class _Expressions:
         number = self._numbers.setdefault(node, len(self.nodes))
         if number == len(self.nodes): self.nodes.append(node)
         return number
+
+    def spend(self, n: int) -> None:
+        "So many more parts were looked at."
+        self.work += n
+        if self.work > self.budget: raise ValueError("its automaton takes too long to build")
 
     def then(self, a: int, b: int) -> int:
         "First `a`, then `b`."
@@ -49,8 +57,10 @@ class _Expressions:
 
     def either(self, *options: int) -> int:
         "Any of `options`; their order and repetitions do not matter."
-        flat = {inner for o in options for inner in
-                (self.nodes[o][1] if self.nodes[o][0] == "either" else (o,))} - {self.NOTHING}
+        parts = [inner for o in options for inner in
+                 (self.nodes[o][1] if self.nodes[o][0] == "either" else (o,))]
+        self.spend(len(parts))
+        flat = {*parts} - {self.NOTHING}
         if len(flat) < 2: return flat.pop() if flat else self.NOTHING
         return self.make("either", tuple(sorted(flat)))
 
@@ -69,7 +79,10 @@ class _Expressions:
 
     def may_end(self, a: int) -> bool:
         "Does `a` match the empty text?"
-        kind, *parts = self.nodes[a]
+        if a not in self._ends: self._ends[a] = self._may_end(*self.nodes[a])
+        return self._ends[a]
+
+    def _may_end(self, kind: str, *parts: Any) -> bool:
         if kind == "either": return any(map(self.may_end, parts[0]))
         if kind == "then": return all(map(self.may_end, parts))
         return kind in ("empty", "star")
@@ -77,7 +90,9 @@ class _Expressions:
     def derive(self, a: int, c: str) -> int:
         "What must follow the character `c` in a text that `a` matches."
         key = a, c
-        if key not in self._derived: self._derived[key] = self._derive(*key)
+        if key not in self._derived:
+            self.spend(1)
+            self._derived[key] = self._derive(*key)
         return self._derived[key]
 
     def _derive(self, a: int, c: str) -> int:
@@ -100,11 +115,13 @@ class _Parser:
     "Reads a pattern into expressions, by recursive descent."
 
     def __init__(self, pattern: str, made: _Expressions) -> None:
-        try: regex.compile(pattern)
-        except regex.error as e:
-            raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
         self.pattern, self.made = pattern, made
         self.left = _LEXEMES.findall(pattern)[::-1]
+        # Repeats are read as *: to unfold them would take memory without end.
+        plain = ["*" if _bounds(x) and x[0] == "{" else x for x in self.left[::-1]]
+        try: regex.compile("".join(plain))
+        except regex.error as e:
+            raise ValueError(f"{pattern!r} is not a regular expression: {e}") from None
 
     def alternatives(self) -> int:
         "The number of what the pattern says: sequences, with bars between them."
@@ -135,7 +152,10 @@ def _bounds(lexeme: str) -> tuple[int, int | None] | None:
     if lexeme in _QUANTIFIERS: return _QUANTIFIERS[lexeme]
     if not regex.fullmatch(r"\{\d+(,\d*)?\}|\{,\d+\}", lexeme): return None
     least, comma, most = lexeme[1:-1].partition(",")
-    return int(least or 0), int(most) if most else None if comma else int(least)
+    low, high = int(least or 0), int(most) if most else None if comma else int(least)
+    if high is not None and low > high: raise ValueError(
+        f"{lexeme!r} is not a regular expression: its bounds are out of order")
+    return low, high
 
 
 def _atom(parser: _Parser) -> int:
@@ -198,8 +218,9 @@ def _automaton(
     pattern: str, tokenizer: Tokenizer, max_states: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     "Where each token leads in each state, −1: nowhere; and the states where a text may end."
-    made, trie = _Expressions(), _Trie()
-    for token, text in token_texts(tokenizer).items():
+    texts = token_texts(tokenizer)
+    made, trie = _Expressions(5_000 * len({*"".join(texts.values())})), _Trie()
+    for token, text in texts.items():
         if text: trie.add(text, token)                 # an empty one could come for ever
     states = {_Parser(pattern, made).alternatives(): 0}
     queue, table = deque(states), []
@@ -293,9 +314,11 @@ class Constraint:
         "The same without banned tokens. ValueError if nothing matches in the room given."
         if sampler.required:
             raise ValueError("required tokens and a constraint: say both in one pattern")
-        prepared, table = copy(self), self.table.copy()
-        table[:, [token for token in sampler.banned if token < table.shape[1]]] = -1
-        prepared._take(table, self.ends)
+        prepared, table = self, self.table
+        if banned := [token for token in sampler.banned if token < table.shape[1]]:
+            prepared, table = copy(self), table.copy()
+            table[:, banned] = -1
+            prepared._take(table, self.ends)
         if prepared.distance[0] > max_new_tokens:
             raise ValueError(f"{self.pattern!r} takes at least {prepared.distance[0]:.0f} "
                              f"tokens, max_new_tokens is {max_new_tokens}")

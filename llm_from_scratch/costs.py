@@ -3,6 +3,7 @@
 # %% ../nbs/costs.ipynb #5d245983
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # %% auto #0
-__all__ = ['count_parameters', 'flops_per_token', 'estimate_memory']
+__all__ = ['count_parameters', 'flops_per_token', 'cache_size', 'estimate_memory']
 
 # %% ../nbs/costs.ipynb #5bf27710
 def _part(name: str) -> str:
@@ -39,6 +40,11 @@ def count_parameters(
     for name, p in model.named_parameters(): counts[_part(name)] += p.numel()
     return counts
 
+# %% ../nbs/costs.ipynb #1ea2f00d
+def linear_weights(part: nn.Module) -> int:
+    "Weights of all linear layers in a part, for parts that say what they multiply."
+    return sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
+
 # %% ../nbs/costs.ipynb #f6a49da5
 def _multiplied(part: Any) -> int:
     "Weights that a token is multiplied with: those of linear layers, or what the part says."
@@ -46,10 +52,9 @@ def _multiplied(part: Any) -> int:
     own = part.weight.numel() if isinstance(part, nn.Linear) else 0
     return own + sum(map(_multiplied, part.children()))
 
-def _heads(model: nn.Module, heads: str) -> int:
-    "The width of all heads of a kind, in all attention layers."
-    return sum(getattr(m, heads) * m.d_head for m in model.modules()
-               if hasattr(m, heads) and hasattr(m, "d_head"))
+def _said(model: nn.Module, what: str) -> int:
+    "The sum of what the parts of a model say of themselves; 0 for those that do not."
+    return sum(getattr(m, what)() for m in model.modules() if hasattr(m, what))
 
 def flops_per_token(
     model: nn.Module,                       # it may be on the meta device
@@ -58,13 +63,14 @@ def flops_per_token(
 ) -> int:
     """Floating-point operations for each token, @eq-costs-flops: the matrix products.
 
-    Attention (a part with `n_heads` and `d_head`) is counted over all pairs of
+    Attention (a part with `multiplied_per_key`) is counted over all pairs of
     positions, as is usual, though half are masked.
 
     >>> flops_per_token(torch.nn.Linear(10, 20), length=5)
     1200
     """
-    forward = 2 * _multiplied(model) + 4 * length * _heads(model, "n_heads")
+    keys = length * _said(model, "multiplied_per_key")
+    forward = 2 * (_multiplied(model) + keys)
     return 3 * forward if training else forward
 
 # %% ../nbs/costs.ipynb #266e7b84
@@ -191,6 +197,24 @@ def _from_rows(
                  one.peak + more * (two.peak - one.peak))
 
 # %% ../nbs/costs.ipynb #0dcb95bc
+def cache_size(
+    model: nn.Module,                       # it may be on the meta device
+    length: int,                            # of a sequence, T
+) -> int:
+    """How many numbers a cache keeps of one sequence, in all layers.
+
+    >>> from llm_from_scratch.attention import MultiHeadAttention
+    >>> cache_size(MultiHeadAttention(8, 2, window=3), length=5)
+    48
+    """
+    def per_token(m: Any) -> int:
+        window = getattr(m, "window", None)
+        return m.cached_per_token() * (length if window is None else min(window, length))
+
+    kept = sum(per_token(m) for m in model.modules() if hasattr(m, "cached_per_token"))
+    return kept + _said(model, "cached_state")
+
+# %% ../nbs/costs.ipynb #8e7c9745
 def _bytes(tensors: Any) -> int: return sum(t.numel() * t.element_size() for t in tensors)
 
 def estimate_memory(
@@ -216,11 +240,11 @@ def estimate_memory(
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", 1)
     ids = (torch.arange(batch_size * length, device=device) % vocab_size).view(-1, length)
     trace, trained = trace_step(model, (ids, ids)), [p for p in weights if p.requires_grad]
-    cache = 2 * _heads(model, "n_kv_heads") * ids.numel() * weights[0].element_size()
+    cache = cache_size(model, length) * batch_size * weights[0].element_size()
     return MemoryEstimate(_bytes(weights), _bytes(trained), 2 * _bytes(trained),
                           trace.activations, trace.peak, cache)
 
-# %% ../nbs/costs.ipynb #8e7c9745
+# %% ../nbs/costs.ipynb #c0b002fd
 @dataclass(frozen=True)
 class MemoryEstimate:
     "Bytes that a model needs, part by part; `training` and `inference` are the peaks."
@@ -230,7 +254,7 @@ class MemoryEstimate:
     activations: int                        # what forward leaves for backward
     step: int                               # the most in forward and backward, beyond the
                                             #   parameters and the optimizer
-    cache: int                              # keys and values of the whole batch
+    cache: int                              # what layers keep of the whole batch
 
     @property
     def training(self) -> int:
@@ -246,6 +270,7 @@ class MemoryEstimate:
 def memory_over_time(f: Callable[[], Any]) -> list[int]:
     "Bytes in use on the CPU after each allocation while f runs, beyond those before."
     from torch.profiler import ProfilerActivity, profile
+    gc.collect()                    # garbage that is freed meanwhile would count as less
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: f()
     profiler: Any = seen.profiler
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -188,14 +188,16 @@ def _map_svg(weights: Any, name: str) -> str:
     "A heat map as SVG: queries down, keys across; ten shades."
     n = len(weights)
     shades = (weights * 10).round().astype(int).tolist()
-    paths = [f'<rect class="hv-frame" width="{n}" height="{n}"/>']
+    paths = [f'<rect class="hv-frame" width="{n}" height="{n}" fill="none" '
+             'stroke="gray" stroke-width="0.15"/><g fill="#2a86c9">']
     for shade in range(1, 11):
         cells = "".join(f"M{s} {t}h1v1h-1z" for t, row in enumerate(shades)
                         for s, value in enumerate(row) if value == shade)
         if cells: paths.append(f'<path d="{cells}" opacity="{shade / 10:g}"/>')
     title = escape(f"{name}: queries down, keys across", quote=True)
-    return (f'<svg viewBox="0 0 {n} {n}" role="img" aria-label="{title}">{"".join(paths)}'
-            f'<rect class="hv-row" width="{n}" height="1"/></svg>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {n} {n}" role="img" '
+            f'aria-label="{title}">{"".join(paths)}</g>'
+            f'<rect class="hv-row" width="{n}" height="1" display="none"/></svg>')
 
 # %% ../nbs/figures.ipynb #38c1086f
 #| code-fold: true
@@ -267,6 +269,7 @@ _VIEW_SCRIPT = """<script>
 class HeadView(str):
     "A piece of HTML that a notebook shows as it is; written to a file, any browser does."
     def _repr_html_(self) -> str: return str(self)
+    def __repr__(self) -> str: return f"attention of {self.count('<svg')} heads"
 
 
 def _data(tokens: Sequence[str], names: Sequence[str], weights: Any) -> str:
@@ -569,9 +572,173 @@ def _layers(xs: Sequence[float], n_blocks: int) -> list[str]:
                          'stroke-width="1.3" marker-end="url(#tip)"/>')
     return parts
 
+# %% ../nbs/figures.ipynb #179c7212
+_PARTS = {"MultiHeadAttention": "attention", "LatentAttention": "latent attention",
+          "GatedDeltaNet": "gated DeltaNet", "GatedFeedForward": "GeGLU"}
+
+def _called(module: Any) -> str:
+    "What the picture calls a part."
+    kind = type(module).__name__
+    return _PARTS.get(kind, kind)
+
+def _traits(module: Any) -> list[str]:
+    "What a mixer has, besides its heads."
+    found, rotary = [], getattr(module, "rotary", None)
+    if rotary is not None:
+        width, whole = rotary.width, getattr(module, "d_head", rotary.width)
+        found.append("RoPE" if width == whole else f"RoPE on {width} of {whole}")
+    elif hasattr(module, "rotary"): found.append("no RoPE")
+    if hasattr(module, "kv_rank"): found.append(f"latents of {module.kv_rank}")
+    if getattr(module, "window", None): found.append(f"window {module.window:,}")
+    elif hasattr(module, "window"): found.append("all tokens")
+    for trait, name in (("QK-norm", "key_norm"), ("sinks", "sinks"), ("output gate", "gate")):
+        if hasattr(module, "rotary") and getattr(module, name, None) is not None:
+            found.append(trait)
+    return found
+
+def _heads(module: Any) -> str:
+    "How many heads, and how many of keys and values."
+    H, K = (getattr(module, name, 0) for name in ("n_heads", "n_kv_heads"))
+    H = H or getattr(module, "n_value_heads", 0)
+    return f"{H} heads, {K} KV" if K else f"{H} heads" if H else ""
+
+# %% ../nbs/figures.ipynb #7f2aa966
+def _kinds(parts: Sequence[Any]) -> list[tuple[int, str, list[str], str]]:
+    "The kinds of a part over all layers: how many, name, traits, heads."
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for part in parts: found.setdefault((_called(part), *_traits(part)), []).append(part)
+    return [(len(alike), name, traits, _heads(alike[0]))
+            for (name, *traits), alike in found.items()]
+
+def _mixer_lines(parts: Sequence[Any]) -> list[str]:
+    "The lines in the box of a mixer."
+    kinds = _kinds(parts)
+    if len({name for _, name, _, _ in kinds}) > 1:
+        return [line for n, name, traits, heads in kinds
+                for line in (f"{n} × {name}", *filter(None, [heads]), *traits)]
+    _, name, first, heads = kinds[0]
+    shared = [t for t in first if all(t in traits for _, _, traits, _ in kinds)]
+    apart = [f"{n} × {', '.join(t for t in traits if t not in shared)}"
+             for n, _, traits, _ in kinds] if len(kinds) > 1 else []
+    return [name, *filter(None, [heads]), *shared, *apart]
+
+def _width(part: Any) -> str:
+    "The name and size of a feed-forward layer."
+    router = getattr(part, "router", None)
+    if router is None: return f"{_called(part)} {part.up.weight.shape[0]:,}"
+    return f"{router.top_k} of {router.linear.out_features} experts"
+
+def _feed_forward_lines(parts: Sequence[Any]) -> list[str]:
+    "The lines in the box of a feed-forward layer."
+    found: dict[str, int] = {}
+    for part in parts: found[_width(part)] = found.get(_width(part), 0) + 1
+    shared = any(getattr(part, "shared", None) is not None for part in parts)
+    return [*(f"{n} × {line}" if len(found) > 1 else line for line, n in found.items()),
+            *["a shared expert"] * shared]
+
+# %% ../nbs/figures.ipynb #45a287b5
+def _words(line: str) -> str:
+    "A line without its numbers."
+    return " ".join(word for word in line.split()
+                    if word != "×" and not any(map(str.isdigit, word)))
+
+def _stations(model: Any) -> list[tuple[str, list[str]]]:
+    "The boxes of a block from top to bottom, each with its lines; ⊕ adds to the stream."
+    found, block = [], model.blocks[0]
+    for branch, lines in (("attention", _mixer_lines), ("feed_forward", _feed_forward_lines)):
+        for name, module in parts_of(block):
+            if name == branch:
+                found.append((name, lines([getattr(b, branch) for b in model.blocks])))
+            elif name.startswith(branch):
+                kind = type(module).__name__ + (", 1 + w" if module.offset else "")
+                found.append((name, [kind]))
+        found.append(("⊕", []))
+    return found
+
+def _known(stations: list[tuple[str, list[str]]]) -> set[tuple[str, str]]:
+    "All lines and places of norms that a model has, to compare another with."
+    return {("", "heads"), *((name if "norm" in name else "", _words(line))
+                             for name, lines in stations for line in lines)}
+
+# %% ../nbs/figures.ipynb #91c528e0
+_STRIP = {"attention to all tokens": COLORS[0], "to a window": COLORS[5],
+          "without RoPE": COLORS[3], "latent attention": COLORS[4],
+          "recurrent": COLORS[2], "dense MLP": "#c4c4c4", "experts": COLORS[1]}
+
+def _mixing(part: Any) -> str:
+    "The entry of `_STRIP` for a mixer."
+    if not hasattr(part, "window"): return "recurrent"
+    if _called(part) == "latent attention": return "latent attention"
+    if part.window: return "to a window"
+    return "without RoPE" if part.rotary is None else "attention to all tokens"
+
+def _plan(x: float, y: float, blocks: Any, width: float) -> tuple[str, set[str]]:
+    "The strip, and the entries it needs."
+    each, parts, used = width / len(blocks), [], set()
+    for i, block in enumerate(blocks):
+        after = "experts" if hasattr(block.feed_forward, "router") else "dense MLP"
+        for row, kind in enumerate((_mixing(block.attention), after)):
+            used.add(kind)
+            parts.append(f'<rect x="{x + i * each:.2f}" y="{y + 9 * row}" height="8" '
+                         f'width="{each * 0.8:.2f}" fill="{_STRIP[kind]}"/>')
+    return "".join(parts), used
+
+# %% ../nbs/figures.ipynb #15cc34d3
+def _panel(
+    x: float, y: float, name: str, model: Any, base: set[tuple[str, str]],
+) -> tuple[str, float, set[str]]:
+    "One model: its name, its block, its plan; where that ends."
+    def left(y: float, text: str, **style: str) -> str:
+        return label(x, y, text, 11, text_anchor="start", **style)
+
+    n = count_weights(model)
+    size = f"{n / 1e9:,.1f} B" if n > 5e8 else f"{n / 1e6:,.1f} M"
+    parts = [left(y + 11, name, font_weight="bold"),
+             left(y + 25, f"{size} parameters, {len(model.blocks)} layers")]
+    top = bottom = y + 34
+    for place, lines in _stations(model):
+        if place == "⊕":
+            parts.append(label(x + 8, bottom + 2, "⊕", 15))
+            bottom += 8
+            continue
+        height = 14 * len(lines) + 4
+        lit = [(place if "norm" in place else "", _words(line)) not in base
+               for line in lines]
+        color = COLORS[1] if any(lit) else FAINT
+        parts.append(frame(x + 20, bottom, 146, height, color, radius=4))
+        parts += [label(x + 93, bottom + 13 + 14 * i, line, 11,
+                        COLORS[1] if on else INK, font_weight="bold" if on else "normal")
+                  for i, (line, on) in enumerate(zip(lines, lit))]
+        bottom += height + 4
+    parts.insert(0, arrow((x + 8, top), (x + 8, bottom + 2), tip=False))
+    strip, used = _plan(x + 20, bottom + 4, model.blocks, 146)
+    return "".join([*parts, strip]), bottom + 24, used
+
+def families_svg(
+    models: Mapping[str, Any],            # name → a model, which may be on the meta device
+) -> SVG:
+    "One block of each model, two to a row; colored is what the first one does not have."
+    base, rows = _known(_stations(next(iter(models.values())))), [*models.items()]
+    parts, y, used = [], 0.0, set()
+    for i in range(0, len(rows), 2):
+        drawn = [_panel(174 * j, y, name, model, base)
+                 for j, (name, model) in enumerate(rows[i:i + 2])]
+        parts += [svg for svg, _, _ in drawn]
+        used |= {kind for _, _, kinds in drawn for kind in kinds}
+        y = max(bottom for _, bottom, _ in drawn) + 14
+    for i, kind in enumerate(kind for kind in _STRIP if kind in used):
+        at = 170 * (i % 2), y + 18 * (i // 2)
+        parts += [frame(at[0], at[1], 10, 10, _STRIP[kind], _STRIP[kind], 2),
+                  label(at[0] + 16, at[1] + 9, kind, 11, text_anchor="start")]
+    return picture(342, y + 18 * (len(used) // 2 + 1), *parts)
+
 # %% ../nbs/figures.ipynb #665d083d
 EXTRAS = {"matplotlib": "plots", "pooch": "hub", "lm_eval": "eval",
-          "tokenizers": "peers", "transformers": "peers"}     # package -> extra
+          "tokenizers": "peers", "transformers": "peers",      # package -> extra
+          **dict.fromkeys(("gguf", "mistral_common", "sentencepiece",
+                           "xllamacpp"), "formats"),
+          "bitsandbytes": "quantization",
+          "triton": "kernels"}
 
 def missing_package(
     error: BaseException | None,

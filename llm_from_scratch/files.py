@@ -242,6 +242,24 @@ def digest(content: Any) -> str:      # 64 hexadecimal digits
     text = json.dumps(content, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../nbs/files.ipynb #9235614b
+def file_digest(
+    path: str | os.PathLike[str],
+    kind: str = "sha256",                       # or another that `hashlib` knows
+    start: bytes = b"",                         # what is hashed before the file
+) -> str:
+    "The digest of a file's bytes, in hexadecimal digits."
+    found = hashlib.new(kind, start)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20): found.update(block)
+    return found.hexdigest()
+
+def put_in_place(new: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    "Give a file that is complete its proper name, in one step, as `replacing` does."
+    with open(new, "r+b") as file: os.fsync(file.fileno())
+    _take_place(Path(new), Path(path))
+    sync_folder(Path(path).parent)
+
 # %% ../nbs/files.ipynb #6fd76637
 def check_fields(
     known: Iterable[str], given: Iterable[str], what: str = "no field",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, SupportsIndex, runtime_
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from .attention import Cache
@@ -295,7 +295,7 @@ class SimpleCache(Cache):
     """
 
     def update(
-        self, layer: Any, k: Float[Tensor, "B K T d"], v: Float[Tensor, "B K T d"],
+        self, layer: Any, k: Num[Tensor, "B K T _"], v: Num[Tensor, "B K T _"],
     ) -> tuple[Tensor, Tensor]:
         "Append new keys and values; give back all that are kept."
         state, n = self.state(layer), k.shape[2]
@@ -314,6 +314,7 @@ class SimpleCache(Cache):
     def forget(self, layer: Any, n: int) -> None:
         "Drop all but the last n positions of each row; perhaps later, never sooner."
         state = self.state(layer)
+        if "span" not in state: return super().forget(layer, n)
         start, end = state["span"]
         if "positions" not in state: state["span"] = max(start, end - n), end
         elif end - start >= 2 * n:
@@ -321,7 +322,14 @@ class SimpleCache(Cache):
             super().forget(layer, n)
             state["span"] = 0, state["keys"].shape[2]
 
+    def drop_last(self, layer: Any, n: int) -> None:
+        "Drop the last n positions of each row in one layer."
+        state = self.state(layer)
+        if "span" not in state: return super().drop_last(layer, n)
+        start, end = state["span"]
+        state["span"] = start, end - n
 
+# %% ../nbs/13_generation.ipynb #e1300001
 def _with_room(used: Tensor, more: int) -> Tensor:
     "The same beginning, in memory for twice as many positions as are needed."
     B, K, S, d = used.shape
@@ -338,7 +346,7 @@ def _start(length: int, limit: int | None) -> int:
 
 # %% ../nbs/13_generation.ipynb #afce7d50
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
+def quiet(model: Any) -> Iterator[None]:
     "No gradients and no dropout; afterwards every part is as it was."
     modules = model.modules() if isinstance(model, nn.Module) and model.training else ()
     training = [module for module in modules if module.training]
@@ -382,7 +390,7 @@ class _Reader:
         T, S = len(new[0]), self.columns + len(new[0])
         positions = _places(self.pads, T, S, self.device)
         ids = torch.tensor(new, device=self.device)
-        with _quiet(self.model):
+        with quiet(self.model):
             logits = self.model(ids, positions=positions, cache=self.cache)[:, -1]
         self.columns = S
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)

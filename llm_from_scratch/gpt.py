@@ -8,7 +8,8 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -23,14 +24,14 @@ from .attention import BACKENDS, Cache, MultiHeadAttention
 from llm_from_scratch.blocks import (
     FEED_FORWARDS, NORMS, ORDERS, Block, init_weights, is_gated, matched_width,
 )
-from .bpe import load_tokenizer as load_tokenizer, model_folder
+from .bpe import gguf_file, load_tokenizer as load_tokenizer, model_folder
 from .costs import count_parameters, estimate_memory, flops_per_token
 from .data import fingerprint
 from .figures import SVG, count_weights, model_svg, parts_of
 from llm_from_scratch.files import (
     BelowOne, Config, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, PositiveShare,
-    check_fields, checked, checksum, parse_json, reading, replacing, replacing_together,
-    revived,
+    check_fields, checked, checksum, finish_replacing, parse_json, read_json, reading,
+    replacing, replacing_together, revived,
 )
 from llm_from_scratch.positions import (
     POSITIONS, PositionScheme, RopeScaling, position_scheme,
@@ -85,10 +86,17 @@ class GPTConfig(Config):
     backend: Annotated[str, OneOf(BACKENDS)] = "sdpa"
 
     def __post_init__(self) -> None:
+        _meet_later_parts(vars(self))
         super().__post_init__()
         _check_heads(self)
         _check_options(self)
         _check_layers(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> GPTConfig:
+        "A configuration from the fields that JSON gave, with parts of any chapter."
+        _meet_later_parts(given)
+        return super().from_dict(given)
 
     # Biases by place; None: as `bias`
     qkv_bias: bool | None = None            # of queries, keys and values
@@ -118,8 +126,7 @@ class GPTConfig(Config):
 
     def layer(self, i: int) -> GPTConfig:
         "The choices of layer i: these, with the exceptions that `layers` makes for it."
-        if not self.layers: return self
-        return replace(self, layers=(), **self.layers[i % len(self.layers)])
+        return _plans(self)[i % len(self.layers)] if self.layers else self
 
     @property
     def kv_heads(self) -> int:
@@ -148,8 +155,10 @@ def _either(choice: bool | None, otherwise: bool) -> bool:
     return otherwise if choice is None else choice
 
 
-def _attention(c: GPTConfig, layer: int, scheme: PositionScheme) -> nn.Module:
-    "The attention of one layer."
+def _attention(
+    c: GPTConfig, layer: int, scheme: PositionScheme, *, gated: bool = False,
+) -> nn.Module:
+    "The attention of one layer; `gated` scales its heads by a sigmoid gate."
     qkv_bias, output_bias = _either(c.qkv_bias, c.bias), _either(c.output_bias, c.bias)
     return MultiHeadAttention(
         c.d_model, c.n_heads, c.kv_heads, d_head=c.head_width, bias=qkv_bias,
@@ -158,7 +167,8 @@ def _attention(c: GPTConfig, layer: int, scheme: PositionScheme) -> nn.Module:
         qk_norm_eps=c.qk_norm_eps, qk_norm_offset=c.norm_offset,
         qk_norm_heads=c.qk_norm_heads, qk_norm_centered=c.qk_norm_centered,
         qk_norm_bias=c.qk_norm_bias, qkv_clip=c.qkv_clip, scale=c.attention_scale,
-        softcap=c.softcap, sinks=c.sinks, window=c.window, layer=layer, backend=c.backend)
+        softcap=c.softcap, sinks=c.sinks, gated=gated, window=c.window, layer=layer,
+        backend=c.backend)
 
 
 MIXERS["attention"] = _attention
@@ -178,6 +188,18 @@ def _check_heads(c: GPTConfig) -> None:
         raise ValueError("a tied head has no bias: head_bias needs tie_embeddings=False")
 
 # %% ../nbs/09_gpt.ipynb #5779d670
+def _meet_later_parts(given: Any) -> None:
+    "Import the chapter that adds parts, where a name is none of this one's."
+    if not isinstance(given, Mapping): return
+    plans, options = [given], given.get("options")
+    if isinstance(given.get("layers"), (list, tuple)): plans += given["layers"]
+    named = {plan[kind] for plan in plans if isinstance(plan, Mapping)
+             for kind in ("mixer", "feed_forward") if isinstance(plan.get(kind), str)}
+    if isinstance(options, Mapping): named |= options.keys()
+    if named - FEED_FORWARDS.keys() - MIXERS.keys():
+        import_module("llm_from_scratch.architectures")
+
+
 def _check_options(c: GPTConfig) -> None:
     "Options are those that their part takes, and kept as it declares them."
     check_fields([*FEED_FORWARDS, *MIXERS], c.options, "no part")
@@ -195,6 +217,13 @@ def _options_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             for option, value in options.items()}
 
 # %% ../nbs/09_gpt.ipynb #9cb187b6
+@lru_cache(maxsize=64)
+def _plans(c: GPTConfig) -> list[GPTConfig]:
+    "The choices of each layer in turn; layers with equal exceptions share theirs."
+    made = {repr(layer): replace(c, layers=(), **layer) for layer in c.layers}
+    return [made[repr(layer)] for layer in c.layers]
+
+
 _PER_LAYER = ("window", "positions", "rope_base", "rope_scaling", "mixer", "feed_forward",
               "d_ff")
 
@@ -211,7 +240,7 @@ def _check_layers(c: GPTConfig) -> None:
                 layer.get("positions") in embedded and c.positions not in embedded):
             raise ValueError("positions that are added to embeddings belong to the whole "
                              f"model: layer {i} cannot have {layer['positions']!r}")
-        c.layer(i)
+    _plans(c)
 
 # %% ../nbs/09_gpt.ipynb #fe4a5361
 def _norm(c: GPTConfig) -> nn.Module:
@@ -373,12 +402,43 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str],             # a folder, or a name in `EMBEDDED`
+        source: str | os.PathLike[str],     # a folder, a GGUF file, or a model's name
         *,
         device: torch.device | str | None = None,   # where it should live; None: the CPU
     ) -> "Self":
         "A saved model, ready to be used (`eval`); see @sec-gpt-saved for what can go wrong."
+        if (path := gguf_file(source)) is not None:
+            from llm_from_scratch.gguf import read_gguf
+            return read_gguf(path)[0].to(device or "cpu")       # type: ignore[return-value]
         return _read_model(cls, model_folder(source), device)
+
+    def to_hf(
+        self, folder: str | os.PathLike[str],
+        tokenizer: Any = None,              # one with `to_hf`; it is saved with the model
+        *,
+        end: str = "<|endoftext|>",         # the special token before and after a text
+        model_type: str | None = None,      # None: the first family that the model fits
+        max_shard_size: int | None = None,  # bytes; None: all tensors in one file
+    ) -> None:
+        """Write a folder that `transformers` opens, and `from_pretrained`, see @sec-pretrained.
+
+        Raises ValueError or TypeError, before anything is written, for what it cannot say."""
+        from llm_from_scratch.pretrained import save_hf
+        save_hf(self, tokenizer, Path(folder), end=end, model_type=model_type,
+                max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_hf(
+        cls, folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,   # where it should live; None: the CPU
+    ) -> "Self":
+        "A model that `transformers` saved, or `to_hf`, ready to be used (`eval`)."
+        finish_replacing(folder)
+        if "model_type" not in read_json(Path(folder, _FILES[0])):
+            raise ValueError(f"{folder} is no folder of transformers: its {_FILES[0]} names "
+                             "no model_type; `from_pretrained` opens it")
+        return _read_model(cls, Path(folder), device)
 
 # %% ../nbs/09_gpt.ipynb #ed3cee77
 def _check_input(config: GPTConfig, ids: Tensor, positions: Tensor | None,
@@ -655,7 +715,7 @@ def _check_tensors(where: Path | str, given: Mapping[str, Tensor], model: GPT) -
 
 # %% ../nbs/09_gpt.ipynb #6254f23c
 _G = TypeVar("_G", bound=GPT)
-_Renamed = Callable[[GPT, dict[str, Tensor]], dict[str, Tensor]]
+_Renamed = Callable[[GPT, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def _understood(found: dict[str, Any]) -> tuple[GPTConfig, _Renamed]:
@@ -666,20 +726,27 @@ def _understood(found: dict[str, Any]) -> tuple[GPTConfig, _Renamed]:
     return config_from_hf(found), partial(renamed_from_hf, found["model_type"])
 
 
+def _tensors_of(folder: Path, config: str) -> Mapping[str, Tensor]:
+    "The tensors of a folder: those of its one file, or of the shards that its index names."
+    if (folder / _FILES[1]).is_file(): return _read_tensors(folder / _FILES[1], config)
+    from llm_from_scratch.pretrained import read_shards
+    return read_shards(folder)
+
+# %% ../nbs/09_gpt.ipynb #9e90c518
 def _read_model(
     kind: type[_G], folder: Path, device: torch.device | str | None,
 ) -> _G:
     "A model from the two files of a folder; torch's generator is left as it was."
     for name in _FILES:
-        if not (folder / name).is_file():
+        if not any((folder / (name + end)).is_file() for end in ("", ".index.json")):
             raise FileNotFoundError(f"{folder} has no {name}: a model is saved as "
                                     f"{' and '.join(_FILES)}")
     text, weights = (folder / name for name in _FILES)
     with reading(text, "the configuration of a model"):
         written = text.read_text(encoding="utf-8")
         config, renamed = _understood(parse_json(written))
-    tensors = _read_tensors(weights, written)
-    _check_tokenizer(folder / "tokenizer.json", weights)
+    tensors = _tensors_of(folder, written)
+    if weights.is_file(): _check_tokenizer(folder / "tokenizer.json", weights)
     with reading(text, "the configuration of these weights"):
         if config.n_layers > len(tensors):
             raise ValueError(f"{config.n_layers} layers, but {len(tensors)} tensors")

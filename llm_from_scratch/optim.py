@@ -194,7 +194,7 @@ def _check_adjustment(name: str | None) -> None:
 
 
 def _muon_update(p: Tensor, grad: Tensor, mean: Tensor, group: dict[str, Any]) -> None:
-    "@eq-optim-muon for one matrix."
+    "@eq-optim-muon for one matrix, or for each of a stack."
     # Average the gradients, and look ahead.
     mean.lerp_(grad, 1 - group["momentum"])
     direction = grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
@@ -204,7 +204,7 @@ def _muon_update(p: Tensor, grad: Tensor, mean: Tensor, group: dict[str, Any]) -
     # Decay the weights, and step.
     p.mul_(1 - group["lr"] * group["weight_decay"])
     adjust = LR_ADJUSTMENTS[group["adjust_lr_fn"]]
-    p.add_(direction, alpha=-group["lr"] * adjust(*p.shape))
+    p.add_(direction, alpha=-group["lr"] * adjust(*p.shape[-2:]))
 
 # %% ../nbs/10_optim.ipynb #25dd1685
 class Muon(Optimizer):
@@ -220,7 +220,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],              # matrices, or groups of them
+        params: Iterable[Any],              # matrices or stacks of them, or groups
         lr: float = 1e-3,                   # learning rate
         weight_decay: float = 0.1,          # share of a weight lost per step, times lr
         momentum: float = 0.95,             # memory of the mean gradient
@@ -240,9 +240,10 @@ class Muon(Optimizer):
             adjust_lr_fn=adjust_lr_fn, ns_dtype=ns_dtype))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        "Add matrices to train. ValueError for anything that is not a matrix."
+        "Add matrices, or stacks of them. ValueError for anything else."
         super().add_param_group(param_group)
-        wrong = [tuple(p.shape) for p in self.param_groups[-1]["params"] if p.ndim != 2]
+        params = self.param_groups[-1]["params"]
+        wrong = [tuple(p.shape) for p in params if p.ndim not in (2, 3)]
         if not wrong: return
         del self.param_groups[-1]
         raise ValueError(f"Muon trains matrices, got shapes {', '.join(map(str, wrong))}; "
@@ -268,9 +269,10 @@ def param_groups(
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "vectors": []}
     tables = {id(p) for name, module in model.named_modules() if _is_table(name, module)
               for p in module.parameters(recurse=False)}
-    for p in model.parameters():            # a tied weight comes once
+    for name, p in model.named_parameters():        # a tied weight comes once
         if not p.requires_grad: continue
-        kind = "vectors" if p.ndim < 2 else "embeddings" if id(p) in tables else "matrices"
+        is_vector = p.ndim < 2 or name.endswith("bias")     # experts stack their biases
+        kind = "vectors" if is_vector else "embeddings" if id(p) in tables else "matrices"
         groups[kind].append(p)
     if not any(groups.values()): raise ValueError("the model has no parameter to train")
     return [{"params": params, "name": name,

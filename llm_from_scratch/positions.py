@@ -374,6 +374,7 @@ class RopeScaling(Config):
     beta_fast: PositiveFloat = 32.0        # yarn: more rotations: not scaled
     beta_slow: PositiveFloat = 1.0         # yarn: fewer rotations: fully scaled
     attention_factor: PositiveFloat | None = None  # yarn: 0.1·ln(factor) + 1
+    truncate: bool = True                  # yarn: ramp between whole indices
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -415,8 +416,9 @@ def _yarn(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
         wavelength = (scaling.original_context_length or 0) / rotations
         return n * math.log(wavelength / (2 * math.pi)) / math.log(base)
 
-    first = max(math.floor(index_with(scaling.beta_fast)), 0)
-    last = min(math.ceil(index_with(scaling.beta_slow)), 2 * n - 1)
+    first, last = index_with(scaling.beta_fast), index_with(scaling.beta_slow)
+    if scaling.truncate: first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n - 1)
     index = torch.arange(n, dtype=torch.float64, device="cpu")
     slow = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequencies * (1 - slow + slow / scaling.factor)

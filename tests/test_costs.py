@@ -62,7 +62,7 @@ def test_memory_against_the_allocator(config, batch_size):
     peak, estimate = measured(config, batch_size), estimate_memory(blueprint(config), batch_size, config.context_length)
     assert isinstance(estimate, MemoryEstimate) and abs(estimate.training / peak - 1) < 0.05
     assert estimate.inference == estimate.parameters + estimate.cache
-    assert estimate.cache == 2 * config.n_layers * config.kv_heads * config.head_width * batch_size * config.context_length * 4
+    assert estimate.cache == 2 * config.n_layers * config.kv_heads * config.head_width * batch_size * min(config.context_length, config.window or config.context_length) * 4
 
 
 def test_memory_of_gradient_accumulation():

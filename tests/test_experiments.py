@@ -75,3 +75,46 @@ def test_a_change_tells_on_the_experiments_that_use_it_and_on_no_other(tmp_path)
     before, helper, other = codes(), codes(helper='def side(): return 2'), codes(other='def dice(seed, quick=False): return {1: 1}')
     assert helper['coin'] != before['coin'] == other['coin']
     assert other['dice'] != before['dice']
+
+
+CASES = '''#| experiment
+from pathlib import Path
+def coin(seed, quick=False, case=""):
+    with open(HERE, "a") as log: log.write(f"{seed}{case} ")
+    if Path(HERE + ".stop").exists() and seed == 1: raise KeyboardInterrupt
+    return {"heads": seed + len(case)}
+def cases(seed, before, quick): return ["a", "bb"] if seed == 0 else [max(before[0], key=lambda c: before[0][c]["heads"])]
+coin.cases, coin.seeds = cases, 2
+def check_coin(runs): assert runs[0]["bb"] == {"heads": 2}
+'''
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, jobs):
+    "Of two seeds, the first with two cases, the second with the better of them: what is done is not done again."
+    log = tmp_path/'log'
+    (tmp_path/'log.stop').touch()
+    for name, place in (('KEPT', tmp_path/'kept'), ('RESULTS', tmp_path/'results')): monkeypatch.setattr(experiments, name, place)
+    found, = experiments.of_notebook(chapter(tmp_path, CASES.replace('HERE', repr(str(log)))))
+    with pytest.raises(KeyboardInterrupt): found.runs(range(2), quick=False)
+    assert log.read_text().split() == ['0a', '0bb', '1bb'] and len([*found.kept.iterdir()]) == 2
+    (tmp_path/'log.stop').unlink()
+    runs = found.runs(range(2), quick=False, jobs=jobs)
+    assert runs == [{'a': {'heads': 1}, 'bb': {'heads': 2}}, {'bb': {'heads': 3}}] and log.read_text().split() == ['0a', '0bb', '1bb', '1bb']
+    experiments.store(found, runs, 1.2)
+    assert json.loads(found.stored.read_text())['runs'] == runs and not found.kept.exists()
+
+
+def test_a_quick_run_keeps_and_reads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, 'KEPT', tmp_path/'kept')
+    found, = experiments.of_notebook(chapter(tmp_path, TRIAL, CHECK))
+    experiments.write(found.place(0), {'heads': 7})
+    assert found.runs([0], quick=True) == [{'heads': 0}] and found.runs([0], quick=False) == [{'heads': 7}]
+    assert len([*found.kept.iterdir()]) == 1
+
+
+def test_what_was_kept_of_other_code_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, 'KEPT', tmp_path/'kept')
+    experiments.write(experiments.of_notebook(chapter(tmp_path, TRIAL, CHECK))[0].place(1), {'heads': 7})
+    changed, = experiments.of_notebook(chapter(tmp_path, TRIAL, CHECK + '# changed'))
+    assert changed.runs([1], quick=False) == [{'heads': 1}]

@@ -4,7 +4,7 @@ import torch
 from shapes import unchecked
 
 from llm_from_scratch.gpt import GPT, GPTConfig
-from llm_from_scratch.pretrained import Weight, export_weights, load_weights
+from llm_from_scratch.weight_maps import Weight, export_weights, load_weights
 
 INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -190,7 +190,7 @@ def test_experts_are_stacked_and_taken_apart_again(experts):
 
 
 def test_gpt2_as_it_is_published_and_as_transformers_names_it():
-    from llm_from_scratch.pretrained import GPT2_WEIGHTS
+    from llm_from_scratch.weight_maps import GPT2_WEIGHTS
     model = GPT(GPTConfig(V, T, D, 2, H), generator=torch.Generator().manual_seed(0))
     named, bare = (export_weights(model, GPT2_WEIGHTS, prefix=prefix) for prefix in (True, False))
     assert 'transformer.h.1.attn.c_attn.weight' in named and 'h.1.attn.c_attn.weight' in bare and 'lm_head.weight' not in bare
@@ -202,7 +202,7 @@ def test_gpt2_as_it_is_published_and_as_transformers_names_it():
 
 
 def test_a_map_that_cannot_hold_the_model_is_refused():
-    from llm_from_scratch.pretrained import GPT2_WEIGHTS
+    from llm_from_scratch.weight_maps import GPT2_WEIGHTS
     model = GPT(GPTConfig(V, T, D, 2, H, qk_norm=True))
     with pytest.raises(ValueError, match='no line for: blocks.0.attention.key_norm.weight'): export_weights(model, GPT2_WEIGHTS)
     with pytest.raises(ValueError, match='the map says 2.0 for: norm.weight'): export_weights(model, [Weight('', 'norm.weight', constant=2.0)])

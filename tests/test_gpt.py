@@ -64,7 +64,7 @@ def test_any_configuration_survives_json_pickle_and_counting(choice):
     (dict(n_layer=2), "'n_layer': did you mean 'n_layers'"), (dict(tie_embedding=True), "did you mean 'tie_embeddings'"), (dict(zzz=1), 'expected one of vocab_size'),
     (dict(vocab_size=0), 'vocab_size must be .* got 0'), (dict(n_layers=True), 'n_layers must be a whole number'), (dict(n_heads=3), 'multiple of n_heads'),
     (dict(n_kv_heads=3), 'n_kv_heads must divide n_heads, got 3 and 4'), (dict(norm='batch'), "norm must be one of layernorm, rmsnorm.*, got 'batch'"),
-    (dict(feed_forward='moe'), "feed_forward must be one of .* got 'moe'"), (dict(positions='rotary'), "positions must be one of .* got 'rotary'"), (dict(backend='cuda'), "backend must be one of .* got 'cuda'"),
+    (dict(feed_forward='mixture'), "feed_forward must be one of .* got 'mixture'"), (dict(positions='rotary'), "positions must be one of .* got 'rotary'"), (dict(backend='cuda'), "backend must be one of .* got 'cuda'"),
     (dict(norm_order='both'), "norm_order must be one of .* got 'both'"), (dict(rope_layout='full'), "rope_layout must be 'half' or 'interleaved', got 'full'"), (dict(dropout=1.0), r'dropout must be a number in \[0, 1\)'),
     (dict(d_model=12, positions='rope'), 'd_head must be even, got 3'), (dict(softcap=0.0), 'softcap must be a number above 0'), (dict(window=0), 'window must be')])
 def test_impossible_configurations(bad, words):

@@ -97,7 +97,7 @@ GROWING = [(p, name) for p in sorted(nb.NBS.glob('*.ipynb')) for name in
 @pytest.mark.parametrize('notebook, name', GROWING, ids=[name for _, name in GROWING])
 def test_every_class_that_grows_is_whole_in_the_library(notebook, name):
     "Every member of every slice stands in the one statement, with the same code."
-    module = (nb.LIBRARY/f"{notebook.stem.partition('_')[2] or notebook.stem}.py").read_text(encoding='utf-8')
+    module = (nb.LIBRARY/f"{re.sub('^[0-9]+_', '', notebook.stem)}.py").read_text(encoding='utf-8')
     whole, = (n for n in ast.parse(module).body if isinstance(n, ast.ClassDef) and n.name == name)
     slices = [n for n in ast.parse(exported(notebook)).body if isinstance(n, ast.ClassDef) and n.name == name]
     assert len(slices) > 1 and not grow.grows(whole)

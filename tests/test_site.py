@@ -7,7 +7,7 @@ import re
 import shutil
 import threading
 import urllib.parse
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +19,7 @@ pytest.importorskip("pypandoc", reason="the book's own packages are not installe
 import build as builder                                      # noqa: E402
 import serve                                                 # noqa: E402
 from book import load_book                                   # noqa: E402
+from browser import WIDTHS, needs_browser, violations, window    # noqa: E402
 from finish import MOVED                                     # noqa: E402
 from shared import pdf_words                                 # noqa: E402
 
@@ -34,14 +35,8 @@ def INPUTS(url=None, **_):
     return [*FRAME, f"page:{url}"] if url else [*FRAME, "_quarto.yml", "settings.ini", "*.qmd", "*.bib", "nbs/*.ipynb", "nbs/*.qmd"]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-WIDTHS = {"desk": 1280, "phone": 390}
 SETTINGS = [("desk", "light"), ("desk", "dark"), ("phone", "dark"), ("phone", "light")]      # a round: one thing changes at a time
-LIMIT = 60_000                            # milliseconds that the browser may take, also beside other work
 on_the_first_chapter = pytest.mark.parametrize("url", [CHAPTERS[0].url])
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install the package `chromium` to test the site in a browser")
 
 
 # Sites and browsers -----------------------------------------------------------------------------------------------
@@ -84,29 +79,6 @@ def any_address(any_site):
     server, url = serve_folder(any_site)
     yield url
     server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    "The browser: each worker has its own, started in a fraction of a second."
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (run `make test`)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=LIMIT)
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def window(browser, width="desk", theme="light", **options):
-    "A new window of the browser and the complaints of all it shows: console errors and requests to other hosts."
-    context = browser.new_context(viewport={"width": WIDTHS[width], "height": 844}, color_scheme=theme, **options)
-    context.set_default_timeout(LIMIT)
-    page, complaints = context.new_page(), []
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.append(request.url) if urllib.parse.urlparse(request.url).hostname not in ("127.0.0.1", None) else None)
-    yield page, complaints
-    context.close()
 
 
 @pytest.fixture
@@ -259,11 +231,9 @@ def serious(page, code):
     Typeset mathematics is hidden from it, because readers' programs take the MathML beside it; code, thousands of colored words on
     a page, is checked on one page and by its colors below. So formulas become boxes of their size, and code one character. Of the
     entries of the symbol index, which are alike, it reads the first."""
-    from axe_playwright_python.sync_playwright import Axe
     page.evaluate(THIN if not code else THIN.replace(", pre", ""))
-    options = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}, "resultTypes": ["violations"]}
-    found = Axe().run(page, context={"exclude": [[".katex"], ["math"], *([] if code else [["pre"]])]}, options=options).response["violations"]
-    return [(v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+    found = violations(page, [".katex", "math", *([] if code else ["pre"])])
+    return [(rule, html, why) for rule, impact, html, why in found if impact in ("serious", "critical")]
 
 
 def test_colors_have_contrast():

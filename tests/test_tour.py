@@ -2,7 +2,7 @@
 import pytest
 import torch
 from llm_from_scratch.gpt import GPT, GPTConfig
-from llm_from_scratch.pretrained import TOUR_WEIGHTS, export_weights, load_weights
+from llm_from_scratch.weight_maps import TOUR_WEIGHTS, export_weights, load_weights
 from llm_from_scratch.tour import SelfAttention, TinyBlock, TinyGPT, batch, sample, train
 from functools import cache
 

@@ -56,12 +56,19 @@ local function callout_title(div)
   return pandoc.Inlines { pandoc.Str(CALLOUTS[callout_type(div)]) }
 end
 
+-- A drawing inside HTML, as a picture that any format can show; pandoc's reader would lose its title and its `viewBox`.
+local function as_picture(svg)
+  local title = svg:match 'aria%-label="([^"]*)"' or ''
+  return ('<img src="data:image/svg+xml,%s" alt="%s">'):format(svg:gsub('[^%w]', function(c) return ('%%%02X'):format(c:byte()) end), title)
+end
+
 -- Tables that code put out become tables of the book; other HTML stays as it is on the site and is read elsewhere.
 local function read_output(div)
   return div:walk {
     RawBlock = function(block)
       if block.format ~= 'html' or (html and not block.text:match '<table') then return nil end
-      return pandoc.read(block.text:gsub('<style.-</style>', ''), 'html').blocks
+      local text = block.text:gsub('<style.-</style>', ''):gsub('<script.-</script>', ''):gsub('<svg .-</svg>', as_picture)
+      return pandoc.read(text, 'html').blocks
     end,
   }
 end
@@ -119,14 +126,12 @@ local function keep_simple(inline)
   return inline.text:match '^</?%l+>$' and inline or {}
 end
 
-local outputs = { Div = function(div) return div.classes:includes 'cell-output' and read_output(div) or nil end }
-
-local function has_unpaired(content)
-  local found = false
-  local function look(element) found = found or next(unpaired { element }) ~= nil end
-  content:walk { RawBlock = look, RawInline = look }
-  return found
-end
+local suspicious                                                 -- whether a piece of HTML has a tag without its partner
+local function look(element) suspicious = suspicious or next(unpaired { element }) ~= nil end
+local outputs = {
+  RawInline = look, RawBlock = look,
+  Div = function(div) return div.classes:includes 'cell-output' and read_output(div) or nil end,
+}
 
 local paired = { Inlines = drop_unpaired, Blocks = drop_unpaired }
 
@@ -155,6 +160,12 @@ local function register(id, type, number)
   if labels[id] then twice[#twice + 1] = id end
   labels[id] = { kind = type, number = number, page = chapter.page }
   return number
+end
+
+-- What a reference says: "Section 3.2", or the words of a heading without a number.
+local function called(target)
+  if target.kind == '' then return target.number end
+  return (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
 end
 
 local function next_number(type)
@@ -189,7 +200,8 @@ local function number_heading(header)
   local number = heading_number(header)
   if seen[header.identifier] then twice[#twice + 1] = header.identifier end
   header.identifier = unique(header.identifier)
-  register(header.identifier, heading_kind(header), number)
+  if number == '' then register(header.identifier, '', pandoc.utils.stringify(header.content))      -- references name it by its words
+  else register(header.identifier, heading_kind(header), number) end
   headings[#headings + 1] = { level = header.level, id = header.identifier, number = number, text = pandoc.utils.stringify(header.content) }
   if number ~= '' then
     local class = header.level == 1 and 'chapter-number' or 'header-section-number'
@@ -295,20 +307,11 @@ local function equation(math, id)
   return pandoc.Inlines { pandoc.Span({ math }, pandoc.Attr(id)) }
 end
 
--- `$$ ... $$ {#eq-x}`
-local function number_equations(inlines)
-  if not inlines:find_if(function(inline) return inline.tag == 'Math' end) then return nil end
-  local out = pandoc.Inlines {}
-  for _, inline in ipairs(inlines) do
-    local id = inline.tag == 'Str' and inline.text:match '^{#(eq%-[%w-]+)}$'
-    while id and #out > 0 and (out[#out].tag == 'Space' or out[#out].tag == 'SoftBreak') do out:remove() end
-    if id and #out > 0 and out[#out].tag == 'Math' then
-      out:extend(equation(out:remove(), id))
-    else
-      out:insert(inline)
-    end
-  end
-  return out
+-- `$$ ... $$ {#eq-x}`, which tools/cells.py has made a span.
+local function number_equation(span)
+  local math = span.content[1]
+  if kind(span.identifier) ~= 'eq' or not math or math.tag ~= 'Math' then return nil end
+  return equation(math, span.identifier), false
 end
 
 local number = {
@@ -317,7 +320,7 @@ local number = {
   Figure = number_figure,
   Table = number_table,
   CodeBlock = number_listing,
-  Inlines = number_equations,
+  Span = number_equation,
   Div = function(div)
     local type = kind(div.identifier)
     if type == 'fig' or type == 'tbl' then return float(div, type) end
@@ -339,7 +342,7 @@ local function reference(citation)
   local target, words = labels[id], mark((short and '-' or '') .. id)
   if context.mode == 'book' then
     if not target then return pandoc.Strong { pandoc.Str('?' .. id) } end      -- in a draft a reference may still lead nowhere
-    words = pandoc.Str((short and '' or (NAMES[target.kind] or target.kind) .. '\u{a0}') .. target.number)
+    words = pandoc.Str(short and target.number or called(target))
   end
   return pandoc.Link({ words }, '#' .. id, '', { class = 'quarto-xref' })
 end
@@ -401,7 +404,7 @@ local function resolve_code(code)
   if context.mode ~= 'book' then return nil end
   code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
     local target = labels[id]
-    return target and (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
+    return target and called(target)
   end)
   return code
 end
@@ -573,8 +576,9 @@ function Pandoc(doc)
   local untouched, contents, blocks = doc:clone(), {}, pandoc.Blocks {}
   for i, div in ipairs(doc.blocks) do
     enter(div)
+    suspicious = false
     local content = div.content:walk(outputs)
-    contents[i] = (has_unpaired(content) and content:walk(paired) or content):walk(normalize):walk(number)
+    contents[i] = (suspicious and content:walk(paired) or content):walk(normalize):walk(number)
   end
   for i, div in ipairs(doc.blocks) do                        -- only now is every label known
     enter(div)

@@ -39,9 +39,11 @@ WAITING = {
     'constraints': 'width',
     'costs': 'width',
     'distributed': 'width',
+    'families': 'width',
     'figures': 'width',
     'files': 'width',
-    'pretrained': 'width',
+    'formats': 'width',
+    'weight_maps': 'width',
 }
 
 
@@ -277,11 +279,23 @@ def identifiers(tree):
 
 def checks(tree, checkers=frozenset()):
     "Whether some statement in here can fail a test: an assertion, an expected error, a call of a function that asserts."
-    for node in walk(tree):
-        if isinstance(node, ast.Assert) or (isinstance(node, ast.Raise) and 'AssertionError' in ast.unparse(node)): return True
-        if isinstance(node, ast.Call) and (called(node) in checkers or re.match(r'assert|raises$|warns$|fail$|expect$|check_(call|output)$', called(node))): return True
-        if isinstance(node, ast.keyword) and node.arg == 'check' and getattr(node.value, 'value', False) is True: return True    # subprocess.run(..., check=True)
-    return shows_an_error(tree)
+    by_itself, calls = chances(tree)
+    return by_itself or not checkers.isdisjoint(calls)
+
+
+@cache
+def chances(tree):
+    "Whether a tree checks something by itself, and the names that it calls."
+    calls = {called(node) for node in walk(tree) if isinstance(node, ast.Call)}
+    return shows_an_error(tree) or any(map(CHECKING.match, calls)) or any(map(can_fail, walk(tree))), calls
+
+
+CHECKING = re.compile(r'assert|raises$|warns$|fail$|expect$|check_(call|output)$')
+
+
+def can_fail(node):
+    if isinstance(node, ast.keyword): return node.arg == 'check' and getattr(node.value, 'value', False) is True                # subprocess.run(..., check=True)
+    return isinstance(node, ast.Assert) or (isinstance(node, ast.Raise) and 'AssertionError' in ast.unparse(node))
 
 
 def shows_an_error(tree):
@@ -326,7 +340,7 @@ def empty_assertions(tree):
 
 def errors_of_any_kind(tree):
     "`raises(Exception)` without `match`."
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Call) and called(node) == 'raises' and not any(k.arg == 'match' for k in node.keywords):
             if {ast.unparse(e) for a in node.args[:1] for e in getattr(a, 'elts', [a])} & {'Exception', 'BaseException'}: yield node
 
@@ -905,11 +919,17 @@ def names_of(entry):
 
 
 @cache
+def prose_of_pages(book):
+    "Each page's name and words, without code."
+    places = [(stem, [c.prose for c in cells]) for stem, cells in book.pages.items()] + [(name, [text]) for name, text in book.documents.items() if name.endswith('.qmd')]
+    return [(page, '\n\n'.join(map(plain, texts))) for page, texts in places]
+
+
+@cache
 def home(book, label):
     "The page that holds a section, and what the section says in bold; None where there is no such section."
-    places = [(stem, [c.prose for c in cells]) for stem, cells in book.pages.items()] + [(name, [text]) for name, text in book.documents.items() if name.endswith('.qmd')]
-    for page, texts in places:
-        text = '\n\n'.join(map(plain, texts))
+    for page, text in prose_of_pages(book):
+        if f'{{#{label}' not in text: continue
         start = re.search(rf'^(#+) .*\{{#{label}(?: [^}}]*)?\}}', text, re.M)
         if not start: continue
         rest = text[start.end():]

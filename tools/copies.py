@@ -18,7 +18,7 @@ from safe import outside_code
 
 HIDDEN = {"default_exp", "hide"}
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
-CITED = re.compile(r'<span class="citation" data-cites="([^"]*)">(.*?)</span>(?!</a>)', re.S)
+CITED = re.compile(r'<span class="citation" data-cites="([^"]*)">((?:<span class="nocase">.*?</span>|.)*?)</span>(?!</a>)', re.S)
 ENTRY = re.compile(r'<div id="ref-([^"]+)"[^>]*>(.*?)</div>\s*(?=<div id="ref-|</div>|$)', re.S)
 CITATION = re.compile(r"\[[^\[\]\n]*(?<!\w)@[A-Za-z][\w:.-]*\w[^\[\]]*\](?!\()|(?<![\w@/`])@[A-Za-z][\w:.-]*\w")
 KEY = re.compile(r"(?<!\w)@([A-Za-z][\w:.-]*\w)")
@@ -91,6 +91,7 @@ def cite(text: str, page: str) -> str:
     return outside_code(text, lambda prose: CITATION.sub(words, prose))
 
 
+TABLE = re.compile(r"^: (.+?)[ \t]*\{#(tbl-[\w-]+)[^}\n]*\}$", re.M)
 REFS = re.compile(r"^:::+ *\{#refs\}\n:::+$", re.M)
 FENCE = re.compile(r'^:::+[ \t]*(?:\{(?:[^}]*title="([^"]*)")?[^}]*\})?[ \t]*$', re.M)
 
@@ -110,6 +111,7 @@ def page_copy(path: Path, site: Path, page: str, names: dict[str, str], entries:
         text = "\n\n".join(filter(None, (cell_markdown(c, site / "pictures") for c in read(path)["cells"])))
     else:
         text = path.read_text(encoding="utf-8")
+    text = TABLE.sub(lambda m: f"*{names.get(m[2], 'Table')}: {m[1]}*", text)
     text = re.sub(r"(?<!\w)\[?@((?:fig|tbl|eq|sec|lst)-\w[\w-]*)\]?", lambda m: names.get(m[1], m[0]), text)
     return with_sources(text, page, tuple(entries.items()))
 

@@ -5,29 +5,86 @@ An experiment is a function in its chapter, in a cell that begins with `#| exper
 imports. `def depth(seed, quick=False) -> dict` is run for `depth.seeds` seeds (3 unless it says otherwise) and returns what JSON can
 hold; `def check_depth(runs)` asserts the story that the chapter tells about these runs. Results go to `nbs/results/depth.json`.
 `--quick` runs one seed at reduced size, checks the story, and stores nothing.
+
+One that is many small runs takes a case as well, `def depth(seed, quick=False, case="")`, and `depth.cases(seed, before, quick)` lists
+the cases of a seed, given the runs of the seeds before it. Cases run `--jobs` at a time, and a seed's run is {case: result}.
+
+What has finished is kept under `.cache/experiments` until all is stored, so that a run that was interrupted goes on where it was.
 """
-import argparse, ast, hashlib, inspect, json, os, sys, time
+import argparse, ast, hashlib, inspect, json, multiprocessing, os, shutil, sys, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 from machine import processor
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, RESULTS = ROOT/'nbs', ROOT/'nbs'/'results'
+NBS, RESULTS, KEPT = ROOT/'nbs', ROOT/'nbs'/'results', ROOT/'.cache'/'experiments'
 MARK, SEEDS = '#| experiment', 3
 
 
 class Experiment:
     "A function of a chapter, the seeds it is run with, and the story its runs must tell."
-    def __init__(self, run, check, chapter, cells):
-        self.name, self.run, self.check, self.chapter = run.__name__, run, check, chapter
+    def __init__(self, run, check, notebook, cells):
+        self.name, self.run, self.check, self.notebook, self.chapter = run.__name__, run, check, notebook, notebook.stem
+        self.cases = getattr(run, 'cases', None)
         source = '\n\n'.join(behind({run.__name__, check.__name__}, cells))
         self.seeds, self.code = getattr(run, 'seeds', SEEDS), hashlib.sha256(source.encode()).hexdigest()[:16]
 
     @property
     def stored(self): return RESULTS/f'{self.name}.json'
 
-    def runs(self, seeds, quick): return [self.run(seed, quick=quick) for seed in seeds]
+    @property
+    def kept(self): return KEPT/f'{self.name}-{self.code}'
+
+    def runs(self, seeds, quick, jobs=1):
+        "The run of each seed, one after the other; the cases of a seed, several at a time."
+        done = []
+        for seed in seeds: done.append(self.by_case(seed, self.cases(seed, done, quick), quick, jobs) if self.cases else self.one(seed, quick))
+        return done
+
+    def by_case(self, seed, cases, quick, jobs):
+        found = {case: read(self.place(seed, case)) for case in cases if not quick and self.place(seed, case).is_file()}
+        todo = [case for case in cases if case not in found]
+        if jobs == 1: found |= {case: self.one(seed, quick, case) for case in todo}
+        else:
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), initializer=sys.path.insert, initargs=(0, str(ROOT))) as pool:
+                started = {pool.submit(in_a_process, self.notebook, self.name, seed, quick, case): case for case in todo}
+                for future in as_completed(started): found[started[future]] = self.keep(self.place(seed, started[future]), future.result(), quick)
+        return {case: found[case] for case in cases}
+
+    def one(self, seed, quick, case=None):
+        "One run: what was kept of it, or a new one, which is kept."
+        place = self.place(seed, case)
+        if not quick and place.is_file(): return read(place)
+        found = self.run(seed, quick=quick) if case is None else self.run(seed, quick=quick, case=case)
+        return self.keep(place, found, quick)
+
+    @staticmethod
+    def keep(place, found, quick):
+        if not quick: write(place, found)
+        return found
+
+    def place(self, seed, case=None): return self.kept/f'{seed}{"" if case is None else "-" + hashlib.sha256(case.encode()).hexdigest()[:8]}.json'
+
+
+def read(path): return json.loads(path.read_text(encoding='utf-8'))
+
+
+def write(path, found):
+    "Beside, and renamed."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix('.part')
+    beside.write_text(json.dumps(found, indent=1, allow_nan=False) + '\n', encoding='utf-8')
+    os.replace(beside, path)
+
+
+@lru_cache
+def loaded(notebook): return {e.name: e for e in of_notebook(notebook)}
+
+
+def in_a_process(notebook, name, seed, quick, case): return loaded(notebook)[name].run(seed, quick=quick, case=case)
 
 
 def marked(notebook):
@@ -66,11 +123,11 @@ def of_notebook(notebook):
     source = '\n\n'.join(cells)
     space = {'__name__': f'experiments_of_{notebook.stem}'}
     exec(compile(source, f'nbs/{notebook.name}', 'exec'), space)
-    runs = {k: f for k, f in space.items() if inspect.isfunction(f) and list(inspect.signature(f).parameters) == ['seed', 'quick']}
+    runs = {k: f for k, f in space.items() if inspect.isfunction(f) and list(inspect.signature(f).parameters) == ['seed', 'quick', 'case'][:2 + hasattr(f, 'cases')]}
     checks = {k.removeprefix('check_'): f for k, f in space.items() if k.startswith('check_') and inspect.isfunction(f)}
     alone = sorted(set(runs) ^ set(checks))
     if alone: raise ValueError(f'nbs/{notebook.name}: an experiment `NAME(seed, quick=False)` and its `check_NAME(runs)` come in pairs; alone: {", ".join(alone)}')
-    return [Experiment(f, checks[k], notebook.stem, cells) for k, f in runs.items()]
+    return [Experiment(f, checks[k], notebook, cells) for k, f in runs.items()]
 
 
 def found(root=NBS):
@@ -82,16 +139,15 @@ def store(experiment, runs, seconds):
     "Write the runs, and what they were made with, beside and rename."
     result = {'name': experiment.name, 'chapter': experiment.chapter, 'code': experiment.code, 'seeds': len(runs), 'seconds': round(seconds),
               'machine': f'{os.cpu_count()} cores, {processor()}', 'versions': {'python': sys.version.split()[0], **{p: version(p) for p in ('torch', 'numpy')}}, 'runs': runs}
-    RESULTS.mkdir(exist_ok=True)
-    beside = experiment.stored.with_suffix('.part')
-    beside.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-    os.replace(beside, experiment.stored)
+    write(experiment.stored, result)
+    shutil.rmtree(experiment.kept, ignore_errors=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', help='chapters (08) or experiments; all of them if none is named')
     parser.add_argument('--quick', action='store_true', help='one seed at reduced size, to see that the story holds; stores nothing')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='how many cases to run at a time, where an experiment has cases')
     args = parser.parse_args()
     experiments = found()
     for name in args.names:
@@ -100,7 +156,7 @@ def main():
     for e in experiments:
         if args.names and not {e.name, e.chapter, e.chapter[:2]} & set(args.names): continue
         start = time.perf_counter()
-        runs = e.runs(range(1 if args.quick else e.seeds), args.quick)
+        runs = e.runs(range(1 if args.quick else e.seeds), args.quick, args.jobs)
         seconds = time.perf_counter() - start
         e.check(runs)
         if not args.quick: store(e, runs, seconds)

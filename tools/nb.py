@@ -11,7 +11,8 @@ Stored outputs are compared word for word only where everything they depend on i
 and packages (`environment`). Elsewhere every cell must run, every assertion hold, and the kinds of output agree: another
 processor rounds otherwise, and after a hundred steps of training no digit is the same.
 """
-import argparse, hashlib, json, os, platform, re, subprocess, sys, tempfile
+import argparse, hashlib, json, os, platform, re, shutil, subprocess, sys, tempfile
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -150,6 +151,8 @@ def kernel_settings():
     os.environ.setdefault('LLM_FROM_SCRATCH_DATA', str(ROOT.parent/'shared'/'data'))
     os.environ.update(PYTHONHASHSEED='0', PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
                       MPLBACKEND='module://matplotlib_inline.backend_inline', JUPYTER_PLATFORM_DIRS='1', PYDEVD_DISABLE_FILE_VALIDATION='1', TOKENIZERS_PARALLELISM='false')
+    if not shutil.which('nvidia-smi'): os.environ.setdefault('TRITON_INTERPRET', '1')        # triton asks for it when it is first imported
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')          # other work on the same cores costs less when waiting threads sleep
 
 
 class Stopped(RuntimeError):
@@ -227,10 +230,14 @@ def stamp(book, nb):
 def draws(cell): return any(kind.startswith('image/') for out in cell.get('outputs', []) for kind in out.get('data', {}))
 
 
+@lru_cache(maxsize=64)
+def words_of(text): return set(re.findall(r'\w+', text))
+
+
 def drawn_from(nb, source):
     "A hash of what a stored picture must not be older than: the code of its cell, and the results of experiments that its notebook names."
-    code = '\n'.join(sources(nb))
-    results = [p for p in sorted((nb.parent/'results').glob('*.json')) if re.search(rf'\b{p.stem}\b', code)]
+    words = words_of('\n'.join(sources(nb)))
+    results = [p for p in sorted((nb.parent/'results').glob('*.json')) if p.stem in words]
     return hashlib.sha256(b'\0'.join([source.encode(), *(p.read_bytes() for p in results)])).hexdigest()[:16]
 
 

@@ -21,17 +21,18 @@ from typing import Any, Callable
 
 from book import Book, BookError, Page, busy
 from cells import page_markdown
+from highlight import colored
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
 FILTER = HERE / "book.lua"
-CODE = [hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in ("cells.py", "nbfilter.py", "pandoc.py", "safe.py")]    # what runs, whatever is saved meanwhile
+CODE = [hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in ("cells.py", "highlight.py", "nbfilter.py", "pandoc.py", "safe.py")]    # what runs, whatever is saved meanwhile
 READER = "markdown+lists_without_preceding_blankline+mark"
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
-HTML = ("-t", "html5", "--mathml", "--wrap=none")
+HTML = ("-t", "html5", "--mathml", "--wrap=none", "--syntax-highlighting=none")
 KINDS = tuple(f"{kind}-" for kind in NAMES)
 MARK = re.compile("\ue000(-?)([\\w-]+)\ue001")
-ADDRESS = re.compile(r'(?<= href=")(?!#cb\d)([^":#]*)(?:#([^"]*))?(?=")')             # not the lines of code, which are many
+ADDRESS = re.compile(r'(?<= href=")([^":#]*)(?:#([^"]*))?(?=")')
 REFERENCES = re.compile(r'<div id="refs"[^>]*>\s*</div>')
 
 
@@ -113,7 +114,7 @@ class Workshop:
 
     def _parse_page(self, page: Page) -> Parsed:
         context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up(), "place": placed(self.book, page)}
-        path = self.remembered(self.page_key(page), "page.html", lambda: self._read(page, context, *HTML, f"--lua-filter={FILTER}"))
+        path = self.remembered(self.page_key(page), "page.html", lambda: colored(self._read(page, context, *HTML, f"--lua-filter={FILTER}")))
         facts, _, body = path.read_text(encoding="utf-8").partition("\n")
         found = json.loads(facts)
         return Parsed(page, body, dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), json.loads(found["cites"]), list(found["twice"]))
@@ -201,7 +202,7 @@ class Workshop:
             target = self.refs.get(match[2])
             if not target:                                   # in a draft a reference may still lead nowhere
                 return f"?{match[2]}"
-            return ("" if match[1] else NAMES.get(target["kind"], target["kind"]) + "\u00a0") + target["number"]
+            return ("" if match[1] or not target["kind"] else NAMES.get(target["kind"], target["kind"]) + "\u00a0") + target["number"]
 
         def address(match: re.Match[str]) -> str:
             path, place = match[1], match[2] or ""

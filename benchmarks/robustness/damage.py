@@ -97,7 +97,7 @@ def read_gpt2(path):
 
 
 def read_llama2c(path):
-    from llm_from_scratch.pretrained import read_llama2c
+    from llm_from_scratch.formats import read_llama2c
     return stable([vars(x) if hasattr(x, '__dict__') else x for x in read_llama2c(path)])
 
 
@@ -128,7 +128,8 @@ def write_model(folder): tiny().save_pretrained(folder)
 def write_foreign(folder):
     "As another program writes it: no checksum anywhere."
     import safetensors.torch
-    from llm_from_scratch.pretrained import FAMILIES, config_to_hf, export_weights
+    from llm_from_scratch.pretrained import FAMILIES, config_to_hf
+    from llm_from_scratch.weight_maps import export_weights
     model = tiny()
     (folder/'config.json').write_text(json.dumps(config_to_hf(model.config)))
     safetensors.torch.save_file(export_weights(model, FAMILIES['qwen3'].lines), folder/'model.safetensors', {'format': 'pt'})
@@ -440,15 +441,15 @@ def note(tally, form, row, number):
     tally.fault({'other': 'another value in spite of a checksum', 'unnamed': 'the error names no file'}.get(outcome, f'raises {outcome}'), where)
 
 
-def run(n, seed, formats=None):
+def run(n, seed, only=None):
     "`n` damaged files of each format; a tally for each."
     import torch
-    from llm_from_scratch import bpe, cli, data, gpt, pretrained, text, training    # noqa: F401
+    from llm_from_scratch import bpe, cli, data, formats, gpt, pretrained, text, training, weight_maps    # noqa: F401
     torch.set_num_threads(1)
     found = {}
     with scratch() as folder:
         for form in FORMATS:
-            if formats is not None and form.name not in formats: continue
+            if only is not None and form.name not in only: continue
             found[form.name] = attempt(form, folder, n, seed)
     return found
 

@@ -41,9 +41,8 @@ def save_model(): model(2, 16).save_pretrained('model')
 
 
 def save_hf():
-    from llm_from_scratch.pretrained import save_hf
     from llm_from_scratch.text import SpacedWordTokenizer
-    save_hf(model(2, 16), SpacedWordTokenizer.train(['a dog sat'], special_tokens=['<|endoftext|>']), 'model')
+    model(2, 16).to_hf("model", SpacedWordTokenizer.train(['a dog sat'], special_tokens=['<|endoftext|>']))
 
 
 def save_state(seed=2):
@@ -231,7 +230,7 @@ def prepare(home):
     "Import and run everything once, so that a fork has all of it; the files that the commands find."
     import torch
     import tqdm
-    from llm_from_scratch import bpe, cli, data, files, gpt, pretrained, storyland, text, training  # noqa: F401
+    from llm_from_scratch import bpe, cli, data, files, gpt, pretrained, storyland, text, training, weight_maps  # noqa: F401
     torch.set_num_threads(1)
     tqdm.tqdm.set_lock(threading.RLock())              # the usual one is shared by all forks: whoever dies with it would stop the others
     logging.disable()
