@@ -913,7 +913,8 @@ class PipelineTokenizer:
         known = _known_ids(ids, self._tokens, self.vocab_size)
         tokens = [self._tokens[i] for i in known if i not in left_out]
         for join in self._joins: tokens = join(tokens)
-        return ("" if self._joins else " ").join(tokens)
+        plain = self.content.get("decoder") is None      # not an empty one
+        return (" " if plain else "").join(tokens)
 
     @classmethod
     def from_file(cls, path: _Path) -> PipelineTokenizer:

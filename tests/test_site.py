@@ -414,6 +414,7 @@ def test_from_a_folder(site, visit, url):
     page, complaints = visit((site / url).as_uri())
     page.locator("nav.book a", has_text="References").first.click()
     assert page.locator("h1").inner_text().endswith("References") and complaints == []
+    page.wait_for_load_state()                                # only now do its scripts hear a key
     page.keyboard.press("/")
     page.get_by_text("Search needs the book to be served").wait_for()
 

@@ -249,6 +249,14 @@ def test_any_pipeline_against_tokenizers(content, texts, ids):
         if expected is not None: assert ours.decode(ids, skip_special_tokens=skip) == expected
 
 
+@pytest.mark.parametrize("decoder", [None, {'type': 'Sequence', 'decoders': []}, {'type': 'Fuse'}], ids=["none", "empty", "fuse"])
+def test_tokens_stand_apart_only_where_there_is_no_decoder(decoder):
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None, 'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False, 'vocab': {'a': 0, 'b': 1}, 'merges': []}
+    content = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None, 'pre_tokenizer': None, 'post_processor': None, 'decoder': decoder, 'model': model}
+    expected = tokenizers.Tokenizer.from_str(json.dumps(content)).decode([0, 1, 0])
+    assert PipelineTokenizer(content).decode([0, 1, 0]) == expected == ('a b a' if decoder is None else 'aba')
+
+
 def test_llama_2_three_ways(trained, tmp_path):
     "A SentencePiece model, and the same as the tokenizer.json that converters make of it: ours, ours and `tokenizers` agree."
     _, sp, _ = trained('bpe-bytes')
