@@ -273,6 +273,16 @@ def searching(address, chromium):
 
 
 @needs_browser
+@pytest.mark.parametrize("word, home", [("softmax", "01_tensors.html#sec-tensors-softmax"), ("LayerNorm", "08_blocks.html#sec-blocks-layernorm"), ("KV cache", "06_attention.html#sec-attention-cache")])
+def test_search_leads_to_the_home_of_a_word_first(searching, word, home):
+    "Other pages say these words more often."
+    page, _ = searching
+    page.keyboard.press("Control+k")
+    page.locator("dialog.search input").fill(word)
+    page.locator(f".search-results li:nth-child(2) a[href$='{home}']").wait_for()     # below its page
+
+
+@needs_browser
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.stem)
 def test_search_finds_each_chapter_and_its_section(address, site, searching, chapter):
     anchor, title = first_section(chapter.url, site)

@@ -147,10 +147,27 @@ function entry(url, title, excerpt, inside) {
   return item
 }
 
-// How well a section answers: the words it marks, and above all those in its title.
-function weight(part, words) {
-  const title = part.title.toLowerCase()
-  return part.excerpt.split('<mark>').length + 9 * words.toLowerCase().split(/\s+/).filter(word => title.includes(word)).length
+// The share of the words that a title has.
+function share(title, words) {
+  const wanted = words.toLowerCase().split(/\s+/)
+  return wanted.filter(word => title.toLowerCase().includes(word)).length / wanted.length
+}
+
+// What a section is called: its anchor often has the field's word where its title has a plain one.
+const name = part => part.title + ' ' + part.url.split('#')[1]
+
+// How well a section answers: the words it marks, and above all those in its name.
+const weight = (part, words) => part.excerpt.split('<mark>').length + 9 * words.split(/\s+/).length * share(name(part), words)
+
+// How well a page answers. Pagefind counts words; whoever types the title of a chapter or of a section wants to go there.
+const rank = (page, words) => Math.max(2 * share(page.meta.title, words), ...page.sub_results.map(part => share(name(part), words)))
+
+// The best page first; of two whose names answer alike, the earlier in the book.
+function sorted(pages, words) {
+  const order = $$('nav.book a').map(link => link.pathname)
+  const keys = new Map(pages.map(page => [page, rank(page, words)]))
+  const place = page => keys.get(page) ? order.indexOf(new URL(page.url, location.href).pathname) : 0
+  return pages.sort((one, other) => keys.get(other) - keys.get(one) || place(one) - place(other))
 }
 
 function showResult(result, words) {
@@ -174,8 +191,9 @@ async function search() {
   await pause(120)                                // whoever is still typing asks again
   if (turn !== asked) return
   const found = await (await engine()).search(words)
-  const results = (await Promise.all(found.results.slice(0, 10).map(result => result.data()))).filter(result => answers(result, words))
+  const pages = await Promise.all(found.results.slice(0, 40).map(result => result.data()))
   if (turn !== asked) return
+  const results = sorted(pages.filter(page => answers(page, words)), words).slice(0, 10)
   list.replaceChildren(...results.flatMap(result => showResult(result, words)))
   const count = results.length
   note.textContent = count ? `${count} page${count > 1 ? 's' : ''}` : `Nothing found for “${words}”`
