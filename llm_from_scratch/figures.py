@@ -738,6 +738,7 @@ EXTRAS = {"matplotlib": "plots", "pooch": "hub", "lm_eval": "eval",
           **dict.fromkeys(("gguf", "mistral_common", "sentencepiece",
                            "xllamacpp"), "formats"),
           "bitsandbytes": "quantization",
+          "sklearn": "peers", "peft": "finetuning",
           "triton": "kernels"}
 
 def missing_package(

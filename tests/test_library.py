@@ -14,7 +14,7 @@ INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'llm_from_scratch
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
 WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'grammar', 'data', 'figures', 'hub', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
-EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
+EXTRAS = ['matplotlib', 'pooch', 'requests', 'transformers', 'tokenizers', 'sklearn', 'peft', 'beartype', 'hypothesis', 'pytest', 'playwright', 'huggingface_hub']
 
 
 def run(*command, **options): return subprocess.run([*map(str, command)], capture_output=True, text=True, encoding='utf-8', **options)
@@ -121,8 +121,11 @@ print(sorted(p.stem for p in module.results_folder("benchmarks").iterdir()))''')
 def test_the_extras_that_a_notebook_can_do_without_are_those_of_the_package(wheel):
     "`allow_missing_extras` names the extra that brings each package, and `notebooks` brings them all but the harness and a gigabyte of Triton."
     extras = {extra: {re.split(r'[^\w.-]', r)[0].replace('_', '-') for r in metadata(wheel).get_all('Requires-Dist') if f'extra == "{extra}"' in r} for extra in metadata(wheel).get_all('Provides-Extra')}
-    for package, extra in figures.EXTRAS.items(): assert package.replace('_', '-') in extras[extra]
-    for package in set(figures.EXTRAS) - {'lm_eval', 'triton'}: assert package.replace('_', '-') in extras['plots'] | extras['hub'] | extras['peers'] | extras['formats'] | extras['quantization']
+    package_of = {'sklearn': 'scikit-learn'}
+    needed = {package: package_of.get(package, package).replace('_', '-') for package in figures.EXTRAS}
+    for package, extra in figures.EXTRAS.items(): assert needed[package] in extras[extra]
+    brought = set.union(*(extras[e] for e in ('plots', 'hub', 'peers', 'formats', 'quantization', 'finetuning')))
+    for package in set(figures.EXTRAS) - {'lm_eval', 'triton'}: assert needed[package] in brought
     assert any(r.startswith('llm-from-scratch[plots,hub,peers]') or 'plots' in r for r in metadata(wheel).get_all('Requires-Dist') if 'extra == "notebooks"' in r)
 
 
