@@ -47,7 +47,7 @@ def sse(data: Any) -> bytes:
 
 _DONE = b"data: [DONE]\n\n"
 
-# %% ../nbs/19_serving.ipynb #4b9c7ce2
+# %% ../nbs/19_serving.ipynb #9c663610
 class EngineThread:
     """An engine in a thread of its own, which alone steps it.
 
@@ -67,6 +67,7 @@ class EngineThread:
         self.engine = engine
         self._work = threading.Event()       # there is something to do
         self._closing = False
+        # who follows a request: an event loop, and a flag in it
         self._news: dict[Request, tuple[Any, asyncio.Event]] = {}
         self._thread = threading.Thread(
             target=self._run, name="engine", daemon=True)
@@ -84,7 +85,7 @@ class EngineThread:
             self._work.wait()
             self._work.clear()
             while self.engine.busy and not self._closing:
-                self._tell(self._step())
+                self._tell(self._step())     # both: see below
 
     def close(self) -> None:
         "Stop between two steps. What still runs gets nothing more."
@@ -112,7 +113,7 @@ class EngineThread:
     ) -> AsyncGenerator[tuple[int, TokenEvent], None]:
         """The events of some requests, each with the number of its request.
 
-        What was not finished is cancelled when nobody follows any more.
+        Requests still unfinished when following stops are cancelled.
         TimeoutError if it takes too long."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         end = None if seconds is None else loop.time() + seconds
@@ -125,7 +126,7 @@ class EngineThread:
                 for i, request in enumerate(requests):
                     for event in request.events[seen[i] :]:
                         seen[i] += 1
-                        n_open -= event.finish_reason is not None
+                        if event.finish_reason is not None: n_open -= 1
                         yield i, event
                 if not n_open: return
                 if end is not None and loop.time() >= end: raise TimeoutError
@@ -560,10 +561,11 @@ class _Stream:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"),
                    (b"x-accel-buffering", b"no")]
-        await send({"type": "http.response.start", "status": 200,
-                    "headers": headers})
         seconds = self.writing.service.limits.seconds + 5
-        try: await _unless_gone(receive, self._send_all(send), seconds)
+        try:
+            await send({"type": "http.response.start", "status": 200,
+                        "headers": headers})
+            await _unless_gone(receive, self._send_all(send), seconds)
         except (_Gone, TimeoutError): pass
         finally: self.writing.close()
 
