@@ -15,7 +15,7 @@ EXPERTS = dict(moe_intermediate_size=128, num_experts_per_tok=2)
 MODELS = {  # the class of `transformers`, and what its configuration adds
     'Qwen3-MoE': ('Qwen3Moe', dict(EXPERTS, num_experts=16, norm_topk_prob=True)),
     'DeepSeek V3': ('DeepseekV3', dict(EXPERTS, num_key_value_heads=8, n_routed_experts=16, n_group=4, topk_group=2, first_k_dense_replace=1, intermediate_size=512, q_lora_rank=96,
-                                       kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)),
+                                       kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, head_dim=16, v_head_dim=32)),
     'Qwen3-Next': ('Qwen3Next', dict(EXPERTS, num_experts=16, norm_topk_prob=True, shared_expert_intermediate_size=128, linear_num_key_heads=4, linear_num_value_heads=8,
                                      linear_key_head_dim=32, linear_value_head_dim=32))}
 B, T, KEPT = 4, 256, 1_000

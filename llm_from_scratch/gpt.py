@@ -514,7 +514,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         n, picked = counts.sum(), targets.masked_fill(targets == ignore_index, 0)
         share, total = (counts / n.clamp(min=1))[:, None], counts.new_zeros(())
         grad_hidden = torch.empty_like(hidden) if learn else hidden
-        grad_weight = torch.zeros_like(weight, dtype=exact) if learn else weight
+        table = ctx.needs_input_grad[1]                 # it may be frozen
+        grad_weight = torch.zeros_like(weight, dtype=exact) if table else weight[:0]
         for i in range(0, len(hidden), rows):
             here = slice(i, i + rows)
             h = hidden[here]
@@ -523,7 +524,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if learn:
                 slope = slope.to(hidden.dtype)
                 grad_hidden[here] = (slope @ weight) * share[here]
-                _add_product(grad_weight, slope.T, (h * share[here]).to(hidden.dtype))
+                if table: _add_product(grad_weight, slope.T, (h * share[here]).to(hidden.dtype))
             del slope                         # or the next chunk would be the third in memory
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total / n
@@ -533,6 +534,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
         if not (may_look(slope) and slope == 1): grads = [slope * grad for grad in grads]
+        grads = [g if need else None for g, need in zip(grads, ctx.needs_input_grad)]
         return *grads, None, None, None
 
 # %% ../nbs/09_gpt.ipynb #78e537ba

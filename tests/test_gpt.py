@@ -303,6 +303,20 @@ def test_chunked_loss_with_extreme_scores_and_nothing_to_count():
     assert nothing.isnan() and F.cross_entropy(h @ w.T, torch.tensor([-100, -100])).isnan()
 
 
+@pytest.mark.parametrize('frozen', ['neither', 'table', 'hidden'])
+def test_a_frozen_table_costs_no_product(frozen):
+    "Logits, the gradient of the hidden states, and that of the table where it learns: three products or two."
+    from torch.utils.flop_counter import FlopCounterMode
+    h, w = torch.randn(6, 4, requires_grad=frozen != 'hidden'), torch.randn(9, 4, requires_grad=frozen != 'table')
+    with FlopCounterMode(display=False) as counted: (2 * chunked_cross_entropy(h, w, torch.arange(6), rows=4)).backward()
+    products = 2 if frozen == 'table' else 3
+    assert counted.get_total_flops() == products * 2 * 6 * 9 * 4
+    (2 * F.cross_entropy((a := h.detach().requires_grad_()) @ (b := w.detach().requires_grad_()).T, torch.arange(6))).backward()
+    for mine, peers in ((h, a), (w, b)):
+        if mine.requires_grad: torch.testing.assert_close(mine.grad, peers.grad)
+        else: assert mine.grad is None
+
+
 def test_chunked_loss_keeps_its_gradient_with_retain_graph():
     h, w = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
     loss = chunked_cross_entropy(h, w, torch.arange(5))

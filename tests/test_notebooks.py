@@ -63,7 +63,7 @@ only_with_forks = pytest.mark.skipif(not forks.CAN_FORK, reason='kernels are for
 
 # Where a reader opens it ------------------------------------------------------------------------------------------
 
-SHARES = 6                 # of the notebooks, one is run without extras; `make slow` runs the others
+SHARES = 12                # of the notebooks, one is run without extras; `make slow` runs the others
 ALONE = """import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
