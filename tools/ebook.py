@@ -17,7 +17,8 @@ THEME = HERE / "theme"
 
 def metadata(work: Workshop) -> dict[str, Any]:
     book = work.book
-    typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}}}
+    syntax = (THEME / "python.sublime-syntax").read_text(encoding="utf-8")
+    typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}, "syntax": literal(syntax)}}
     front = {"front": words(f"/{PICTURE.as_posix()}")} if (book.root / PICTURE).exists() else {}
     facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "description": book.description,
              "rights": "Text: CC BY 4.0. Code: Apache 2.0.", "identifier": book.name}
