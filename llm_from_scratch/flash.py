@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, reduce
+from importlib import import_module
 from operator import or_
 from typing import Any
 
@@ -381,8 +382,8 @@ def _kernel() -> Any:
 def _triton() -> Any:
     "The package, or an error that names the extra which brings it."
     try:
-        import triton
-        import triton.language
+        triton = import_module("triton")      # types: unknown where it is not
+        import_module("triton.language")
     except ImportError as e:
         message = "this needs triton: pip install 'llm-from-scratch[kernels]'"
         raise ImportError(message, name="triton") from e
