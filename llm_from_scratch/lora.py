@@ -31,7 +31,8 @@ from .quantization import QuantizedLinear
 from .tensors import Dropout, linear
 
 # %% auto #0
-__all__ = ['LoRAConfig', 'LoRALinear', 'add_lora', 'merge', 'unmerge', 'remove_lora', 'save_adapter', 'load_adapter']
+__all__ = ['LoRAConfig', 'LoRALinear', 'add_lora', 'merge', 'unmerge', 'remove_lora', 'save_adapter', 'load_adapter',
+           'AdapterBank']
 
 # %% ../nbs/21_lora.ipynb #0a86e40b
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class LoRALinear(nn.Module):
         self.magnitude = nn.Parameter(
             row_lengths(base.weight)) if config.dora else None
         self.dropout = Dropout(config.dropout, generator=generator)
-        self._original: tuple[nn.Parameter, ...] = ()     # while merged
+        self.original: tuple[nn.Parameter, ...] = ()      # while merged
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
         "W x + s B A x; once merged, what the changed weights give."
@@ -110,7 +111,7 @@ class LoRALinear(nn.Module):
     @property
     def is_merged(self) -> bool:
         "Whether the change is in the weights of `base` now."
-        return bool(self._original)
+        return bool(self.original)
 
     @property
     def weight(self) -> Float[Tensor, "F D"]:
@@ -124,24 +125,6 @@ class LoRALinear(nn.Module):
         "How many weights a token is multiplied with."
         own = self.base.in_features * self.base.out_features
         return own + (0 if self.is_merged else self.A.numel() + self.B.numel())
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        "Put the change into the weights. ValueError if it is there, or cannot."
-        if self.is_merged: raise ValueError("the adapter is merged already")
-        if not isinstance(self.base, nn.Linear):
-            raise ValueError("the base has quantized weights, in which a small "
-                             "change is lost to rounding: merge into the "
-                             "original weights")
-        whole, self._original = self.weight, (self.base.weight,)
-        self.base.weight = nn.Parameter(whole.to(self.base.weight.dtype),
-                                        requires_grad=False)
-
-    def unmerge(self) -> None:
-        "Put the original weights back, bit for bit. ValueError if they are."
-        if not self.is_merged: raise ValueError("the adapter is not merged")
-        self.base.weight, = self._original
-        self._original = ()
 
 # %% ../nbs/21_lora.ipynb #edda5833
 #| code-fold: true
@@ -201,7 +184,7 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-# %% ../nbs/21_lora.ipynb #4d611a0c
+# %% ../nbs/21_lora.ipynb #e04650aa
 def merge(model: Any) -> Any:
     """Put the changes of all adapters into the weights; returns the model.
 
@@ -218,7 +201,10 @@ def merge(model: Any) -> Any:
              "original ones; quantized are", [
                  name for name, layer in layers.items()
                  if not isinstance(layer.base, nn.Linear)])
-    for layer in layers.values(): layer.merge()
+    for layer in layers.values():
+        whole, old = layer.weight.detach(), layer.base.weight
+        layer.base.weight = nn.Parameter(whole.to(old.dtype), False)
+        layer.original = (old,)            # in a tuple, it is no parameter
     return model
 
 def unmerge(model: Any) -> Any:
@@ -234,7 +220,8 @@ def unmerge(model: Any) -> Any:
     """
     layers = _some_lora(model)
     complain("not merged", [n for n, m in layers.items() if not m.is_merged])
-    for layer in layers.values(): layer.unmerge()
+    for layer in layers.values():
+        (layer.base.weight,), layer.original = layer.original, ()
     return model
 
 def remove_lora(model: Any) -> Any:
@@ -266,7 +253,8 @@ def places(model: Any) -> dict[str, Place]:
     "Our layers -> theirs; for a module that is no GPT, its own names."
     if not hasattr(model, "config"):
         return {name: Place(name, False) for name, _ in model.named_modules()}
-    config = replace(model.config, rope_layout="half")
+    config = model.config
+    if _turned(config): config = replace(config, rope_layout="half")
     family = family_named(config_to_hf(config)["model_type"])
     found = {}
     for line in family.lines:
@@ -285,8 +273,14 @@ def reordered(
     "The rows of a B in the order of another rotary layout."
     c, part = getattr(model, "config", None), name.rpartition(".")[2]
     heads = {"query": "n_heads", "key": "kv_heads"}.get(part)
-    if c is None or heads is None or c.rope_layout == "half": return B
+    if c is None or heads is None or not _turned(c): return B
     return change(B, getattr(c, heads), c.rope_fraction)
+
+def _turned(c: Any) -> bool:
+    "Whether `GPT.to_hf` writes queries and keys in another order."
+    mixers = {c.layer(i).mixer for i in range(c.n_layers)}
+    return (c.rope_layout != "half" and c.positions == "rope"
+            and mixers == {"attention"} and not c.qk_norm)
 
 # %% ../nbs/21_lora.ipynb #5fa637ef
 def save_adapter(
@@ -372,13 +366,13 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> Any:
     complain("the model has adapters already", [*lora_layers(model)])
     with reading(folder, "an adapter of this model"):
         config, parts = read_adapter(model, folder)
-        for name, found in parts.items():
-            layer = LoRALinear(model.get_submodule(name), config)
-            model.requires_grad_(False)
-            with torch.no_grad():
-                for part, tensor in found.items():
-                    getattr(layer, part).copy_(tensor)
-            replace_layer(model, name, layer)
+    model.requires_grad_(False)
+    for name, found in parts.items():
+        layer = LoRALinear(model.get_submodule(name), config)
+        with torch.no_grad():
+            for part, tensor in found.items():
+                getattr(layer, part).copy_(tensor)
+        replace_layer(model, name, layer)
     return model
 
 # %% ../nbs/21_lora.ipynb #64e18597
@@ -420,6 +414,7 @@ def _check_parts(
     if not isinstance(layer, (nn.Linear, QuantizedLinear)):
         raise ValueError(f"{name} is no linear layer")
     D, F, r = layer.in_features, layer.out_features, config.rank
+    if r > min(D, F): raise ValueError(f"{name} has no rank of {r}")
     wanted: dict[str, tuple[int, ...]] = {"A": (r, D), "B": (F, r)}
     if config.dora: wanted["magnitude"] = (F,)
     shapes = {part: tuple(t.shape) for part, t in found.items()}
@@ -427,3 +422,87 @@ def _check_parts(
         raise ValueError(f"{name} needs {wanted}, got {shapes}")
     complain("not finite are the numbers of", [
         f"{name}.{part}" for part, t in found.items() if not t.isfinite().all()])
+
+# %% ../nbs/21_lora.ipynb #809df09c
+class AdapterBank:
+    """Adapters of one model by name; each row of a batch chooses its own.
+
+    The model is changed in place. ValueError for a folder that is no adapter
+    of it, for adapters with DoRA, and for a model that has adapters already.
+
+    >>> def up(): return nn.ModuleDict({"up": nn.Linear(9, 9)})
+    >>> save_adapter(add_lora(up(), LoRAConfig(targets=["up"])), "one")
+    >>> bank = AdapterBank(up(), {"one": "one"})
+    >>> with bank.use(["one", None]): bank.model["up"](torch.ones(2, 3, 9)).shape
+    torch.Size([2, 3, 9])
+    """
+
+    def __init__(
+        self, model: Any,
+        folders: Mapping[str, str | os.PathLike[str]],    # name -> adapter
+    ) -> None:
+        complain("the model has adapters already", [*lora_layers(model)])
+        found = {}
+        for name, folder in folders.items():
+            with reading(folder, "an adapter of this model"):
+                found[name] = read_adapter(model, folder)
+        complain("rows of a batch cannot choose adapters with DoRA",
+                 [name for name, (config, _) in found.items() if config.dora])
+        self.model, self.names = model, tuple(folders)
+        self.groups: list[tuple[str, Int[Tensor, "n"]]] = []   # rows, by adapter
+        self.n_rows = 0
+        for where in dict.fromkeys(w for _, parts in found.values() for w in parts):
+            own = {name: (parts[where]["A"], parts[where]["B"], config.scale)
+                   for name, (config, parts) in found.items() if where in parts}
+            replace_layer(model, where, BankedLinear(
+                model.get_submodule(where), own, self))
+
+    @contextmanager
+    def use(
+        self, names: Sequence[str | None],       # of each row; None: no adapter
+    ) -> Iterator[None]:
+        "Inside the block, rows of a batch have these adapters."
+        complain("there is no adapter", [
+            str(name) for name in names if name not in (None, *self.names)])
+        before = self.groups, self.n_rows
+        rows = {name: [i for i, other in enumerate(names) if other == name]
+                for name in dict.fromkeys(names) if name is not None}
+        self.groups = [(name, torch.tensor(some)) for name, some in rows.items()]
+        self.n_rows = len(names)
+        try: yield
+        finally: self.groups, self.n_rows = before
+
+# %% ../nbs/21_lora.ipynb #e4101d55
+class BankedLinear(nn.Module):
+    "A linear layer, and for each row of a batch the adapter that it has chosen."
+
+    def __init__(
+        self, base: Any,
+        adapters: Mapping[str, tuple[Tensor, Tensor, float]],   # name -> A, B, s
+        bank: AdapterBank,
+    ) -> None:
+        super().__init__()
+        self.base, self.bank = base, bank
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        self.adapters = {name: (A.to(device), B.to(device), s)
+                         for name, (A, B, s) in adapters.items()}
+
+    def forward(self, x: Float[Tensor, "N *T D"]) -> Float[Tensor, "N *T F"]:
+        "W x, plus s B A x with each row's own A and B."
+        y = self.base(x)
+        if not self.bank.n_rows: return y
+        if len(x) != self.bank.n_rows:
+            raise ValueError(f"adapters were chosen for {self.bank.n_rows} rows, "
+                             f"got a batch of {len(x)}")
+        if self.bank.groups: y = y.clone()        # the base's may not be ours
+        for name, rows in self.bank.groups:
+            if name not in self.adapters: continue
+            rows = rows.to(x.device)
+            y[rows] = plus_product(y[rows], x[rows], *self.adapters[name])
+        return y
+
+# %% ../nbs/21_lora.ipynb #d0881c92
+def shared_copy(model: Any) -> Any:
+    "Another model with the same weights: modules are copied, tensors are not."
+    kept = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return deepcopy(model, kept)
