@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .files import (
     BelowOne, Config, PositiveFloat, PositiveInt, finish_replacing, read_json,
@@ -28,7 +29,7 @@ from .gpt import complain
 from .positions import half_to_interleaved, interleaved_to_half
 from .pretrained import config_to_hf, family_named
 from .quantization import QuantizedLinear
-from .tensors import Dropout, linear
+from .tensors import Dropout
 
 # %% auto #0
 __all__ = ['LoRAConfig', 'LoRALinear', 'add_lora', 'merge', 'unmerge', 'remove_lora', 'save_adapter', 'load_adapter',
@@ -63,7 +64,7 @@ def plus_product(
     scale: float,
 ) -> Float[Tensor, "*B F"]:
     "@eq-lora-layer: y + s B A x, the sum within the second product."
-    h = linear(x.to(A.dtype), A).reshape(-1, len(A)).to(y.dtype)
+    h = F.linear(x.to(A.dtype), A).reshape(-1, len(A)).to(y.dtype)
     flat = y.reshape(-1, y.shape[-1])
     return torch.addmm(flat, h, B.T.to(y.dtype), alpha=scale).view_as(y)
 
@@ -83,18 +84,20 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,    # draws A
     ) -> None:
         super().__init__()
-        D, F = base.in_features, base.out_features
-        if config.rank > min(D, F):
-            raise ValueError(f"a layer of {F} × {D} has rank {min(D, F)} at "
-                             f"most, got rank={config.rank}")
+        reads, writes = base.in_features, base.out_features
+        if config.rank > min(reads, writes):
+            raise ValueError(f"a layer of {writes} × {reads} has rank "
+                             f"{min(reads, writes)} at most, "
+                             f"got rank={config.rank}")
         self.base, self.config = base.requires_grad_(False), config
         own = next(iter([*base.parameters(), *base.buffers()]))
         dtype = own.dtype if own.is_floating_point() else torch.float32
         made: Any = {"device": own.device, "dtype": dtype}
-        self.A = nn.Parameter(torch.empty(config.rank, D, **made))
+        self.A = nn.Parameter(torch.empty(config.rank, reads, **made))
         if not own.is_meta:
-            nn.init.uniform_(self.A, -(D**-0.5), D**-0.5, generator)
-        self.B = nn.Parameter(torch.zeros(F, config.rank, **made))
+            limit = reads**-0.5
+            nn.init.uniform_(self.A, -limit, limit, generator)
+        self.B = nn.Parameter(torch.zeros(writes, config.rank, **made))
         self.magnitude = nn.Parameter(
             row_lengths(base.weight)) if config.dora else None
         self.dropout = Dropout(config.dropout, generator=generator)
@@ -171,6 +174,8 @@ def add_lora(
     return model
 
 # %% ../nbs/21_lora.ipynb #e2058989
+#| code-fold: true
+#| code-summary: "Finding and replacing layers"
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     "The layers with an adapter, by name."
     return {name: layer for name, layer in model.named_modules()
@@ -224,6 +229,9 @@ def unmerge(model: Any) -> Any:
         (layer.base.weight,), layer.original = layer.original, ()
     return model
 
+# %% ../nbs/21_lora.ipynb #5097b698
+#| code-fold: true
+#| code-summary: "`remove_lora`"
 def remove_lora(model: Any) -> Any:
     """Take the adapters off; what was merged stays in the weights.
 
@@ -237,6 +245,8 @@ def remove_lora(model: Any) -> Any:
     return model
 
 # %% ../nbs/21_lora.ipynb #93cdcdf4
+#| code-fold: true
+#| code-summary: "A helper"
 def _some_lora(model: nn.Module) -> dict[str, LoRALinear]:
     "Layers with an adapter. ValueError if there are none."
     if found := lora_layers(model): return found
@@ -244,6 +254,8 @@ def _some_lora(model: nn.Module) -> dict[str, LoRALinear]:
                      "puts one in")
 
 # %% ../nbs/21_lora.ipynb #13b31aca
+#| code-fold: true
+#| code-summary: "Code that translates names"
 class Place(NamedTuple):
     "Where `peft` keeps the adapter of one of our layers."
     name: str                           # of the layer in `transformers`
@@ -268,7 +280,8 @@ def places(model: Any) -> dict[str, Place]:
     return found
 
 def reordered(
-    model: Any, name: str, B: Float[Tensor, "F r"], change: Callable[..., Tensor],
+    model: Any, name: str, B: Float[Tensor, "F r"],
+    change: Callable[..., Tensor],
 ) -> Float[Tensor, "F r"]:
     "The rows of a B in the order of another rotary layout."
     c, part = getattr(model, "config", None), name.rpartition(".")[2]
@@ -283,6 +296,8 @@ def _turned(c: Any) -> bool:
             and mixers == {"attention"} and not c.qk_norm)
 
 # %% ../nbs/21_lora.ipynb #5fa637ef
+#| code-fold: true
+#| code-summary: "`save_adapter`"
 def save_adapter(
     model: Any, folder: str | os.PathLike[str],
     base: str | None = None,            # name of the base model, for readers
@@ -302,12 +317,13 @@ def save_adapter(
              [name for name in layers if name not in known])
     tensors = {}
     for name, layer in layers.items():
-        start = f"base_model.model.{known[name].name}.lora_"
+        start = f"{_START}{known[name].name}.lora_"
         B = reordered(model, name, layer.B, interleaved_to_half)
         parts = {"A.weight": layer.A, "B.weight": B}
         if layer.magnitude is not None:
+            lengths = layer.magnitude[:, None]
             parts["magnitude_vector"] = reordered(
-                model, name, layer.magnitude[:, None], interleaved_to_half)[:, 0]
+                model, name, lengths, interleaved_to_half)[:, 0]
         tensors |= {start + part: t.detach().cpu().contiguous()
                     for part, t in parts.items()}
     said = _about(next(iter(layers.values())).config,
@@ -350,6 +366,8 @@ def _config_of(said: Mapping[str, Any], targets: Sequence[str]) -> LoRAConfig:
                       bool(said.get("use_rslora")), bool(said.get("use_dora")))
 
 # %% ../nbs/21_lora.ipynb #348c586a
+#| code-fold: true
+#| code-summary: "`load_adapter`"
 def load_adapter(model: Any, folder: str | os.PathLike[str]) -> Any:
     """Put the adapters of a folder into a model without any; returns it.
 
@@ -378,6 +396,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> Any:
 # %% ../nbs/21_lora.ipynb #64e18597
 #| code-fold: true
 #| code-summary: "Reading and checking a file"
+_START = "base_model.model."
 _PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "magnitude"}
 
 def read_adapter(
@@ -392,7 +411,7 @@ def read_adapter(
     ours = {place.name: name for name, place in places(model).items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        theirs, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        theirs, _, part = key.removeprefix(_START).partition(".lora_")
         if theirs not in ours or part not in _PARTS:
             raise ValueError(f"this model has no place for {key}")
         parts.setdefault(ours[theirs], {})[_PARTS[part]] = tensor
@@ -406,6 +425,10 @@ def read_adapter(
     if not parts: raise ValueError("it holds no tensor")
     return config, parts
 
+
+# %% ../nbs/21_lora.ipynb #cc36c121
+#| code-fold: true
+#| code-summary: "Checking the tensors of a layer"
 def _check_parts(
     model: Any, name: str, found: Mapping[str, Tensor], config: LoRAConfig,
 ) -> None:
@@ -413,15 +436,16 @@ def _check_parts(
     layer = model.get_submodule(name)
     if not isinstance(layer, (nn.Linear, QuantizedLinear)):
         raise ValueError(f"{name} is no linear layer")
-    D, F, r = layer.in_features, layer.out_features, config.rank
-    if r > min(D, F): raise ValueError(f"{name} has no rank of {r}")
-    wanted: dict[str, tuple[int, ...]] = {"A": (r, D), "B": (F, r)}
-    if config.dora: wanted["magnitude"] = (F,)
+    reads, writes, r = layer.in_features, layer.out_features, config.rank
+    if r > min(reads, writes): raise ValueError(f"{name} has no rank of {r}")
+    wanted: dict[str, tuple[int, ...]] = {"A": (r, reads), "B": (writes, r)}
+    if config.dora: wanted["magnitude"] = (writes,)
     shapes = {part: tuple(t.shape) for part, t in found.items()}
     if shapes != wanted:
         raise ValueError(f"{name} needs {wanted}, got {shapes}")
     complain("not finite are the numbers of", [
-        f"{name}.{part}" for part, t in found.items() if not t.isfinite().all()])
+        f"{name}.{part}" for part, t in found.items()
+        if not t.isfinite().all()])
 
 # %% ../nbs/21_lora.ipynb #809df09c
 class AdapterBank:
@@ -433,7 +457,8 @@ class AdapterBank:
     >>> def up(): return nn.ModuleDict({"up": nn.Linear(9, 9)})
     >>> save_adapter(add_lora(up(), LoRAConfig(targets=["up"])), "one")
     >>> bank = AdapterBank(up(), {"one": "one"})
-    >>> with bank.use(["one", None]): bank.model["up"](torch.ones(2, 3, 9)).shape
+    >>> x = torch.ones(2, 3, 9)
+    >>> with bank.use(["one", None]): bank.model["up"](x).shape
     torch.Size([2, 3, 9])
     """
 
@@ -449,9 +474,10 @@ class AdapterBank:
         complain("rows of a batch cannot choose adapters with DoRA",
                  [name for name, (config, _) in found.items() if config.dora])
         self.model, self.names = model, tuple(folders)
-        self.groups: list[tuple[str, Int[Tensor, "n"]]] = []   # rows, by adapter
+        self.groups: list[tuple[str, Tensor]] = []    # adapter, rows
         self.n_rows = 0
-        for where in dict.fromkeys(w for _, parts in found.values() for w in parts):
+        layers = [w for _, parts in found.values() for w in parts]
+        for where in dict.fromkeys(layers):
             own = {name: (parts[where]["A"], parts[where]["B"], config.scale)
                    for name, (config, parts) in found.items() if where in parts}
             replace_layer(model, where, BankedLinear(
@@ -467,18 +493,19 @@ class AdapterBank:
         before = self.groups, self.n_rows
         rows = {name: [i for i, other in enumerate(names) if other == name]
                 for name in dict.fromkeys(names) if name is not None}
-        self.groups = [(name, torch.tensor(some)) for name, some in rows.items()]
+        self.groups = [(name, torch.tensor(some))
+                       for name, some in rows.items()]
         self.n_rows = len(names)
         try: yield
         finally: self.groups, self.n_rows = before
 
 # %% ../nbs/21_lora.ipynb #e4101d55
 class BankedLinear(nn.Module):
-    "A linear layer, and for each row of a batch the adapter that it has chosen."
+    "A linear layer; each row of a batch has the adapter that it has chosen."
 
     def __init__(
         self, base: Any,
-        adapters: Mapping[str, tuple[Tensor, Tensor, float]],   # name -> A, B, s
+        adapters: Mapping[str, tuple[Tensor, Tensor, float]],   # A, B, s
         bank: AdapterBank,
     ) -> None:
         super().__init__()
@@ -492,8 +519,8 @@ class BankedLinear(nn.Module):
         y = self.base(x)
         if not self.bank.n_rows: return y
         if len(x) != self.bank.n_rows:
-            raise ValueError(f"adapters were chosen for {self.bank.n_rows} rows, "
-                             f"got a batch of {len(x)}")
+            raise ValueError("adapters were chosen for "
+                             f"{self.bank.n_rows} rows, got a batch of {len(x)}")
         if self.bank.groups: y = y.clone()        # the base's may not be ours
         for name, rows in self.bank.groups:
             if name not in self.adapters: continue

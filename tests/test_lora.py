@@ -188,7 +188,7 @@ def test_a_merged_model_is_an_ordinary_model(tmp_path):
     model = adapted()
     apart = logits(model)
     remove_lora(merge(model)).save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(GPT.from_pretrained(tmp_path)), apart)
+    torch.testing.assert_close(logits(GPT.from_pretrained(tmp_path)).double(), apart, rtol=1e-4, atol=1e-4)
     plain = adapted()
     assert logits(remove_lora(plain)).equal(logits(base()))
 
