@@ -366,7 +366,7 @@ def test_a_bank_refuses_what_it_cannot_do(several, tmp_path):
     bank, _ = several
     with pytest.raises(ValueError, match='no adapter: four'):
         with bank.use(['four']): pass
-    with pytest.raises(ValueError, match='chosen for 3 rows, got a batch of 2'):
+    with pytest.raises(ValueError, match='chosen for 3 rows, got 2'):
         with bank.use(['one', 'one', None]): bank.model(some_ids())
     save_adapter(adapted(way='dora'), tmp_path)
     with pytest.raises(ValueError, match='DoRA: heavy'): AdapterBank(base(), {'heavy': tmp_path})
