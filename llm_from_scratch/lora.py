@@ -520,7 +520,7 @@ class BankedLinear(nn.Module):
         if not self.bank.n_rows: return y
         if len(x) != self.bank.n_rows:
             raise ValueError("adapters were chosen for "
-                             f"{self.bank.n_rows} rows, got a batch of {len(x)}")
+                             f"{self.bank.n_rows} rows, got {len(x)}")
         if self.bank.groups: y = y.clone()        # the base's may not be ours
         for name, rows in self.bank.groups:
             if name not in self.adapters: continue

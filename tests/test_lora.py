@@ -18,7 +18,7 @@ from llm_from_scratch.training import TrainConfig, Trainer, make_optimizers
 
 INPUTS = []
 pytestmark = pytest.mark.usefixtures('one_thread')
-QWEN = {**LLAMA, 'n_kv_heads': 2, 'qk_norm': True, 'd_head': 4}
+QWEN = {**LLAMA, 'n_kv_heads': 2, 'qk_norm': True, 'd_head': 4, 'norm_eps': 1e-6}
 KINDS = {'llama': LLAMA, 'qwen': QWEN, 'gpt2': {}, 'interleaved': {**LLAMA, 'rope_layout': 'interleaved', 'n_kv_heads': 2}}
 WAYS = {'lora': LoRAConfig(3, 6.0), 'rslora': LoRAConfig(4, 5.0, rslora=True), 'dora': LoRAConfig(2, 3.0, dora=True)}
 
@@ -85,7 +85,7 @@ def test_the_scale_is_alpha_over_the_rank_or_its_root():
     assert LoRAConfig(16, 8).scale == 0.5 and LoRAConfig(16, 8, rslora=True).scale == 2
 
 
-@pytest.mark.parametrize('wrong', [{'rank': 0}, {'alpha': 0}, {'alpha': float('nan')}, {'dropout': 1.0}, {'targets': 'blocks'}, {'rslora': 1}, {'rank': 2.5}])
+@pytest.mark.parametrize('wrong', [{'rank': 0}, {'alpha': 0}, {'alpha': float('nan')}, {'dropout': 1.0}, {'targets': 'blocks'}])
 def test_a_config_is_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): LoRAConfig(**wrong)
 
@@ -231,8 +231,7 @@ def opened_by_peft(model, original, folder):
     return peft.PeftModel.from_pretrained(theirs, folder/'adapter', autocast_adapter_dtype=False).eval()
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize(('kind', 'way'), [*((kind, 'lora') for kind in KINDS), ('llama', 'rslora'), ('interleaved', 'dora')])
 def test_against_peft(tmp_path, kind, way):
     options = {'targets': ['*.down', '*.output', '*.up']} if kind == 'gpt2' else {}
     model = adapted(kind, way, **options)
