@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 QWEN = {**LLAMA, 'n_kv_heads': 2, 'qk_norm': True, 'd_head': 4, 'norm_eps': 1e-6}
 KINDS = {'llama': LLAMA, 'qwen': QWEN, 'gpt2': {}, 'interleaved': {**LLAMA, 'rope_layout': 'interleaved', 'n_kv_heads': 2}}
 WAYS = {'lora': LoRAConfig(3, 6.0), 'rslora': LoRAConfig(4, 5.0, rslora=True), 'dora': LoRAConfig(2, 3.0, dora=True)}
+CASES = [*((kind, 'lora') for kind in KINDS), ('llama', 'rslora'), ('interleaved', 'dora')]
 
 
 def base(kind='llama', dtype=torch.float64): return randomized(small(**KINDS[kind])).to(dtype)
@@ -73,8 +74,7 @@ def test_a_layer_is_one_with_changed_weights_gradients_too(way, bias):
     assert layer.base.weight.grad is None and not layer.base.weight.requires_grad
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize(('kind', 'way'), CASES)
 def test_a_new_adapter_changes_nothing(kind, way):
     model = base(kind)
     before = logits(model)
@@ -162,8 +162,7 @@ def test_the_optimizer_holds_no_frozen_weight():
 
 # Merging ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize(('kind', 'way'), CASES)
 def test_merged_equals_apart_and_unmerged_is_the_original(kind, way):
     model = adapted(kind, way)
     weights = {name: (layer.base.weight, layer.base.weight.clone()) for name, layer in lora_layers(model).items()}
@@ -209,8 +208,7 @@ def test_merging_twice_or_into_four_bits_is_refused():
 
 # Files, and peft --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize(('kind', 'way'), CASES)
 def test_what_is_saved_is_loaded(tmp_path, kind, way):
     options = {'targets': ['*.down', '*.output', '*.up']} if kind == 'gpt2' else {}
     model = adapted(kind, way, dropout=0.1, **options)
@@ -231,7 +229,7 @@ def opened_by_peft(model, original, folder):
     return peft.PeftModel.from_pretrained(theirs, folder/'adapter', autocast_adapter_dtype=False).eval()
 
 
-@pytest.mark.parametrize(('kind', 'way'), [*((kind, 'lora') for kind in KINDS), ('llama', 'rslora'), ('interleaved', 'dora')])
+@pytest.mark.parametrize(('kind', 'way'), CASES)
 def test_against_peft(tmp_path, kind, way):
     options = {'targets': ['*.down', '*.output', '*.up']} if kind == 'gpt2' else {}
     model = adapted(kind, way, **options)
@@ -339,7 +337,7 @@ def several(tmp_path_factory):
     return AdapterBank(base(), {name: folder/name for name in ways}), {None: base(), **alone}
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(names=st.lists(st.sampled_from([None, 'one', 'two', 'three']), min_size=1, max_size=6))
 def test_rows_of_a_batch_get_what_they_would_get_alone(several, names):
     bank, alone = several
