@@ -89,19 +89,17 @@ class LoRALinear(nn.Module):
             raise ValueError(f"a layer of {writes} × {reads} has rank "
                              f"{min(reads, writes)} at most, "
                              f"got rank={config.rank}")
-        self.base, self.config = base.requires_grad_(False), config
-        own = next(iter([*base.parameters(), *base.buffers()]))
-        dtype = own.dtype if own.is_floating_point() else torch.float32
-        made: Any = {"device": own.device, "dtype": dtype}
+        self.base: Any = base.requires_grad_(False)
+        self.config, made = config, like_base(base)
         self.A = nn.Parameter(torch.empty(config.rank, reads, **made))
-        if not own.is_meta:
+        if not self.A.is_meta:
             limit = reads**-0.5
             nn.init.uniform_(self.A, -limit, limit, generator)
         self.B = nn.Parameter(torch.zeros(writes, config.rank, **made))
         self.magnitude = nn.Parameter(
             row_lengths(base.weight)) if config.dora else None
         self.dropout = Dropout(config.dropout, generator=generator)
-        self.original: tuple[nn.Parameter, ...] = ()      # while merged
+        self.original: tuple[Any, ...] = ()               # while merged
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
         "W x + s B A x; once merged, what the changed weights give."
@@ -131,7 +129,13 @@ class LoRALinear(nn.Module):
 
 # %% ../nbs/21_lora.ipynb #edda5833
 #| code-fold: true
-#| code-summary: "Two small functions of DoRA"
+#| code-summary: "Where new parameters live, and two functions of DoRA"
+def like_base(base: nn.Module) -> dict[str, Any]:
+    "Device and type of numbers for parameters beside a frozen layer."
+    own = next(iter([*base.parameters(), *base.buffers()]))
+    dtype = own.dtype if own.is_floating_point() else torch.float32
+    return {"device": own.device, "dtype": dtype}
+
 def row_lengths(matrix: Float[Tensor, "F D"]) -> Float[Tensor, "F"]:
     "The length of each row."
     return torch.linalg.vector_norm(matrix.detach(), dim=1)
