@@ -145,7 +145,7 @@ def test_costs_are_counted():
 
 # Training ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', ['lora', 'dora'])
 def test_only_the_adapter_learns(way):
     model = add_lora(base(dtype=torch.float32), WAYS[way])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
