@@ -237,6 +237,18 @@ def test_the_cache_is_begun_anew_where_the_beginning_has_changed(words):
         assert told == ''.join(again.say('and'))
 
 
+def test_a_conversation_that_is_reset_is_a_new_one(words):
+    def first(chat): return ''.join(chat.say('who'))
+    chat, new = (Conversation(model_for(words), words, ChatTemplate(CHATML), system=system, sampler=GREEDY, max_new_tokens=5) for system in (None, 'the'))
+    with unchecked():
+        ''.join(chat.say('the cat'))
+        chat.reset('the')
+        assert chat.messages == new.messages == [{'role': 'system', 'content': 'the'}]
+        assert first(chat) == first(new)
+        chat.reset()
+    assert chat.messages == [] and not chat.truncated
+
+
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(words):
     chat = Conversation(model_for(words), words, ChatTemplate(CHATML), max_new_tokens=20)
     with unchecked():
