@@ -147,8 +147,8 @@ def fit_head(
         raise ValueError(f"the weight decay must be positive, got {l2}")
     x64 = x.double()
     weight = x64.new_zeros(n_labels, x.shape[1]).requires_grad_()
-    solver = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=1e-8,
-                               tolerance_change=1e-12,
+    solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-7,
+                               tolerance_change=1e-10,
                                line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
