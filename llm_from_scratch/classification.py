@@ -28,7 +28,9 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import BatchPlan, DownloadError, Source, download
+from llm_from_scratch.data import (
+    BatchLoader, BatchPlan, DownloadError, Source, download,
+)
 from .evaluation import evaluating
 from .files import file_digest, put_in_place
 from .gpt import GPT
@@ -148,7 +150,7 @@ def fit_head(
     x64 = x.double()
     weight = x64.new_zeros(n_labels, x.shape[1]).requires_grad_()
     solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-7,
-                               tolerance_change=1e-10,
+                               tolerance_change=1e-14,
                                line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -191,7 +193,7 @@ def freeze(
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/20_classification.ipynb #57e48dd2
-class LabeledRows:
+class LabeledRows(BatchLoader):
     """Batches of texts with labels, as a `Trainer` reads them.
 
     A batch is a function of seed and step: ids, labels, where texts end.
@@ -199,37 +201,27 @@ class LabeledRows:
 
     >>> loader = LabeledRows([[5, 6], [7]], [0, 1], batch_size=2, shuffle=False)
     >>> [t.tolist() for t in loader.batch(0)]
-    [[[5, 6], [7, 0]], [0, 1], [1, 0]]
+    [[[5, 6], [7, 0]], [[0], [1]], [1, 0]]
     """
-    step = 0                              # the next one
-
     def __init__(
         self, rows: Sequence[Any], labels: Any, batch_size: int, *,
         seed: int = 0, shuffle: bool = True,
     ) -> None:
-        self.rows, self.labels = rows, torch.as_tensor(labels)
-        if len(rows) != len(self.labels):
-            raise ValueError(f"{len(rows)} texts have "
-                             f"{len(self.labels)} labels")
+        if len(rows) != len(labels):
+            raise ValueError(f"{len(rows)} texts have {len(labels)} labels")
+        self.rows = self.source = rows
+        self.ids = np.concatenate([np.asarray(row) for row in rows])
+        self.labels = torch.as_tensor(labels).reshape(len(rows), -1)
         self.context_length = max(map(len, rows))
         self.plan = BatchPlan(len(rows), batch_size, seed, shuffle=shuffle)
 
-    def __len__(self) -> int:
-        return len(self.plan.steps(self.plan.epoch(self.step)))
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        "Padded ids, labels, and the index of each text's last token."
+    def batch(                            # type: ignore[override]
+        self, step: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        "Padded ids, a row of labels for each text, and where it ends."
         chosen = self.plan.windows(step)
         ids, last = pad_rows([self.rows[i] for i in chosen])
         return ids, self.labels[torch.as_tensor(chosen)], last
-
-    def state_dict(self) -> dict[str, int]:
-        "What a checkpoint has to remember."
-        return {"step": self.step}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        "Go on where `state_dict` was taken."
-        self.step = state["step"]
 
 def label_loss(
     model: nn.Module,                     # a `Classifier`, or a `SpanReader`
@@ -237,7 +229,7 @@ def label_loss(
 ) -> Float[Tensor, ""]:
     "The mean loss of a batch in nats: `Trainer(…, loss=label_loss)`."
     ids, labels, last = batch
-    return model(ids, last, labels)
+    return model(ids, last, labels[:, 0] if labels.shape[1] == 1 else labels)
 
 # %% ../nbs/20_classification.ipynb #f0fedb59
 def confusion_matrix(

@@ -43,7 +43,7 @@ def classifier(n=3, **options):
 
 # Texts of different length ----------------------------------------------------------------------------------------
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=ROWS, kind=st.sampled_from([{}, dict(positions='learned'), dict(positions='alibi'), dict(window=3), dict(n_kv_heads=2)]), size=st.integers(1, 4))
 def test_a_batch_gives_each_text_what_it_gets_alone(rows, kind, size):
     model = classifier(**kind)
@@ -126,7 +126,7 @@ def test_every_text_comes_once_an_epoch_with_its_label():
     loader = LabeledRows([[i] for i in range(12)], range(12), 4, seed=3)
     batches = [loader.batch(step) for step in range(3)]
     assert sorted(int(i) for ids, _, _ in batches for i in ids) == [*range(12)] and len(loader) == 3
-    for ids, labels, _ in batches: assert ids[:, 0].tolist() == labels.tolist()
+    for ids, labels, _ in batches: assert ids.tolist() == labels.tolist()
     with pytest.raises(ValueError, match='2 texts have 1 labels'): LabeledRows([[1], [2]], [0], 1)
 
 
@@ -304,7 +304,7 @@ def test_the_first_readable_part_is_read():
     assert page.text.split() == ['Hello', 'you', '&me'] and page.subject == ''
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.one_of(st.text(max_size=200), st.lists(st.sampled_from(
     ['Subject: =?utf-8?b?!!!?=\n', 'Subject: =?nope?q?a?=\n', 'Content-Type: text/html; charset="\n', 'Content-Type: multipart/mixed; boundary=""\n', 'Content-Type: multipart/mixed; boundary=x\n', '--x\n', '--x--\n', '\n', 'Content-Transfer-Encoding: base64\n',
      'AAAA=A', '<script>', '</style>', 'References: <a@b> <', 'Message-ID:\n', '\x00', '\udcff', 'Content-Type: text/plain; charset=utf-8\n', '<!DOCTYPE [', '&#xffffffff;', 'Content-Type: message/rfc822\n\n']), max_size=12).map(''.join)))
@@ -404,6 +404,7 @@ def test_another_file_is_refused_and_not_kept(tmp_path, served):
     assert not [*(tmp_path/'cache').iterdir()]
 
 
+@pytest.mark.slow
 def test_the_real_archive_is_split_by_thread():
     if not classification.mail_path().is_file(): pytest.skip('the mail is not in the cache: `pull_mail()` gets it')
     found = load_mail(classification.mail_path())
