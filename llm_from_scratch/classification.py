@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from email import message_from_string
 from email.errors import HeaderParseError, MessageError
 from email.header import decode_header, make_header
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
