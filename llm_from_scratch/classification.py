@@ -193,6 +193,8 @@ def freeze(
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/20_classification.ipynb #57e48dd2
+#| code-fold: true
+#| code-summary: "`LabeledRows` and `label_loss`: batches and loss for a trainer"
 class LabeledRows(BatchLoader):
     """Batches of texts with labels, as a `Trainer` reads them.
 
@@ -232,6 +234,8 @@ def label_loss(
     return model(ids, last, labels[:, 0] if labels.shape[1] == 1 else labels)
 
 # %% ../nbs/20_classification.ipynb #f0fedb59
+#| code-fold: true
+#| code-summary: "`confusion_matrix`: a count for each pair"
 def confusion_matrix(
     labels: Any,                          # true ones, 0 … n_labels − 1
     answers: Any,                         # what a classifier said
@@ -254,6 +258,8 @@ def confusion_matrix(
     return found
 
 # %% ../nbs/20_classification.ipynb #247348eb
+#| code-fold: true
+#| code-summary: "`ROC`: rates at each threshold, and their area"
 class ROC(NamedTuple):
     """True against false positives at every threshold, from the highest down.
 
@@ -273,6 +279,8 @@ class ROC(NamedTuple):
         return float(width @ height)
 
 # %% ../nbs/20_classification.ipynb #ff5c74b0
+#| code-fold: true
+#| code-summary: "`roc_curve`: sort by score and count"
 def roc_curve(
     scores: Any,                          # higher: rather label 1
     labels: Any,                          # 0 or 1
@@ -365,6 +373,7 @@ def _content(part: Message) -> str:
     page.feed(text)
     return " ".join(page.parts)
 
+# %% ../nbs/20_classification.ipynb #d79bca2b
 def _header(message: Message, name: str) -> str:
     "A header as text, decoded where that is possible."
     value = str(message.get(name, ""))
