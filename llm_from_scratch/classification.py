@@ -135,7 +135,7 @@ def fit_head(
     x: Float[Tensor, "N D"],              # features, as of `last_hidden`
     labels: Int64[Tensor, "N"],
     n_labels: int = 2,
-    l2: float = 0.01,                     # λ, the weight decay
+    l2: float = 0.01,                     # λ, the penalty
 ) -> Float[Tensor, "C D"]:                # weights of the head
     """Logistic regression, @eq-classification-probe: the best head.
 
@@ -151,7 +151,7 @@ def fit_head(
                          f"{int(labels.min())} to {int(labels.max())}")
     if not x.isfinite().all(): raise ValueError("a feature is NaN or infinite")
     if not l2 > 0:
-        raise ValueError(f"the weight decay must be positive, got {l2}")
+        raise ValueError(f"the penalty l2 must be positive, got {l2}")
     x64 = x.double()
     weight = x64.new_zeros(n_labels, x.shape[1]).requires_grad_()
     solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-7,
