@@ -52,7 +52,7 @@ if __name__ == '__main__':
     if (folder/'jobs.json').exists():
         found = [alone(model, job) for job in json.loads((folder/'jobs.json').read_text(encoding='utf-8'))]
         (folder/'alone.json').write_text(json.dumps(found), encoding='utf-8')
-    registry = ModelRegistry(Limits(queue=400, max_tokens=2048, body_seconds=1., seconds=60., grace=1.), n_pages=PAGES, page_size=16, max_running=64)
+    registry = ModelRegistry(Limits(queue=400, max_tokens=2048, body_seconds=5., seconds=60., grace=1.), n_pages=PAGES, page_size=16, max_running=64)
     registry.add('tiny', lambda: model)
     registry.host('tiny')
     server = Server(registry, port=port)
