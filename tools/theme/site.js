@@ -154,7 +154,7 @@ function share(title, words) {
 }
 
 // What a section is called: its anchor often has the field's word where its title has a plain one.
-const name = part => part.title + ' ' + part.url.split('#')[1]
+const name = part => `${part.title} ${part.url.split('#')[1] ?? ''}`
 
 // How well a section answers: the words it marks, and above all those in its name.
 const weight = (part, words) => part.excerpt.split('<mark>').length + 9 * words.split(/\s+/).length * share(name(part), words)
