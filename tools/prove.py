@@ -19,7 +19,7 @@ WORKERS = ['-n', '2', '--dist', 'worksteal']
 # The settings: what a reader's machine may be like, and the environment that is like it (None: not set).
 RINGS = {
     'sse': ('an old processor', {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41'}),
-    'avx2': ('a processor without AVX-512', {'ATEN_CPU_CAPABILITY': 'avx2'}),
+    'avx2': ('a processor without AVX-512', {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2'}),   # PyTorch and oneDNN must agree
     'thread': ('one core', {'OMP_NUM_THREADS': '1'}),
     'nohup': ('started in the background: SIGINT and SIGHUP are ignored', {}),
     'bare': ('no home, and a locale that knows only ASCII', {'HOME': None, 'LANG': 'C', 'LC_ALL': None, 'LC_CTYPE': None, 'PYTHONUTF8': None}),
