@@ -738,7 +738,8 @@ EXTRAS = {"matplotlib": "plots", "pooch": "hub", "lm_eval": "eval",
           **dict.fromkeys(("gguf", "mistral_common", "sentencepiece",
                            "xllamacpp"), "formats"),
           "bitsandbytes": "quantization",
-          "sklearn": "peers", "peft": "finetuning",
+          "sklearn": "peers",
+          **dict.fromkeys(("peft", "trl"), "finetuning"),
           "triton": "kernels"}
 
 def missing_package(
