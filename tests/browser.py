@@ -22,8 +22,8 @@ def window(browser, width="desk", theme="light", **options):
     page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: complaints.append(request.url) if urllib.parse.urlparse(request.url).hostname not in ("127.0.0.1", None) else None)
-    yield page, complaints
-    context.close()
+    try: yield page, complaints
+    finally: context.close()
 
 
 def violations(page, exclude=(), **options):
