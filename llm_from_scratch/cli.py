@@ -104,7 +104,8 @@ def _is_positional(hint: Any) -> bool:
 
 # %% ../nbs/command.ipynb #bc3164b6
 _LATER = {"Sampler": "llm_from_scratch.generation", "GPTConfig": "llm_from_scratch.gpt",
-          "TrainConfig": "llm_from_scratch.training", "Positional": "tyro.conf"}
+          "TrainConfig": "llm_from_scratch.training", "Positional": "tyro.conf",
+          "LoRAConfig": "llm_from_scratch.lora"}
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     "The types in a signature; those that were only named are imported now."
@@ -602,6 +603,7 @@ def _clear(out: Path) -> None:
     import shutil
     for name in ("run.json", "log.jsonl", "config.json", "model.safetensors"):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "adapter", ignore_errors=True)
     for path in out.glob("*step-*"): shutil.rmtree(path)
 
 # %% ../nbs/command.ipynb #c9f9c593
@@ -653,10 +655,17 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
     if {"-h", "--help"} & {*words}: words = []               # a page needs no run
     if "--resume" not in words:
         return {"shape": _shape(_peek(words, "--preset", "tiny")), "settings": _recipe(words)}
+    saved = _saved_run(Path(_peek(words, "--out", "run")), words)
+    if "tuning" in saved: raise Misuse(_OF.format("a fine-tuning", "finetune"))
+    return {name: saved[name] for name in ("shape", "settings", "data")}
+
+_OF = "this is the run of {0}: llmfs {1} --resume goes on with it"
+
+def _saved_run(out: Path, words: Sequence[str]) -> dict[str, Any]:
+    "The choices of a run that is to go on, changed by files that a line names."
     from llm_from_scratch.files import read_json, reading, revived
     from llm_from_scratch.gpt import GPTConfig
     from llm_from_scratch.training import TrainConfig, renamed
-    out = Path(_peek(words, "--out", "run"))
     path = out / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume: {path} does not exist")
@@ -670,13 +679,14 @@ def _run_defaults(words: Sequence[str]) -> dict[str, Any]:
         given = Path(_peek(words, "--data", "")) if "--data" in " ".join(words) else None
         data = given or _data_of(out, saved["data"])
     settings |= _settings(_peek(words, "--config", ""))
-    return {"shape": vars(shape), "settings": settings, "data": data}
+    return {**saved, "shape": vars(shape), "settings": settings, "data": data}
 
 def _data_of(out: Path, saved: str) -> Path:
     "Where the data of a run are; its `run.json` says so as seen from its folder."
     found = out.resolve() / saved, Path(saved)       # earlier versions: from anywhere
     for path in found:
-        if (path / "train.tok").is_file(): return Path(os.path.relpath(path))
+        if path.is_file() or (path / "train.tok").is_file():
+            return Path(os.path.relpath(path))
     raise FileNotFoundError(f"the data of {out} are not in {found[0]}: "
                             "--data says where they are now")
 
@@ -725,7 +735,7 @@ def _train(
                 _note(_outlook(trainer))
             result = trainer.fit(progress=sys.stderr.isatty())
             if not world.is_main: return 0
-            _save_model(trainer, result, table)
+            if best := _best_model(trainer, result): best.save_pretrained(out, table)
             _write_run(trainer, data, result.reason)
     return _report(result, out, json)
 
@@ -758,16 +768,20 @@ def _resume(trainer: Any, step: int | None, skip_damaged: bool) -> None:
     except DamagedCheckpoint as e:
         raise ValueError(re.sub(r"resume\(step=(\d+)\)", r"--step \1", str(e))) from e
 
-def _write_run(trainer: Any, data: Path, ended: str | None) -> None:
+def _write_run(trainer: Any, data: Path, ended: str | None, **more: Any) -> None:
     "What `--resume` needs to know, and why the run ended; None while it goes on."
     from dataclasses import asdict
     from llm_from_scratch.files import write_text
     out = trainer.folder
-    try: seen = os.path.relpath(data.resolve(), out.resolve())
-    except ValueError: seen = str(data.resolve())        # on another drive of Windows
-    run = {"data": Path(seen).as_posix(), "shape": asdict(trainer.model.config),
-           "settings": asdict(trainer.config), "ended": ended}
+    run = {"data": _seen_from(out, data), "shape": asdict(trainer.model.config),
+           "settings": asdict(trainer.config), "ended": ended, **more}
     write_text(out / "run.json", json_text(run, indent=1))
+
+def _seen_from(out: Path, path: Path) -> str:
+    "A path as seen from a folder, so that both can be moved together."
+    try: seen = os.path.relpath(path.resolve(), out.resolve())
+    except ValueError: seen = str(path.resolve())        # on another drive of Windows
+    return Path(seen).as_posix()
 
 def _outlook(trainer: Any) -> str:
     "What the run will need, before it starts."
@@ -781,17 +795,17 @@ def _outlook(trainer: Any) -> str:
     return f"{text}, {left:,.0f} s to go"
 
 # %% ../nbs/command.ipynb #feaa6128
-def _save_model(trainer: Any, result: Any, table: Any) -> None:
-    "The best model of a run, or its last good one, where `generate` finds it."
+def _best_model(trainer: Any, result: Any) -> Any:
+    "The best model of a run, or its last good one; None if none was saved."
     from llm_from_scratch.training import checkpoints, load_checkpoint
     best = result.best and trainer.folder / f"step-{result.best[1]:08d}"
     found = [path for path in (*checkpoints(trainer.folder), best) if path and path.is_dir()]
-    if not found: return
+    if not found: return None
     if found[-1].name != f"step-{result.step:08d}":
         trainer.model.load_state_dict(load_checkpoint(found[-1]).tensors["model"])
-    trainer.model.save_pretrained(trainer.folder, table)
+    return trainer.model
 
-def _report(result: Any, out: Path, json: bool) -> int:
+def _report(result: Any, out: Path, json: bool, command: str = "train") -> int:
     "Say how a run ended; its exit status."
     best = {} if not result.best else {"validation": result.best[0], "best": result.best[1]}
     if json: _say(json_text({"reason": result.reason, "message": result.message, **best,
@@ -800,7 +814,7 @@ def _report(result: Any, out: Path, json: bool) -> int:
         said = f"; {best['validation']:.4f} nats per token, step {best['best']}" if best else ""
         _say(f"{result.message}{said}; saved in {out}")
     if result.reason == "interrupted":
-        _note(f"{result.message}; llmfs train --out {out} --resume goes on")
+        _note(f"{result.message}; llmfs {command} --out {out} --resume goes on")
         return 128 + _signal(result.message)
     if result.reason in _FINISHED: return 0
     held = "the last good state" if (out / "model.safetensors").is_file() else "no good state"
@@ -812,6 +826,157 @@ def _signal(message: str) -> int:
     import signal
     found = re.search(r"SIG[A-Z]+", message)
     return int(getattr(signal, found[0] if found else "SIGINT"))
+
+# %% ../nbs/command.ipynb #235c69f8
+def _tuning_defaults(words: Sequence[str]) -> dict[str, Any]:
+    "Settings of a fine-tuning: two minutes of it, or those of the run that goes on."
+    if {"-h", "--help"} & {*words}: words = []
+    if "--resume" in words:
+        saved = _saved_run(Path(_peek(words, "--out", "tuned")), words)
+        if "tuning" not in saved: raise Misuse(_OF.format("a training", "train"))
+        return {"settings": saved["settings"], "data": saved["data"], **saved["tuning"]}
+    usual = {"lr": 3e-4 if "--full" in words else 1e-3, "batch_size": 8, "weight_decay": 0.0}
+    found = usual | _settings(_peek(words, "--config", ""))
+    ends = "steps", "tokens", "seconds"
+    if not any(found.get(name) or _peek(words, f"--{name}", "") for name in ends):
+        found["seconds"] = 120.0
+    return {"settings": found}
+
+@_command("finetune", _tuning_defaults)
+def _finetune(
+    settings: TrainConfig,
+    lora: LoRAConfig,
+    *,
+    data: Path = Path("examples.jsonl"),  # conversations, one a line: {"messages": …}, or
+                                      #   {"prompt": …, "completion": …}
+    model: str = "storyland",         # where to begin: a name, a folder or a GGUF file
+    out: Path = Path("tuned"),        # folder of the run: checkpoints, log, and the model
+    full: bool = False,               # train all weights, not adapters
+    validation: Path | None = None,   # conversations to judge by; by default every
+                                      #   twentieth of the data
+    template: Path | None = None,     # chat template (Jinja); by default the model's own
+    context_length: int | None = None,  # tokens in a row; by default as many as the longest
+                                      #   conversation has
+    pad: bool = False,                # one conversation in a row, not as many as fit
+    cut: bool = False,                # what is too long loses its end; else it is refused
+    resume: bool = False,             # go on where the run in --out was interrupted
+    overwrite: bool = False,          # begin anew where --out holds a run or a model
+    config: Path | None = None,       # JSON file of settings; flags change it
+    device: str | None = None,        # cpu, cuda, …; by default the best there is
+    json: bool = False,               # print the result as JSON
+) -> int:
+    """Teach a model to answer, by examples; then `llmfs chat --model` talks to it.
+
+    It ends after two minutes, or --steps, --tokens or --seconds.
+
+    The folder holds the whole model, and of adapters a copy as peft saves them.
+
+    Examples:
+      llmfs finetune --data examples.jsonl --model smollm2 --steps 60
+      llmfs finetune --data examples.jsonl --full --lr 0.003
+      llmfs chat --model tuned"""
+    from contextlib import nullcontext
+    from llm_from_scratch.distributed import join_processes
+    from llm_from_scratch.files import alone_in
+    chosen = {"model": model, "full": full, "template": template, "lora": vars(lora),
+              "validation": validation, "context_length": context_length, "pad": pad,
+              "cut": cut}
+    with join_processes(device) as world:
+        if world.is_main: _check_life(out, resume, overwrite)
+        trainer, table, form = _tuner(settings, lora, chosen, data, out, world)
+        with alone_in(out) if world.is_main else nullcontext():
+            if world.is_main: _check_life(out, resume, overwrite)
+            if resume: _resume(trainer, None, False)
+            if world.is_main:
+                if overwrite: _clear(out)
+                _write_run(trainer, data, None, tuning=_portable(chosen))
+                table.save(out / "tokenizer.json")
+                _note(_outlook(trainer))
+            result = trainer.fit(progress=sys.stderr.isatty())
+            if not world.is_main: return 0
+            if best := _best_model(trainer, result): _save_tuned(best, table, form, out, model)
+            _write_run(trainer, data, result.reason, tuning=_portable(chosen))
+    return _report(result, out, json, "finetune")
+
+# %% ../nbs/command.ipynb #d9ab429e
+def _tuner(
+    settings: Any, lora: Any, chosen: Mapping[str, Any], data: Path, out: Path, world: Any,
+) -> tuple[Any, Any, Any]:
+    "The trainer of a fine-tuning, the tokenizer and the chat template."
+    from dataclasses import replace
+    from llm_from_scratch.instruction import ConversationRows, read_conversations
+    from llm_from_scratch.tensors import seed_all
+    from llm_from_scratch.training import Trainer
+    talks = read_conversations(data)
+    others = read_conversations(chosen["validation"]) if chosen["validation"] else talks[::20]
+    if not chosen["validation"]: talks = [t for i, t in enumerate(talks) if i % 20] or talks
+    generator = seed_all(settings.seed)
+    made, table, form, is_new = _base(chosen, [*talks, *others], world.device)
+    if not chosen["full"]: made = _with_adapters(made, chosen, generator)
+    if is_new: made.token_embedding.requires_grad_(True), made.head.requires_grad_(True)
+    parts = [[*_encoded(table, form, part)] for part in (talks, others)]
+    longest, most = max(len(ids) for part in parts for ids, _ in part), made.config.context_length
+    length = chosen["context_length"] or min(-(-longest // 64) * 64, most)
+    if length > most:
+        raise Misuse(f"--context-length {length}: {chosen['model']} reads {most} tokens at most")
+    common = {"pack": not chosen["pad"], "cut": chosen["cut"], "seed": settings.seed,
+              "rank": world.rank, "world_size": world.size}
+    loaders = [ConversationRows(part, length, settings.batch_size, shuffle=shuffle, **common)
+               for part, shuffle in zip(parts, (True, False))]
+    settings = replace(settings, document_mask=not chosen["pad"])
+    return Trainer(made, settings, *loaders, out, world=world), table, form
+
+def _base(
+    chosen: Mapping[str, Any], talks: Sequence[Any], device: Any,
+) -> tuple[Any, Any, Any, bool]:
+    "Model, tokenizer and template to begin with; and whether tokens are new."
+    from llm_from_scratch.instruction import (
+        CHAT_TEMPLATE, CHAT_TOKENS, add_tokens, missing_words)
+    from llm_from_scratch.pretrained import ChatTemplate, load_chat_template
+    from llm_from_scratch.text import SpacedWordTokenizer
+    made, table = _opened(chosen["model"], str(device))
+    special: Sequence[str] = ()
+    if chosen["template"]:
+        form = ChatTemplate(Path(chosen["template"]).read_text(encoding="utf-8"))
+    else:
+        try: form = load_chat_template(chosen["model"])
+        except ValueError: form, special = ChatTemplate(CHAT_TEMPLATE), CHAT_TOKENS
+    words = (missing_words(table, form, talks, special)
+             if isinstance(table, SpacedWordTokenizer) else [])
+    if words or special: table = add_tokens(made, table, words, special)
+    return made.to(device), table, form, bool(words or special)
+
+def _encoded(table: Any, form: Any, talks: Iterable[Any]) -> Iterator[Any]:
+    "Conversations as tokens and masks; an error says which is wrong."
+    from llm_from_scratch.instruction import encode_conversation
+    for i, talk in enumerate(talks, 1):
+        try: yield encode_conversation(table, form, talk)
+        except ValueError as e: raise ValueError(f"conversation {i}: {e}") from e
+
+# %% ../nbs/command.ipynb #5b95ab7a
+def _with_adapters(made: Any, chosen: Mapping[str, Any] | None, generator: Any = None) -> Any:
+    "The model with the adapters that a fine-tuning asks for, if it does."
+    if not chosen or chosen["full"]: return made
+    from llm_from_scratch.lora import LoRAConfig, add_lora
+    return add_lora(made, LoRAConfig(**chosen["lora"]), generator=generator)
+
+def _without_adapters(made: Any) -> Any:
+    "The model with its adapters merged into the weights, if it has any."
+    from llm_from_scratch.lora import lora_layers, merge, remove_lora
+    return remove_lora(merge(made)) if lora_layers(made) else made
+
+def _save_tuned(made: Any, table: Any, form: Any, out: Path, base: str) -> None:
+    "The folder of an assistant; of adapters on a base that stayed as it was, a copy."
+    from llm_from_scratch.instruction import save_assistant
+    from llm_from_scratch.lora import lora_layers, save_adapter
+    if lora_layers(made) and not made.token_embedding.weight.requires_grad:
+        save_adapter(made, out / "adapter", base)
+    save_assistant(_without_adapters(made), table, form, out)
+
+def _portable(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    "Choices as `run.json` keeps them: a path is where it is, from anywhere."
+    return {name: str(value.resolve()) if isinstance(value, Path) else value
+            for name, value in chosen.items()}
 
 # %% ../nbs/command.ipynb #514c7256
 @_command("runs")
@@ -842,10 +1007,11 @@ def _run_facts(out: Path) -> dict[str, Any]:
         return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
     return {"run": str(out), "state": state, "step": last("step") or 0,
             "loss": last("loss"), "validation": last("validation"),
-            "next": _NEXT[state].format(out)}
+            "next": _NEXT[state].format(out, *_VERBS["tuning" in _json_file(out / "run.json")])}
 
-_NEXT = {"interrupted": "llmfs train --out {} --resume", "begun": "llmfs train --out {} …",
-         "finished": "llmfs generate --model {}", "running": "tail -f {}/log.jsonl"}
+_VERBS = ("train", "generate"), ("finetune", "chat")
+_NEXT = {"interrupted": "llmfs {1} --out {0} --resume", "begun": "llmfs {1} --out {0} …",
+         "finished": "llmfs {2} --model {0}", "running": "tail -f {0}/log.jsonl"}
 
 def _loss(facts: Mapping[str, Any]) -> str:
     known = (f"{name} {facts[name]:.4f}" for name in ("loss", "validation")
@@ -887,8 +1053,9 @@ def _from_checkpoint(found: Any, device: Any) -> tuple[Any, Any]:
         raise ValueError(f"{home / 'tokenizer.json'} is not the tokenizer of this run: its "
                          f"fingerprint is {fingerprint(table)[:8]}, expected {mark[:8]}")
     made = GPT(GPTConfig.from_dict(about["model"]))
+    made = _with_adapters(made, _json_file(home / "run.json").get("tuning"))
     made.load_state_dict(found.tensors["model"])
-    return made.to(device).eval(), table
+    return _without_adapters(made).to(device).eval(), table
 
 # %% ../nbs/command.ipynb #bd476506
 @_command("generate")
