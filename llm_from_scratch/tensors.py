@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 # %% auto #0
 __all__ = ['Value', 'softmax', 'log_softmax', 'cross_entropy', 'Linear', 'Embedding', 'Dropout', 'seed_all', 'best_device']
 
-# %% ../nbs/01_tensors.ipynb #023ecd7b
+# %% ../nbs/01_tensors.ipynb #3b9a1d85
 class Value:
     """A number that remembers how it was made: a node of a computation graph.
 
@@ -37,14 +37,15 @@ class Value:
     """
     def __init__(
         self,
-        data: float | int,                              # the number
-        edges: "tuple[tuple[Value, float], ...]" = (),  # its sources and the slopes there
-        name: str = "",                                 # input or operation, for drawings
+        data: float | int,                 # the number
+        edges: "tuple[tuple[Value, float], ...]" = (),  # (source, derivative)
+        name: str = "",                    # input or operation, for drawings
     ) -> None:
-        self.data, self.edges, self.name, self.grad = float(data), edges, name, 0.0
+        self.data, self.edges = float(data), edges
+        self.name, self.grad = name, 0.0
 
     def history(self) -> "list[Value]":
-        "This number and all it was made from, each after what it was made from."
+        "The computation graph in topological order, this number last."
         order: list[Value] = []
         seen: set[Value] = set()
         stack: list[tuple[Value, bool]] = [(self, False)]
@@ -53,25 +54,40 @@ class Value:
             if finished: order.append(node)
             elif node not in seen:
                 seen.add(node)
-                stack.append((node, True))              # again when its sources are done
+                stack.append((node, True))     # again, after its sources
                 stack.extend((source, False) for source, _ in node.edges)
         return order
 
     def backward(self) -> None:
-        "Add to every `grad` in the history the slope there, @eq-tensors-chain."
+        "Add the gradient to `grad` of every number in the graph, @eq-tensors-chain."
         flow = dict.fromkeys(self.history(), 0.0)
         flow[self] = 1.0
         for node in reversed(flow):
             node.grad += flow[node]
-            for source, slope in node.edges: flow[source] += flow[node] * slope
+            for source, slope in node.edges:
+                flow[source] += flow[node] * slope
 
     def __add__(self, other: "Value | float | int") -> "Value":
         other = _as_value(other)
-        return Value(self.data + other.data, ((self, 1.0), (other, 1.0)), "+")
+        edges = (self, 1.0), (other, 1.0)
+        return Value(self.data + other.data, edges, "+")
 
     def __mul__(self, other: "Value | float | int") -> "Value":
         other = _as_value(other)
-        return Value(self.data * other.data, ((self, other.data), (other, self.data)), "×")
+        edges = (self, other.data), (other, self.data)
+        return Value(self.data * other.data, edges, "×")
+
+    def exp(self) -> "Value":
+        "e to this power; the local derivative is the result."
+        result = math.exp(self.data)
+        return Value(result, ((self, result),), "exp")
+
+    def log(self) -> "Value":
+        "Natural logarithm. Raises ValueError unless the number is positive."
+        if self.data <= 0:
+            raise ValueError("the logarithm needs a positive number, "
+                             f"got {self.data:g}")
+        return Value(math.log(self.data), ((self, 1 / self.data),), "log")
 
     def __pow__(self, n: float | int) -> "Value":
         if not isinstance(n, (int, float)):
@@ -80,7 +96,8 @@ class Value:
         if self.data < 0 and n != int(n):
             raise ValueError(f"({self.data:g}) ** {n:g} is not a real number")
         if self.data == 0 and n < 1 and n != 0:
-            raise ZeroDivisionError(f"0 ** {n:g} has no finite value or slope")
+            raise ZeroDivisionError(
+                f"0 ** {n:g} has no finite value or slope")
         slope = n * self.data ** (n - 1) if n else 0.0
         return Value(self.data**n, ((self, slope),), f"^{n:g}")
 
@@ -93,20 +110,11 @@ class Value:
     def __radd__(self, other: float | int) -> "Value": return self + other
     def __rmul__(self, other: float | int) -> "Value": return self * other
     def __rsub__(self, other: float | int) -> "Value": return -self + other
-    def __rtruediv__(self, other: float | int) -> "Value": return self**-1 * other
+    def __rtruediv__(self, other: float | int) -> "Value":
+        return self**-1 * other
 
-    def __repr__(self) -> str: return f"Value({self.data:.6g}, grad={self.grad:.6g})"
-
-    def exp(self) -> "Value":
-        "e to this power; the slope is the result."
-        result = math.exp(self.data)
-        return Value(result, ((self, result),), "exp")
-
-    def log(self) -> "Value":
-        "Natural logarithm. Raises ValueError unless the number is positive."
-        if self.data <= 0:
-            raise ValueError(f"the logarithm needs a positive number, got {self.data:g}")
-        return Value(math.log(self.data), ((self, 1 / self.data),), "log")
+    def __repr__(self) -> str:
+        return f"Value({self.data:.6g}, grad={self.grad:.6g})"
 
     def tanh(self) -> "Value":
         "Hyperbolic tangent: squeezes any number between −1 and 1."
@@ -119,38 +127,42 @@ class Value:
         return Value(result, ((self, result * (1 - result)),), "sigmoid")
 
     def relu(self) -> "Value":
-        "The number, or 0 if it is negative; the slope at 0 is taken as 0, as in torch."
-        return Value(max(self.data, 0.0), ((self, float(self.data > 0)),), "relu")
+        "The number, or 0 if it is negative; the derivative at 0 is taken as 0."
+        return Value(max(self.data, 0.0), ((self, float(self.data > 0)),),
+                     "relu")
 
     def graph(self) -> str:
-        "The history as an SVG drawing: names, numbers, gradients. Needs the `plots` extra."
+        "The computation graph as an SVG drawing. Needs the `plots` extra."
         from llm_from_scratch.figures import graph_svg
-        key = {node: str(i) for i, node in enumerate(reversed(self.history()))}
+        nodes = list(reversed(self.history()))
+        key = {node: str(i) for i, node in enumerate(nodes)}
         labels = {i: f"{node.name}\n{node.data:.4g}\ngrad {node.grad:.4g}"
                   for node, i in key.items()}
-        edges = [(key[source], key[node]) for node in key for source, _ in node.edges]
+        edges = [(key[source], key[node])
+                 for node in key for source, _ in node.edges]
         return graph_svg(labels, edges, width=92)
 
-# %% ../nbs/01_tensors.ipynb #0c93c5e4
+# %% ../nbs/01_tensors.ipynb #b87752ab
 
 
 def _as_value(x: "Value | float | int") -> "Value":
     return x if isinstance(x, Value) else Value(x, name=f"{x:g}")
 
-# %% ../nbs/01_tensors.ipynb #750b0016
+# %% ../nbs/01_tensors.ipynb #63828aee
 def _shift(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Scores less their maximum, the sum of their exponentials (1 if it is 0), the maximum."
+    "Logits minus their maximum, the sum of exponentials (1 if 0), the maximum."
     top = x.detach().amax(dim, keepdim=True)
-    top = top.masked_fill(top.isinf(), 0.0)              # ∞ − ∞ is not a number
+    top = top.masked_fill(top.isinf(), 0.0)          # ∞ − ∞ is not a number
     total = (x - top).exp().sum(dim, keepdim=True)
     return x - top, total.masked_fill(total == 0, 1.0), top
 
-# %% ../nbs/01_tensors.ipynb #42fdc0dc
 def softmax(
-    x: Float[Tensor, "..."],        # scores; −∞ means impossible
-    dim: int = -1,                  # the axis along which probabilities sum to 1
+    x: Float[Tensor, "..."],        # logits; −∞ means impossible
+    dim: int = -1,                  # the axis along which the result sums to 1
 ) -> Float[Tensor, "..."]:
-    """Probabilities from scores, @eq-tensors-softmax. A row of −∞ gives zeros, gradient 0.
+    """Probabilities from logits, @eq-tensors-softmax.
+
+    A row of −∞ gives zeros, with gradient 0.
 
     >>> softmax(torch.tensor([0.0, 0.0, -torch.inf])).tolist()
     [0.5, 0.5, 0.0]
@@ -158,12 +170,11 @@ def softmax(
     shifted, total, _ = _shift(x, dim)
     return shifted.exp() / total
 
-# %% ../nbs/01_tensors.ipynb #a7920867
 def log_softmax(
-    x: Float[Tensor, "..."],        # scores; −∞ means impossible
+    x: Float[Tensor, "..."],        # logits; −∞ means impossible
     dim: int = -1,                  # the axis along which probabilities sum to 1
 ) -> Float[Tensor, "..."]:
-    """Logarithms of probabilities in nats, @eq-tensors-logsumexp. A row of −∞ stays −∞.
+    """Log-probabilities in nats, @eq-tensors-logsumexp. A row of −∞ stays −∞.
 
     >>> log_softmax(torch.tensor([0.0, -torch.inf])).tolist()
     [0.0, -inf]
@@ -171,51 +182,23 @@ def log_softmax(
     shifted, total, _ = _shift(x, dim)
     return shifted - total.log()
 
-# %% ../nbs/01_tensors.ipynb #e49a97f9
-def logsumexp(
-    x: Float[Tensor, "..."],        # scores; −∞ adds nothing to the sum
-    dim: int = -1,                  # the axis to sum over
-) -> Float[Tensor, "..."]:
-    "log Σ eˣ along `dim`, @eq-tensors-logsumexp. A row of −∞ gives −∞, with gradient 0."
-    shifted, total, top = _shift(x, dim)
-    nothing = (x == -math.inf).all(dim, keepdim=True)
-    return (total.log() + top).masked_fill(nothing, -math.inf).squeeze(dim)
-
-# %% ../nbs/01_tensors.ipynb #b91752b4
-def cross_entropy(
-    logits: Float[Tensor, "*N V"],          # scores, the vocabulary on the last axis
-    targets: Integer[Tensor, "*N"],             # the token that came, for each row of scores
-    ignore_index: int = -100,               # targets with this value do not count
-    reduction: str = "mean",                # "mean" or "sum" over those that count, or "none"
-) -> Float[Tensor, "..."]:
-    """Cross-entropy loss −log p(target) in nats, @eq-tensors-cross-entropy.
-
-    The mean over no target is nan; with `reduction="none"` an ignored target has loss 0.
-    Raises TypeError or ValueError for targets that do not fit.
-
-    >>> round(float(cross_entropy(torch.zeros(1, 8), torch.tensor([3]))), 4)     # ln 8
-    2.0794
-    """
-    targets = checked_targets(logits, targets, ignore_index)
-    ignored = targets == ignore_index
-    picked = targets.masked_fill(ignored, 0)[..., None]
-    losses = -log_softmax(logits).gather(-1, picked)[..., 0].masked_fill(ignored, 0.0)
-    if reduction == "none": return losses
-    if reduction == "sum": return losses.sum()
-    if reduction == "mean": return losses.sum() / (~ignored).sum()
-    raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-
-# %% ../nbs/01_tensors.ipynb #8ae5c3cb
-def checked_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    "The targets as int64. TypeError or ValueError for those that do not fit the logits."
+# %% ../nbs/01_tensors.ipynb #0362e05d
+#| code-fold: true
+#| code-summary: "Code that checks the targets"
+def checked_targets(
+    logits: Tensor, targets: Tensor, ignore_index: int,
+) -> Tensor:
+    "The targets as int64. TypeError or ValueError if they do not fit the logits."
     if targets.is_floating_point():
-        raise TypeError(f"targets must be token ids, whole numbers, got {targets.dtype}")
+        raise TypeError("targets must be token ids, whole numbers, "
+                        f"got {targets.dtype}")
     expected, got = tuple(logits.shape[:-1]), tuple(targets.shape)
     if expected != got:
         raise ValueError(f"logits of shape {tuple(logits.shape)} need targets "
                          f"of shape {expected}, got {got}")
-    targets = targets.long()                 # torch has few operations for other whole numbers
-    counted = targets[targets != ignore_index] if may_look(targets) else targets
+    targets = targets.long()     # torch does little with other whole numbers
+    counted = targets
+    if may_look(targets): counted = targets[targets != ignore_index]
     _check_ids(counted, logits.shape[-1], "target")
     return targets
 
@@ -229,18 +212,56 @@ def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
 
 
 def may_look(ids: Tensor) -> bool:
-    "Reading ids is free on the CPU; a device would have to wait, and checks them itself."
+    "Reading ids is free on the CPU; a device would have to wait for it."
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()
 
+# %% ../nbs/01_tensors.ipynb #300678ce
+def cross_entropy(
+    logits: Float[Tensor, "*N V"],   # scores, the vocabulary on the last axis
+    targets: Integer[Tensor, "*N"],  # the token that came, for each row
+    ignore_index: int = -100,        # targets with this value do not count
+    reduction: str = "mean",         # "mean" or "sum" of those that count; "none"
+) -> Float[Tensor, "..."]:
+    """Cross-entropy loss −log p(target) in nats, @eq-tensors-cross-entropy.
+
+    The mean over no target is nan; with `reduction="none"` an ignored target
+    has loss 0. Raises TypeError or ValueError for targets that do not fit.
+
+    >>> loss = cross_entropy(torch.zeros(1, 8), torch.tensor([3]))
+    >>> round(float(loss), 4)                              # ln 8
+    2.0794
+    """
+    targets = checked_targets(logits, targets, ignore_index)
+    ignored = targets == ignore_index
+    picked = targets.masked_fill(ignored, 0)[..., None]
+    losses = -log_softmax(logits).gather(-1, picked)[..., 0]
+    losses = losses.masked_fill(ignored, 0.0)
+    if reduction == "none": return losses
+    if reduction == "sum": return losses.sum()
+    if reduction == "mean": return losses.sum() / (~ignored).sum()
+    raise ValueError("reduction must be 'mean', 'sum' or 'none', "
+                     f"got {reduction!r}")
+
+# %% ../nbs/01_tensors.ipynb #5d592f03
+def logsumexp(
+    x: Float[Tensor, "..."],        # logits; −∞ adds nothing to the sum
+    dim: int = -1,                  # the axis to sum over
+) -> Float[Tensor, "..."]:
+    "log Σ eˣ along `dim`. A row of −∞ gives −∞, with gradient 0."
+    shifted, total, top = _shift(x, dim)
+    nothing = (x == -math.inf).all(dim, keepdim=True)
+    sums = (total.log() + top).masked_fill(nothing, -math.inf)
+    return sums.squeeze(dim)
+
 # %% ../nbs/01_tensors.ipynb #057550c9
-_WORTH_SHARING = 1 << 17                    # weights; of fewer, dealing costs what it saves
+_WORTH_SHARING = 1 << 17         # weights; with fewer, sharing does not pay
 
 def linear(
     x: Float[Tensor, "*B D"],
     weight: Float[Tensor, "F D"],
     bias: Float[Tensor, "F"] | None = None,
 ) -> Float[Tensor, "*B F"]:
-    "Weighted sums, @eq-tensors-linear; those of a single vector are shared out to all cores."
+    "Linear layer, @eq-tensors-linear; multi-threaded for a single vector."
     if x.numel() == x.shape[-1] and _is_worth_sharing(x, weight):
         return _share_out(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -252,11 +273,13 @@ def _is_worth_sharing(x: Tensor, weight: Tensor) -> bool:
             and not torch.is_grad_enabled() and torch.get_num_threads() > 1)
 
 def _share_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    "A batch of products, each with its own part of the rows; the last rows go by themselves."
+    "A batch of products, one part of the rows each; the last rows separately."
     n_parts, n_rows = torch.get_num_threads(), len(weight)
     rest = n_rows % n_parts
-    parts = (weight[:-rest] if rest else weight).view(n_parts, -1, x.shape[-1])
-    y = torch.bmm(x.reshape(1, 1, -1).expand(n_parts, -1, -1), parts.mT).view(-1)
+    parts = weight[:-rest] if rest else weight
+    parts = parts.view(n_parts, -1, x.shape[-1])
+    copies = x.reshape(1, 1, -1).expand(n_parts, -1, -1)
+    y = torch.bmm(copies, parts.mT).view(-1)
     if rest: y = torch.cat([y, weight[-rest:] @ x.flatten()])
     if bias is not None: y += bias
     return y.view(*x.shape[:-1], n_rows)
@@ -271,9 +294,11 @@ def undrawn() -> Iterator[None]:
     try: yield
     finally: drawing.reset(before)
 
-# %% ../nbs/01_tensors.ipynb #1e9bfe3a
+# %% ../nbs/01_tensors.ipynb #849bc205
 class Linear(nn.Linear):
-    """Weighted sums, @eq-tensors-linear. Starts uniform in ±1/√in_features, as in `torch.nn`.
+    """Linear layer, @eq-tensors-linear: weighted sums of the input, plus a bias.
+
+    Starts uniform in ±1/√in_features, as in `torch.nn`.
 
     >>> Linear(4, 2)(torch.zeros(3, 4)).shape
     torch.Size([3, 2])
@@ -281,35 +306,39 @@ class Linear(nn.Linear):
 
     def __init__(
         self,
-        in_features: int,                          # width of the input
-        out_features: int,                         # width of the output
-        bias: bool = True,                         # whether to add a constant to each output
+        in_features: int,            # width of the input
+        out_features: int,           # width of the output
+        bias: bool = True,           # whether to add a bias to each output
         *,
-        generator: torch.Generator | None = None,  # draws the weights; None: torch's own
+        generator: torch.Generator | None = None,  # for the first weights
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise ValueError("a linear layer needs at least one input and one output, "
-                             f"got {in_features} and {out_features}")
+            raise ValueError(
+                "a linear layer needs at least one input and one output, "
+                f"got {in_features} and {out_features}")
         super().__init__(in_features, out_features, bias, device="meta")
         self.to_empty(device=torch.get_default_device())
         if drawing.get(): self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None,
+    ) -> None:
         "Draw weight and bias anew."
         if self.weight.is_meta: return           # no numbers, nothing to draw
         limit = self.in_features**-0.5
         for p in self.parameters(): nn.init.uniform_(p, -limit, limit, generator)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
-        "The sums for each vector along the last axis. Raises ValueError for another width."
+        "Transform the last axis. Raises ValueError for another width."
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"expected a last axis of size {self.in_features}, "
-                             f"got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected a last axis of size {self.in_features}, "
+                f"got shape {tuple(x.shape)}")
         return linear(x, self.weight, self.bias)
 
-# %% ../nbs/01_tensors.ipynb #ddc56c95
+# %% ../nbs/01_tensors.ipynb #1e9bfe3a
 class Embedding(nn.Embedding):
-    """A vector for each token id, looked up in a table that starts normal with variance 1.
+    """A vector for each token id, from a table that starts standard normal.
 
     >>> Embedding(10, 4)(torch.tensor([[7, 7, 0]])).shape
     torch.Size([1, 3, 4])
@@ -317,67 +346,74 @@ class Embedding(nn.Embedding):
 
     def __init__(
         self,
-        num_embeddings: int,                       # how many ids there are, V
-        embedding_dim: int,                        # width of each vector, D
+        num_embeddings: int,         # how many ids there are, V
+        embedding_dim: int,          # width of each vector, D
         *,
-        generator: torch.Generator | None = None,  # draws the weights; None: torch's own
+        generator: torch.Generator | None = None,  # for the first weights
     ) -> None:
         if num_embeddings < 1 or embedding_dim < 1:
-            raise ValueError("an embedding needs at least one id and one dimension, "
-                             f"got {num_embeddings} and {embedding_dim}")
+            raise ValueError(
+                "an embedding needs at least one id and one dimension, "
+                f"got {num_embeddings} and {embedding_dim}")
         super().__init__(num_embeddings, embedding_dim, device="meta")
         self.to_empty(device=torch.get_default_device())
         if drawing.get(): self.reset_parameters(generator)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, generator: torch.Generator | None = None,
+    ) -> None:
         "Draw the table anew."
         if self.weight.is_meta: return           # no numbers, nothing to draw
         nn.init.normal_(self.weight, generator=generator)
 
     def forward(self, ids: Integer[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
-        "The vector of each id. TypeError for fractions, ValueError outside the table."
+        "The vector of each id. TypeError for fractions, ValueError outside."
         if ids.is_floating_point():
             raise TypeError(f"token ids must be whole numbers, got {ids.dtype}")
         ids = ids.long()
         _check_ids(ids, self.num_embeddings, "token")
         return F.embedding(ids, self.weight)
 
-# %% ../nbs/01_tensors.ipynb #57074515
+# %% ../nbs/01_tensors.ipynb #ddc56c95
 class Dropout(nn.Module):
-    """While training, zero each number with probability `p` and divide the rest by 1 − p.
+    """While training, zero each number with probability `p`, scale up the rest.
 
-    >>> Dropout(0.9).eval()(torch.ones(3)).tolist()        # nothing is dropped in use
+    The rest is divided by 1 − p, so that the mean stays the same.
+
+    >>> Dropout(0.9).eval()(torch.ones(3)).tolist()        # not in training
     [1.0, 1.0, 1.0]
     """
 
     def __init__(
         self,
-        p: float = 0.5,                            # the share that is dropped
+        p: float = 0.5,              # dropout probability
         *,
-        generator: torch.Generator | None = None,  # decides what is dropped; None: torch's own
+        generator: torch.Generator | None = None,  # decides what is dropped
     ) -> None:
         super().__init__()
         if not 0 <= p <= 1:
-            raise ValueError("the probability of dropping must lie between 0 and 1, "
-                             f"got {p}")
+            raise ValueError("the probability of dropping must lie between "
+                             f"0 and 1, got {p}")
         self.p, self.generator = p, generator
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         "Drop, if training."
         if not self.training or self.p == 0: return x
-        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        keep = torch.empty_like(x)
+        keep.bernoulli_(1 - self.p, generator=self.generator)
         return x * keep.div_(1 - self.p if self.p < 1 else 1)
 
-# %% ../nbs/01_tensors.ipynb #343d755b
+# %% ../nbs/01_tensors.ipynb #57074515
 def seed_all(
     seed: int,                      # 0 to 2³² − 1
 ) -> torch.Generator:
-    """Seed Python, NumPy and torch on every device; returns a CPU generator seeded alike.
+    """Seed Python, NumPy and torch on every device; a CPU generator seeded alike.
 
     Raises TypeError or ValueError for a seed that will not do.
 
-    >>> (torch.rand(2, generator=seed_all(0)) == torch.rand(2, generator=seed_all(0))).all()
-    tensor(True)
+    >>> a, b = (torch.rand(2, generator=seed_all(0)) for _ in range(2))
+    >>> torch.equal(a, b)
+    True
     """
     if not isinstance(seed := plain(seed), int):
         raise TypeError(f"a seed is a whole number, got {seed!r}")
@@ -388,36 +424,36 @@ def seed_all(
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/01_tensors.ipynb #a0d6e1d7
+# %% ../nbs/01_tensors.ipynb #12f5eb32
 @dataclass(frozen=True)
 class DeviceReport:
     "What `check_device` found."
-    device: str                     # the device that was checked
-    ok: bool                        # whether to trust it
-    errors: dict[str, float]        # computation → its relative error; empty if none ran
-    verdict: str                    # one sentence
+    device: str                # the device that was checked
+    ok: bool                   # whether to trust it
+    errors: dict[str, float]   # computation → relative error; empty if none ran
+    verdict: str               # one sentence
 
     def __str__(self) -> str: return self.verdict
 
 # %% ../nbs/01_tensors.ipynb #4cd49ebe
 def _probe(device: str | torch.device) -> dict[str, Tensor]:
-    "Three computations on fixed numbers, on `device`; results are brought to the CPU."
+    "Three computations on fixed numbers; the results are brought to the CPU."
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(128, 96, generator=generator)
     b = torch.randn(96, 64, generator=generator)
-    targets = torch.arange(128) % 64
+    targets = (torch.arange(128) % 64).to(device)
     a = a.to(device).requires_grad_()
     logits = a @ b.to(device)
-    gradient, = torch.autograd.grad(cross_entropy(logits, targets.to(device)), a)
-    return {"matmul": logits.detach().cpu(), "softmax": softmax(logits.detach()).cpu(),
-            "gradient": gradient.cpu()}
+    gradient, = torch.autograd.grad(cross_entropy(logits, targets), a)
+    return {"matmul": logits.detach().cpu(), "gradient": gradient.cpu(),
+            "softmax": softmax(logits.detach()).cpu()}
 
 # %% ../nbs/01_tensors.ipynb #c741c621
 def check_device(
     device: str | torch.device,     # such as "cuda" or "mps"
-    tolerance: float = 5e-3,        # relative error: above TF32's rounding, below any mistake
+    tolerance: float = 5e-3,        # relative; above TF32's rounding error
 ) -> DeviceReport:
-    "Compare a device with the CPU on three computations; one that fails is reported, too."
+    "Compare a device with the CPU on three computations; errors are reported."
     name = str(device)
     try: results = _probe(device)
     except Exception as error:
@@ -428,7 +464,8 @@ def check_device(
               for key, cpu in _probe("cpu").items()}
     wrong = [f"{key} is off by {error:.1e}" for key, error in errors.items()
              if not error <= tolerance]             # catches nan, too
-    verdict = f"{name} agrees with the CPU: the largest error is {max(errors.values()):.1e}"
+    verdict = (f"{name} agrees with the CPU: "
+               f"the largest error is {max(errors.values()):.1e}")
     if wrong:
         verdict = (f"{name} disagrees with the CPU: {', '.join(wrong)} "
                    f"(allowed: {tolerance:.0e})")
@@ -438,16 +475,20 @@ def check_device(
 def best_device(
     tolerance: float = 5e-3,        # see `check_device`
 ) -> torch.device:
-    """The first accelerator that `check_device` trusts, otherwise the CPU; says why in the log.
+    """The first accelerator that `check_device` trusts, otherwise the CPU.
+
+    Says why in the log.
 
     >>> best_device().type in ("cuda", "xpu", "mps", "cpu")
     True
     """
-    found = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(),
+    found = {"cuda": torch.cuda.is_available(),
+             "xpu": torch.xpu.is_available(),
              "mps": torch.backends.mps.is_available()}
     for name in (name for name, available in found.items() if available):
         report = check_device(name, tolerance)
         if report.ok: return torch.device(name)
         _log.warning("%s; not using it", report)
-    _log.info("using the CPU: no trustworthy accelerator among %s", ", ".join(found))
+    _log.info("using the CPU: no trustworthy accelerator among %s",
+              ", ".join(found))
     return torch.device("cpu")
