@@ -344,6 +344,7 @@ def deduplicate(
 
 # %% ../nbs/02_text.ipynb #1abbc1b6
 UNKNOWN = "<unk>"
+_T = TypeVar("_T", bound="TableTokenizer")
 
 def _checked(kind: str, names: Iterable[Any]) -> tuple[str, ...]:
     "Different strings, read once."
@@ -357,8 +358,6 @@ def _checked(kind: str, names: Iterable[Any]) -> tuple[str, ...]:
     return names
 
 # %% ../nbs/02_text.ipynb #cb0a4a74
-_T = TypeVar("_T", bound="TableTokenizer")
-
 class TableTokenizer:
     "Tokenizers with a table: pieces by id, then special tokens, one file."
     def __init__(self, pieces: Sequence[str],
