@@ -45,7 +45,7 @@ __all__ = ['pad_rows', 'Classifier', 'last_hidden', 'fit_head', 'freeze', 'Label
 def pad_rows(
     rows: Sequence[Any],               # token ids, of any lengths but 0
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B"]]:
-    """Rows of tokens as one tensor, padded on the right, and where each ends.
+    """Pad rows on the right; also the index of the last token of each.
 
     Raises ValueError where there is no row or an empty one.
 
@@ -114,7 +114,8 @@ def last_hidden(
 ) -> Float[Tensor, "N D"]:
     """The final hidden state of the last token of each text: its features.
 
-    Texts of like length are read together; no gradients, no dropout.
+    Batches texts of similar length, which saves padding. No gradients,
+    no dropout.
 
     >>> from llm_from_scratch.gpt import PRESETS
     >>> last_hidden(GPT(PRESETS["nano"]), [[5, 6, 7], [8]]).shape
@@ -168,16 +169,16 @@ def fit_head(
     solver.step(loss)                     # type: ignore[arg-type]
     return weight.detach().to(x.dtype)
 
-# %% ../nbs/20_classification.ipynb #218c153e
+# %% ../nbs/20_classification.ipynb #4dcc3b4b
 _TRAINABLE = ("head", "last block", "all")
 
 def freeze(
     model: nn.Module,                 # with a `body` and a `head`
     train: str = "head",              # "head", "last block" (and head) or "all"
 ) -> int:                             # how many weights are trained
-    """Freeze all weights of a classifier but those that `train` names.
+    """Freeze all weights of a classifier except those that `train` names.
 
-    The norm behind the last block is trained with it. A language-model head
+    The norm after the last block is trained with it. A language-model head
     with weights of its own is always frozen: a classifier does not use it.
     Raises ValueError for another name.
 
@@ -204,7 +205,7 @@ class LabeledRows(BatchLoader):
     """Batches of texts with labels, as a `Trainer` reads them.
 
     A batch is a function of seed and step: ids, labels, where texts end.
-    Raises ValueError for another number of labels than of texts.
+    Raises ValueError if the numbers of labels and texts differ.
 
     >>> loader = LabeledRows([[5, 6], [7]], [0, 1], batch_size=2, shuffle=False)
     >>> [t.tolist() for t in loader.batch(0)]
@@ -393,7 +394,7 @@ def _header(message: Message, name: str) -> str:
     except (LookupError, ValueError, HeaderParseError): return value
 
 class Mail(NamedTuple):
-    "What a person sees of a message, and what says to which thread it belongs."
+    "The visible part of a message, and the ids that link it to its thread."
     subject: str
     text: str
     id: str = ""
@@ -461,7 +462,7 @@ def threads(mails: Sequence[Mail]) -> list[int]:
 
     def root(x: Hashable) -> Hashable:
         while parent.setdefault(x, x) != x:
-            parent[x] = parent[parent[x]]              # shorten the way
+            parent[x] = parent[parent[x]]              # shorten the path
             x = parent[x]
         return x
 
@@ -481,7 +482,7 @@ def split_by_group(
     sizes: Sequence[int],                 # of each split
     seed: int = 0,
 ) -> list[list[int]]:                     # indices of the items of each split
-    """Random splits that tear no group apart; what does not fit is left out.
+    """Random splits that keep each group whole; what doesn't fit is left out.
 
     Raises ValueError where a split cannot be filled.
 
@@ -508,7 +509,7 @@ def best_span(
     scores: Float[Tensor, "T 2"],         # of start and end
     longest: int = 8,                     # tokens in an answer
 ) -> tuple[int, int]:                     # its first and its last token
-    """The span with the largest sum of scores, of those that do not end early.
+    """The span with the largest sum of scores that does not end too early.
 
     >>> best_span(torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]))
     (0, 1)

@@ -55,14 +55,14 @@ class LoRAConfig(Config):
         "s, by which the adapter's output is multiplied."
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-# %% ../nbs/21_lora.ipynb #c432b34c
+# %% ../nbs/21_lora.ipynb #75b31bb8
 def plus_product(
-    y: Float[Tensor, "*B F"],           # what the frozen layer gives
-    x: Float[Tensor, "*B D"],
+    y: Float[Tensor, "*N F"],           # what the frozen layer gives
+    x: Float[Tensor, "*N D"],
     A: Float[Tensor, "r D"],
     B: Float[Tensor, "F r"],
     scale: float,
-) -> Float[Tensor, "*B F"]:
+) -> Float[Tensor, "*N F"]:
     "@eq-lora-layer: y + s B A x, the sum within the second product."
     h = F.linear(x.to(A.dtype), A).reshape(-1, len(A)).to(y.dtype)
     flat = y.reshape(-1, y.shape[-1])
@@ -101,7 +101,7 @@ class LoRALinear(nn.Module):
         self.dropout = Dropout(config.dropout, generator=generator)
         self.original: tuple[Any, ...] = ()               # while merged
 
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N F"]:
         "W x + s B A x; once merged, what the changed weights give."
         y = self.base(x)
         if self.is_merged: return y

@@ -16,13 +16,87 @@ import regex
 from .files import digest, read_json, write_text
 
 # %% auto #0
-__all__ = ['clean', 'deduplicate', 'Tokenizer', 'CharTokenizer', 'WordTokenizer', 'SpacedWordTokenizer']
+__all__ = ['Tokenizer', 'clean', 'deduplicate', 'CharTokenizer', 'WordTokenizer', 'SpacedWordTokenizer']
 
 # %% ../nbs/02_text.ipynb #66269104
 def pydoc_corpus() -> dict[str, str]:
-    "The help topics that come with Python (`pydoc_data.topics`), as they are: topic → text."
+    "The help topics that come with Python, as they are: topic → text."
     from pydoc_data.topics import topics
     return dict(sorted(topics.items()))
+
+# %% ../nbs/02_text.ipynb #02b4a680
+WHITESPACE_PATTERN = r"\S+"
+WORD_PATTERN = r"\w+(?:['’]\w+)*|[^\w\s]"
+SPACED_PATTERN = rf"\s?(?:{WORD_PATTERN})"   # a word with the space before it
+ANY_TEXT_PATTERN = rf"{SPACED_PATTERN}|\s"   # … and other white space, alone
+
+def split_words(
+    text: str,
+    pattern: str = WORD_PATTERN,        # or `WHITESPACE_PATTERN`
+) -> list[str]:
+    "Words, numbers and single punctuation marks, in order, without spaces."
+    return regex.findall(pattern, text)
+
+# %% ../nbs/02_text.ipynb #9ba99725
+def several(given: Iterable[str], what: str = "texts") -> Iterable[str]:
+    "What is given. TypeError for one string, which is a row of characters."
+    if isinstance(given, (str, bytes)):
+        raise TypeError(f"expected several {what}, got one string: "
+                        "put it into a list")
+    return given
+
+# %% ../nbs/02_text.ipynb #e29d1d3f
+def frequent_words(
+    texts: Iterable[str],
+    n: int | None = None,               # how many; None: all
+    pattern: str = WORD_PATTERN, lowercase: bool = False,
+) -> list[str]:
+    "The words of `texts`, most frequent first; ties in Unicode's order."
+    texts = several(texts)
+    if lowercase: texts = map(str.lower, texts)
+    counts = Counter(word for text in texts
+                     for word in split_words(text, pattern))
+    if not counts: raise ValueError("cannot collect words: the texts hold none")
+    return sorted(counts, key=lambda word: (-counts[word], word))[:n]
+
+# %% ../nbs/02_text.ipynb #e1a6fd02
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What every tokenizer can do, and all that later chapters ask of one.
+
+    >>> isinstance(CharTokenizer.train(["abc"]), Tokenizer)
+    True
+    """
+    @property
+    def vocab_size(self) -> int:
+        "Ids run from 0 to `vocab_size - 1`."
+        ...
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        "Tokens that stand for no text, such as `<unk>`: name → id."
+        ...
+    def encode(self, text: str) -> list[int]:
+        "The ids of `text`."
+        ...
+    def decode(self, ids: Sequence[int]) -> str:
+        "The text of `ids`."
+        ...
+
+# %% ../nbs/02_text.ipynb #3eecfe6c
+def fit_power_law(
+    x: np.ndarray, y: np.ndarray,       # positive numbers
+) -> tuple[float, float]:
+    """Factor and exponent of y ≈ factor · x ** exponent.
+
+    Least squares on the logarithms. ValueError for other than positive."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if x.shape != y.shape or x.size < 2:
+        raise ValueError("expected two points or more, "
+                         f"got shapes {x.shape} and {y.shape}")
+    if not ((x > 0).all() and (y > 0).all()):
+        raise ValueError("a power law has positive coordinates only")
+    exponent, intercept = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(intercept)), float(exponent)
 
 # %% ../nbs/02_text.ipynb #1928bdb2
 LINE_ENDS = regex.compile(r"\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -35,7 +109,7 @@ def normalize_line_ends(text: str) -> str:
 INVISIBLE = regex.compile(r"(?![\n\t])[\p{Cc}\p{Cs}\u00ad\u200b\u2060\ufeff]")
 
 def drop_invisible(text: str) -> str:
-    "Remove control characters, lone surrogates, soft hyphens and marks of no width."
+    "Remove control characters, lone surrogates, soft hyphens, zero widths."
     return INVISIBLE.sub("", text)
 
 # %% ../nbs/02_text.ipynb #eb9d0e64
@@ -49,18 +123,19 @@ TYPEWRITER = str.maketrans({
     **dict.fromkeys("‐‑‒–", "-"), "—": "--", "―": "--", "…": "..."})
 
 def straighten_quotes(text: str) -> str:
-    "Replace typographic quotes, dashes and ellipses by the keys of a typewriter."
+    "Replace typographic quotes, dashes and ellipses by keys of a typewriter."
     return text.translate(TYPEWRITER)
 
 # %% ../nbs/02_text.ipynb #b0d155ae
 def squeeze_spaces(text: str) -> str:
-    "Keep the indentation of a line, squeeze other spaces to one, drop those at its end."
+    "Keep a line's indentation, squeeze other spaces, drop those at its end."
     text = regex.sub(r"[^\S\n\t]", " ", text).expandtabs(4)
     text = regex.sub(r"(?<=\S) {2,}", " ", text)
     return regex.sub(r" +$", "", text, flags=regex.MULTILINE)
 
 # %% ../nbs/02_text.ipynb #0f580560
-RULE = regex.compile(r"^(?=.*[-=*~^_#]{3})[-=*~^_#|+ ]+(?:\n|\Z)", regex.MULTILINE)
+RULE = regex.compile(r"^(?=.*[-=*~^_#]{3})[-=*~^_#|+ ]+(?:\n|\Z)",
+                     regex.MULTILINE)
 
 def drop_rules(text: str) -> str:
     "Remove lines that only draw: underlines of titles, borders of tables."
@@ -69,7 +144,8 @@ def drop_rules(text: str) -> str:
 # %% ../nbs/02_text.ipynb #cb976ea4
 def drop_footnote_headings(text: str) -> str:
     "Remove the line that announces footnotes, and keep the footnotes."
-    return regex.sub(r"^-\[ Footnotes \]-(?:\n|\Z)", "", text, flags=regex.MULTILINE)
+    return regex.sub(r"^-\[ Footnotes \]-(?:\n|\Z)", "", text,
+                     flags=regex.MULTILINE)
 
 # %% ../nbs/02_text.ipynb #e7593283
 def squeeze_blank_lines(text: str) -> str:
@@ -90,17 +166,20 @@ CLEANING_STEPS: dict[str, Callable[[str], str]] = {
 
 # %% ../nbs/02_text.ipynb #6438f00b
 def clean(
-    text: str,                                                     # as it was found
-    steps: Mapping[str, Callable[[str], str]] = CLEANING_STEPS,    # applied in this order
+    text: str,                                      # as it was found
+    steps: Mapping[str, Callable[[str], str]] = CLEANING_STEPS,  # in order
 ) -> str:
-    """Pass `text` through every step. With the steps above, a second pass changes nothing.
+    """Pass `text` through every step. A second pass changes nothing.
+
+    That holds for the steps above. TypeError for bytes.
 
     >>> clean("“Hello,”  she   said.")
     '"Hello," she said.'
     """
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise TypeError(f"clean expects text (str), got {kind}: decode bytes first")
+        raise TypeError("clean expects text (str), "
+                        f"got {kind}: decode bytes first")
     for step in steps.values(): text = step(text)
     return text
 
@@ -112,60 +191,72 @@ def shingles(
     """Every run of `n` consecutive words, lower-cased.
 
     A shorter text is one shingle, a text without words has none."""
-    if n < 1: raise ValueError(f"a shingle needs at least one word, got n={n}")
+    if n < 1:
+        raise ValueError(f"a shingle needs at least one word, got n={n}")
     words = regex.findall(r"\w+", text.lower())
     starts = range(max(1, len(words) - n + 1)) if words else ()
     return frozenset(" ".join(words[i:i + n]) for i in starts)
 
 # %% ../nbs/02_text.ipynb #884b7500
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    "The share of all items that both sets hold, @eq-text-jaccard; two empty sets are alike."
+    "Jaccard similarity of two sets, @eq-text-jaccard; 1 for two empty ones."
     return len(a & b) / len(a | b) if a or b else 1.0
 
-# %% ../nbs/02_text.ipynb #02b78809
+# %% ../nbs/02_text.ipynb #19e0241c
 def stable_hash(item: str) -> int:
-    "A number below 2³² that depends on the characters alone, on every machine the same."
-    digest = hashlib.blake2b(item.encode("utf-8", "surrogatepass"), digest_size=4).digest()
+    "A number below 2³² that depends on the characters alone, everywhere."
+    data = item.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(data, digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 # %% ../nbs/02_text.ipynb #3f270806
 class MinHash:
-    """`k` random hash functions. A set's signature is the least value of each.
+    """`k` random hash functions. A signature is the least value of each.
 
     Equal entries of two signatures estimate `jaccard` (Broder 1997)."""
     def __init__(self, k: int = 128, seed: int = 0):
-        if k < 1: raise ValueError(f"MinHash needs at least one hash function, got k={k}")
+        if k < 1:
+            raise ValueError("MinHash needs at least one hash function, "
+                             f"got k={k}")
         rng = np.random.default_rng(seed)
         self.k = k
         self.a, self.b = rng.integers(2**64, size=(2, k), dtype=np.uint64)
 
     def signature(self, items: Iterable[str]) -> np.ndarray:
-        "The least value of each function over `items`, (k,) of uint32; of none, the greatest."
-        x = np.fromiter((stable_hash(item) for item in items), dtype=np.uint64)
+        """The least value of each function over `items`, (k,) of uint32.
+
+        The signature of no items is the greatest number, `k` times."""
+        x = np.fromiter(map(stable_hash, items), dtype=np.uint64)
         least = np.full(self.k, 2**32 - 1, dtype=np.uint64)
-        n_parts = self.k * len(x) // 2**20 + 1                  # tables of at most 8 MB
+        n_parts = self.k * len(x) // 2**20 + 1      # tables of at most 8 MB
         for part in np.array_split(x, n_parts):
-            hashed = (self.a[:, None] * part + self.b[:, None]) >> np.uint64(32)
-            least = np.minimum(least, hashed.min(axis=1, initial=2**32 - 1))
+            hashed = self.a[:, None] * part + self.b[:, None]
+            hashed >>= np.uint64(32)
+            smallest = hashed.min(axis=1, initial=2**32 - 1)
+            least = np.minimum(least, smallest)
         return least.astype(np.uint32)
 
     def estimate(self, a: np.ndarray, b: np.ndarray) -> float:
-        "The share of equal entries: `jaccard` up to an error of @eq-text-minhash-error."
+        """The share of equal entries, an estimate of `jaccard`.
+
+        Its standard error is that of @eq-text-minhash-error."""
         if len(a) != len(b):
-            raise ValueError(f"signatures of {len(a)} and {len(b)} entries cannot be compared")
+            raise ValueError(f"signatures of {len(a)} and {len(b)} entries "
+                             "cannot be compared")
         return float(np.mean(a == b))
 
 # %% ../nbs/02_text.ipynb #88ad8bb4
 def lsh_pairs(
     signatures: Mapping[str, np.ndarray],      # name → signature
-    bands: int,                                # divides the length of a signature
+    bands: int,                                # divides its length
 ) -> set[tuple[str, str]]:
-    "Pairs of names whose signatures agree in one of `bands` equal bands, @eq-text-scurve."
+    "Names whose signatures agree in one of `bands` bands, @eq-text-scurve."
     buckets: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for name, signature in signatures.items():
         for band, entries in enumerate(np.split(signature, bands)):
             buckets[band, entries.tobytes()].append(name)
-    return {pair for names in buckets.values() for pair in combinations(names, 2)}
+    return {pair for names in buckets.values()
+            for pair in combinations(names, 2)}
 
 # %% ../nbs/02_text.ipynb #6bb56856
 def choose_bands(
@@ -173,11 +264,14 @@ def choose_bands(
     threshold: float,              # similarity from which a pair must be found
     recall: float = 0.99,          # and the probability that it is
 ) -> int:
-    "The least number of bands that finds a pair at `threshold` with probability `recall`."
+    """The least number of bands that finds a pair at `threshold`.
+
+    It does so with probability `recall`; ValueError if `k` is too small."""
     if not 0 < threshold <= 1:
         raise ValueError(f"a threshold lies between 0 and 1, got {threshold}")
     for bands in (b for b in range(1, k + 1) if k % b == 0):
-        if 1 - (1 - threshold ** (k // bands)) ** bands >= recall: return bands
+        if 1 - (1 - threshold ** (k // bands)) ** bands >= recall:
+            return bands
     raise ValueError(f"{k} hash functions cannot find pairs at {threshold} "
                      f"with probability {recall}: raise k")
 
@@ -187,50 +281,55 @@ def near_duplicates(
     threshold: float = 0.8,            # least Jaccard similarity
     k: int = 128, n: int = 5, seed: int = 0,
 ) -> list[tuple[str, str, float]]:
-    """Pairs of documents whose shingles are at least `threshold` alike, most alike first.
+    """Pairs of documents with a similarity of `threshold` or more.
 
-    `MinHash` proposes, `jaccard` decides."""
+    The most similar come first. `MinHash` proposes, `jaccard` decides."""
     sets = {name: shingles(text, n) for name, text in documents.items()}
     minhash = MinHash(k, seed)
-    signatures = {name: minhash.signature(items) for name, items in sets.items()}
+    signatures = {name: minhash.signature(s) for name, s in sets.items()}
     likely = lsh_pairs(signatures, choose_bands(k, threshold))
     pairs = [(a, b, jaccard(sets[a], sets[b])) for a, b in likely]
-    return sorted((p for p in pairs if p[2] >= threshold), key=lambda p: (-p[2], p[:2]))
+    return sorted((p for p in pairs if p[2] >= threshold),
+                  key=lambda p: (-p[2], p[:2]))
 
 # %% ../nbs/02_text.ipynb #3781460d
 def excerpts(
     documents: Mapping[str, str],      # name → text
-    threshold: float = 0.8,            # least share of the excerpt that its source repeats
+    threshold: float = 0.8,            # least share found in the source
     n: int = 5,
 ) -> list[tuple[str, str, float]]:
-    """Documents that stand inside others: (excerpt, source, share of the excerpt's shingles).
+    """Documents that others contain, the greatest share first.
 
-    The greatest share comes first."""
+    Each is a triple: excerpt, source, share of the excerpt's shingles."""
     sets = {name: shingles(text, n) for name, text in documents.items()}
     holders: dict[str, list[str]] = defaultdict(list)
     for name, items in sets.items():
         for item in items: holders[item].append(name)
-    shared = Counter(pair for names in holders.values() for pair in combinations(names, 2))
+    shared = Counter(pair for names in holders.values()
+                     for pair in combinations(names, 2))
     found = []
     for pair, count in shared.items():
         small, large = sorted(pair, key=lambda name: len(sets[name]))
         found.append((small, large, count / len(sets[small])))
-    return sorted((f for f in found if f[2] >= threshold), key=lambda f: (-f[2], f[:2]))
+    return sorted((f for f in found if f[2] >= threshold),
+                  key=lambda f: (-f[2], f[:2]))
 
 # %% ../nbs/02_text.ipynb #9ece0c99
 def deduplicate(
-    documents: Mapping[str, str],         # name → text
-    threshold: float = 0.8,               # from this similarity, the shorter of a pair goes
-    contained: float | None = None,       # from this share inside another, an excerpt goes
+    documents: Mapping[str, str],     # name → text
+    threshold: float = 0.8,           # Jaccard similarity of near-duplicates
+    contained: float | None = None,   # share of an excerpt in its source
 ) -> dict[str, str]:
-    """The documents without copies, near copies and, if asked, excerpts; the longest stays.
+    """The documents without copies and near-duplicates; the longest stays.
+
+    With `contained`, excerpts go as well.
 
     >>> texts = {"a": "the cat sat on the mat", "b": "a dog ran",
     ...          "c": "the cat sat on the mat!"}
     >>> sorted(deduplicate(texts))       # a and c are nearly the same
     ['b', 'c']
     """
-    names: dict[str, str] = {}                # text → the first name that has it
+    names: dict[str, str] = {}           # text → the first name that has it
     for name, text in documents.items(): names.setdefault(text, name)
     unique = {name: text for text, name in names.items()}
     relatives: dict[str, set[str]] = defaultdict(set)
@@ -244,56 +343,31 @@ def deduplicate(
     return {name: text for name, text in unique.items() if name in kept}
 
 # %% ../nbs/02_text.ipynb #1abbc1b6
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What every tokenizer of this book can do, and all that later chapters ask of one.
-
-    >>> isinstance(CharTokenizer.train(["abc"]), Tokenizer)
-    True
-    """
-    @property
-    def vocab_size(self) -> int:
-        "Ids run from 0 to `vocab_size - 1`."
-        ...
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        "Tokens that stand for no text, such as `<unk>`: name → id."
-        ...
-    def encode(self, text: str) -> list[int]:
-        "The ids of `text`."
-        ...
-    def decode(self, ids: Sequence[int]) -> str:
-        "The text of `ids`."
-        ...
-
-# %% ../nbs/02_text.ipynb #96c50684
 UNKNOWN = "<unk>"
-
-def several(given: Iterable[str], what: str = "texts") -> Iterable[str]:
-    "TypeError for one string where several are expected: its characters would pass for them."
-    if isinstance(given, (str, bytes)):
-        raise TypeError(f"expected several {what}, got one string: put it into a list")
-    return given
+_T = TypeVar("_T", bound="TableTokenizer")
 
 def _checked(kind: str, names: Iterable[Any]) -> tuple[str, ...]:
     "Different strings, read once."
     names = tuple(several(names, f"{kind}s"))
     for name, count in Counter(names).items():
-        if not isinstance(name, str): raise TypeError(f"a {kind} is a string, got {name!r}")
-        if count > 1: raise ValueError(f"{kind} {name!r} stands in the table {count} times")
+        if not isinstance(name, str):
+            raise TypeError(f"a {kind} is a string, got {name!r}")
+        if count > 1:
+            raise ValueError(f"{kind} {name!r} stands in the table "
+                             f"{count} times")
     return names
 
-# %% ../nbs/02_text.ipynb #737e9797
-_T = TypeVar("_T", bound="TableTokenizer")
-
+# %% ../nbs/02_text.ipynb #cb0a4a74
 class TableTokenizer:
-    "What tokenizers with a table share: pieces by id, then special tokens, one JSON file."
-    def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
+    "Tokenizers with a table: pieces by id, then special tokens, one file."
+    def __init__(self, pieces: Sequence[str],
+                 special_tokens: Sequence[str] = ()):
         pieces = _checked("piece", pieces)
         special_tokens = _checked("special token", special_tokens)
         self.pieces = (*pieces, *special_tokens)
         self._ids = {piece: i for i, piece in enumerate(pieces)}
-        self._special = {name: i for i, name in enumerate(special_tokens, start=len(pieces))}
+        self._special = {name: i for i, name
+                         in enumerate(special_tokens, start=len(pieces))}
 
     @property
     def vocab_size(self) -> int:
@@ -308,16 +382,18 @@ class TableTokenizer:
     def _lookup(self, ids: Iterable[int]) -> Iterator[str]:
         for at, i in enumerate(ids):
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} at position {at} is outside the vocabulary "
-                                 f"0..{self.vocab_size - 1}")
+                raise ValueError(f"id {i} at position {at} is outside the "
+                                 f"vocabulary 0..{self.vocab_size - 1}")
             yield self.pieces[int(i)]
 
     def state(self) -> dict[str, Any]:
-        "All that makes this tokenizer, for JSON: the arguments of its constructor."
-        return {"pieces": list(self._ids), "special_tokens": list(self._special)}
+        "The arguments of the constructor, for JSON."
+        return {"pieces": list(self._ids),
+                "special_tokens": list(self._special)}
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TableTokenizer) or type(self) is not type(other): return False
+        if not isinstance(other, TableTokenizer): return False
+        if type(self) is not type(other): return False
         return self.state() == other.state()
 
     def __hash__(self) -> int: return hash((type(self), self.pieces))
@@ -328,7 +404,7 @@ class TableTokenizer:
 
     @classmethod
     def load(cls: type[_T], path: str | os.PathLike[str]) -> _T:
-        "Read what `save` wrote. `ValueError` names the file and what is wrong with it."
+        "Read what `save` wrote. ValueError names the file and the fault."
         try: return cls(**_read_state(path, cls.__name__))
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path} is not a {cls.__name__} file: {e}") from e
@@ -336,8 +412,10 @@ class TableTokenizer:
 # %% ../nbs/02_text.ipynb #2d98b6e7
 _FORMAT, _VERSION = "llm_from_scratch.text", 1
 
-def _write_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
-    head = {"format": _FORMAT, "version": _VERSION, "class": kind, "sha256": digest(state)}
+def _write_state(path: str | os.PathLike[str], kind: str,
+                 state: Mapping[str, Any]) -> None:
+    head = {"format": _FORMAT, "version": _VERSION, "class": kind,
+            "sha256": digest(state)}
     write_text(path, json.dumps({**head, "state": state}) + "\n")
 
 def _read_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -354,81 +432,67 @@ def _read_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     return found["state"]
 
 # %% ../nbs/02_text.ipynb #4ba61897
-def _first_missing(pieces: Iterable[str], table: Mapping[str, int]) -> tuple[int, str]:
-    return next((at, piece) for at, piece in enumerate(pieces) if piece not in table)
+def _first_missing(pieces: Iterable[str],
+                   table: Mapping[str, int]) -> tuple[int, str]:
+    return next((at, piece) for at, piece in enumerate(pieces)
+                if piece not in table)
 
 # %% ../nbs/02_text.ipynb #ba701c72
 class CharTokenizer(TableTokenizer):
-    """One token per character. Decoding gives back every text that could be encoded.
+    """One token per character. Every text that can be encoded comes back.
 
     >>> chars = CharTokenizer.train(["banana"])
     >>> chars.encode("nab"), chars.decode([2, 0, 1])
     ([2, 0, 1], 'nab')
     """
-    def __init__(self, pieces: Sequence[str], special_tokens: Sequence[str] = ()):
+    def __init__(self, pieces: Sequence[str],
+                 special_tokens: Sequence[str] = ()):
         super().__init__(pieces, special_tokens)
         for piece in self._ids:
             if len(piece) != 1:
-                raise ValueError(f"an alphabet consists of single characters, got {piece!r}")
+                raise ValueError("an alphabet consists of single characters, "
+                                 f"got {piece!r}")
 
     @classmethod
     def train(
         cls,
         texts: Iterable[str],
-        special_tokens: Sequence[str] = (),     # if `<unk>` is one, it stands for the unseen
+        special_tokens: Sequence[str] = (),  # `<unk>` stands for the unseen
     ) -> CharTokenizer:
         "Collect the alphabet of `texts`, in the order of Unicode."
         alphabet = set().union(*map(set, several(texts)))
         if not alphabet:
-            raise ValueError("cannot collect an alphabet: the texts hold no character")
+            raise ValueError("cannot collect an alphabet: "
+                             "the texts hold no character")
         return cls(sorted(alphabet), special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        "One id per character; one never seen is `<unk>` or, without that, a `ValueError`."
+        """One id per character.
+
+        One never seen is `<unk>` or, without that, a ValueError."""
         unknown = self._special.get(UNKNOWN)
-        if unknown is not None: return [self._ids.get(c, unknown) for c in text]
+        if unknown is not None:
+            return [self._ids.get(c, unknown) for c in text]
         try: return [self._ids[c] for c in text]
         except KeyError: at, c = _first_missing(text, self._ids)
         raise ValueError(f"character {c!r} (U+{ord(c):04X}) at position {at} "
                          f"is not in the alphabet of {len(self._ids)}")
 
     def decode(self, ids: Sequence[int]) -> str:
-        "The characters of `ids`, one after the other; special tokens by their names."
+        "The characters of `ids`; special tokens by their names."
         return "".join(self._lookup(ids))
 
-# %% ../nbs/02_text.ipynb #483d4d6d
-WHITESPACE_PATTERN = r"\S+"
-WORD_PATTERN = r"\w+(?:['’]\w+)*|[^\w\s]"
-SPACED_PATTERN = rf"\s?(?:{WORD_PATTERN})"      # a word with the space before it
-ANY_TEXT_PATTERN = rf"{SPACED_PATTERN}|\s"      # … and any other white space by itself
-
-def split_words(
-    text: str,
-    pattern: str = WORD_PATTERN,        # or `WHITESPACE_PATTERN`
-) -> list[str]:
-    "Words, numbers and single marks of punctuation, in order; the space between them is lost."
-    return regex.findall(pattern, text)
-
+# %% ../nbs/02_text.ipynb #31a6c849
 def _check_pattern(pattern: str) -> None:
     try: regex.compile(pattern)
     except regex.error as e:
         raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
 
-# %% ../nbs/02_text.ipynb #ff1c13ae
-def frequent_words(
-    texts: Iterable[str],
-    n: int | None = None,               # how many; None: all
-    pattern: str = WORD_PATTERN, lowercase: bool = False,
-) -> list[str]:
-    "The words of `texts`, the most frequent first; equally frequent ones in Unicode's order."
-    texts = map(str.lower, several(texts)) if lowercase else several(texts)
-    counts = Counter(word for text in texts for word in split_words(text, pattern))
-    if not counts: raise ValueError("cannot collect words: the texts hold none")
-    return sorted(counts, key=lambda word: (-counts[word], word))[:n]
-
-# %% ../nbs/02_text.ipynb #f5647290
+# %% ../nbs/02_text.ipynb #483d4d6d
 class WordTokenizer(TableTokenizer):
-    """One token per word, the most frequent first; other words are `<unk>`, spaces are lost.
+    """One token per word, the most frequent first; spaces are lost.
+
+    Other words are `<unk>`.
 
     >>> words = WordTokenizer.train(["a cat and a dog"])
     >>> words.decode(words.encode("a dog and a cat"))
@@ -445,8 +509,8 @@ class WordTokenizer(TableTokenizer):
     @classmethod
     def train(
         cls, texts: Iterable[str],
-        vocab_size: int | None = None,               # with special tokens; None: every word
-        special_tokens: Sequence[str] = (UNKNOWN,),  # without `<unk>`, a new word is an error
+        vocab_size: int | None = None,   # with special tokens; None: all words
+        special_tokens: Sequence[str] = (UNKNOWN,),  # without: ValueError
         pattern: str = WORD_PATTERN, lowercase: bool = False,
     ) -> WordTokenizer:
         "Make a table of the `frequent_words` of `texts`."
@@ -454,18 +518,21 @@ class WordTokenizer(TableTokenizer):
         if vocab_size is not None and vocab_size <= len(special_tokens):
             raise ValueError(f"vocab_size={vocab_size} leaves no room beside "
                              f"{len(special_tokens)} special tokens")
-        room = None if vocab_size is None else vocab_size - len(special_tokens)
+        room = None
+        if vocab_size is not None: room = vocab_size - len(special_tokens)
         words = frequent_words(texts, room, pattern, lowercase)
         return cls(words, special_tokens, pattern, lowercase)
 
     def split(self, text: str) -> list[str]:
         "The words that `encode` looks up."
-        return split_words(text.lower() if self.lowercase else text, self.pattern)
+        return split_words(text.lower() if self.lowercase else text,
+                           self.pattern)
 
     def encode(self, text: str) -> list[int]:
-        "One id per word; a new word is `<unk>` or, without that, a `ValueError`."
+        "One id per word; a new word is `<unk>` or, without that, a ValueError."
         words, unknown = self.split(text), self._special.get(UNKNOWN)
-        if unknown is not None: return [self._ids.get(word, unknown) for word in words]
+        if unknown is not None:
+            return [self._ids.get(word, unknown) for word in words]
         try: return [self._ids[word] for word in words]
         except KeyError: at, word = _first_missing(words, self._ids)
         raise ValueError(f"word {word!r} at position {at} "
@@ -476,12 +543,15 @@ class WordTokenizer(TableTokenizer):
         return " ".join(self._lookup(ids))
 
     def state(self) -> dict[str, Any]:
-        "The arguments of the constructor."
-        return {**super().state(), "pattern": self.pattern, "lowercase": self.lowercase}
+        "The arguments of the constructor, for JSON."
+        return {**super().state(), "pattern": self.pattern,
+                "lowercase": self.lowercase}
 
 # %% ../nbs/02_text.ipynb #5c9b07c1
 class SpacedWordTokenizer(WordTokenizer):
-    """Words with the space before them: decoding gives back every text that could be encoded.
+    """Words with the space before them: a lossless word tokenizer.
+
+    Decoding gives back every text that could be encoded.
 
     >>> words = SpacedWordTokenizer.train(["The cat sat. The dog sat."])
     >>> words.decode(words.encode("The dog sat. The cat sat."))
@@ -491,29 +561,34 @@ class SpacedWordTokenizer(WordTokenizer):
         self, pieces: Sequence[str], special_tokens: Sequence[str] = (),
         pattern: str = SPACED_PATTERN, lowercase: bool = False,
     ):
-        if lowercase: raise ValueError("without capitals, a text would not come back")
+        if lowercase:
+            raise ValueError("without capitals, a text would not come back")
         super().__init__(pieces, special_tokens, pattern)
 
     @classmethod
     def train(
         cls, texts: Iterable[str],
-        vocab_size: int | None = None,               # with special tokens; None: every word
-        special_tokens: Sequence[str] = (),          # `<unk>` would lose what it stands for
+        vocab_size: int | None = None,   # with special tokens; None: all words
+        special_tokens: Sequence[str] = (),  # `<unk>` would lose its word
         pattern: str = SPACED_PATTERN, lowercase: bool = False,
     ) -> SpacedWordTokenizer:
-        "Make a table of the `frequent_words` of `texts`, each with its space."
-        made = WordTokenizer.train(texts, vocab_size, special_tokens, pattern, lowercase)
+        "Make a table of the `frequent_words` of `texts`, with their spaces."
+        made = WordTokenizer.train(texts, vocab_size, special_tokens, pattern,
+                                   lowercase)
         return cls(**made.state())
 
     def encode(self, text: str) -> list[int]:
-        "One id per word; `ValueError` for a new word, or space that belongs to no word."
+        """One id per word.
+
+        ValueError for a new word, or space that belongs to no word."""
         at = 0
         for word in self.split(text):
             if not text.startswith(word, at): break
             at += len(word)
         if at == len(text): return super().encode(text)
-        raise ValueError(f"the white space at position {at} belongs to no word: "
-                         "expected one space, or the end of a line, before a word")
+        raise ValueError(f"the white space at position {at} belongs to no "
+                         "word: expected one space, or the end of a line, "
+                         "before a word")
 
     def decode(self, ids: Sequence[int]) -> str:
         "The words of `ids`, one after the other."
@@ -524,68 +599,63 @@ class SpacedWordTokenizer(WordTokenizer):
 
         They turn special tokens in *any* text into ids; `encode` never does."""
         for name in self._ids.keys() & self._special.keys():
-            raise ValueError(f"the special token {name!r} is spelled like a word: "
-                             "in a tokenizer.json they would be one")
+            raise ValueError(f"the special token {name!r} is spelled like a "
+                             "word: in a tokenizer.json they would be one")
         content = json.dumps(_to_hf(self), ensure_ascii=False, indent=1)
         write_text(tokenizer_file(path), content + "\n")
 
     @classmethod
     def from_hf(cls, path: str | os.PathLike[str]) -> SpacedWordTokenizer:
-        "Read what `to_hf` wrote. ValueError names the file and the part that is another."
+        """Read what `to_hf` wrote.
+
+        ValueError names the file and the part that is another."""
         path = tokenizer_file(path)
         try: return _from_hf(read_json(path))
-        except (LookupError, TypeError, AttributeError) as e: why = f"it lacks a part ({e!r})"
+        except (LookupError, TypeError, AttributeError) as e:
+            why = f"it lacks a part ({e!r})"
         except ValueError as e: why = str(e)
         raise ValueError(f"{path} is no word-level tokenizer.json: {why}")
 
 # %% ../nbs/02_text.ipynb #f2c16d43
 def hf_added_tokens(special_tokens: Mapping[str, int]) -> list[dict[str, Any]]:
-    "Special tokens as a `tokenizer.json` lists them, in the order of their ids."
+    "Special tokens as a `tokenizer.json` lists them, in order of their ids."
     flags = {"single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": True}
-    return [{"id": i, "content": name, **flags}
-            for name, i in sorted(special_tokens.items(), key=lambda item: item[1])]
+    by_id = sorted(special_tokens.items(), key=lambda item: item[1])
+    return [{"id": i, "content": name, **flags} for name, i in by_id]
 
 def tokenizer_file(path: str | os.PathLike[str]) -> Path:
     "A file by its path, or the `tokenizer.json` in a folder."
-    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    return path / "tokenizer.json" if path.is_dir() else path
 
 # %% ../nbs/02_text.ipynb #06d6c7c8
 def _to_hf(words: SpacedWordTokenizer) -> dict[str, Any]:
     table = {piece: i for i, piece in enumerate(words.pieces)}
-    split = {"type": "Split", "pattern": {"Regex": words.pattern}, "behavior": "Isolated",
-             "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": words.pattern},
+             "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": hf_added_tokens(words.special_tokens), "normalizer": None,
-        "pre_tokenizer": split, "post_processor": None, "decoder": {"type": "Fuse"},
+        "added_tokens": hf_added_tokens(words.special_tokens),
+        "normalizer": None, "pre_tokenizer": split, "post_processor": None,
+        "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "unk_token": UNKNOWN, "vocab": table,
                   "sha256": digest(words.state())}}
 
 def _from_hf(file: Mapping[str, Any]) -> SpacedWordTokenizer:
     "The tokenizer in a file, if writing it again would give the same parts."
-    model, special = file["model"], [token["content"] for token in file["added_tokens"]]
+    model = file["model"]
+    special = [token["content"] for token in file["added_tokens"]]
     table = sorted(model["vocab"], key=model["vocab"].__getitem__)
     words = SpacedWordTokenizer(table[:len(table) - len(special)], special,
                                 file["pre_tokenizer"]["pattern"]["Regex"])
     written = _to_hf(words)
-    model = {"sha256": written["model"]["sha256"], **model}     # other makers write none
-    if model["sha256"] != written["model"]["sha256"]:
+    checksum = written["model"]["sha256"]
+    model = {"sha256": checksum, **model}         # other makers write none
+    if model["sha256"] != checksum:
         raise ValueError("the checksum does not match, the file is damaged")
     for part, expected in written.items():
         if (model if part == "model" else file.get(part)) != expected:
-            raise ValueError(f"its {part} is not what SpacedWordTokenizer does")
+            raise ValueError(f"its {part} is not what "
+                             "SpacedWordTokenizer does")
     return words
-
-# %% ../nbs/02_text.ipynb #ac3f35fa
-def fit_power_law(
-    x: np.ndarray, y: np.ndarray,       # positive numbers
-) -> tuple[float, float]:
-    "Factor and exponent of y ≈ factor · x ** exponent, by least squares on the logarithms."
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if x.shape != y.shape or x.size < 2:
-        raise ValueError(f"expected two points or more, got shapes {x.shape} and {y.shape}")
-    if not ((x > 0).all() and (y > 0).all()):
-        raise ValueError("a power law has positive coordinates only")
-    exponent, intercept = np.polyfit(np.log(x), np.log(y), 1)
-    return float(np.exp(intercept)), float(exponent)

@@ -3,6 +3,7 @@
 Each book lies in a temporary folder and is built by the embedded builder as `make book` does it."""
 import html
 import json
+import posixpath
 import re
 import shutil
 import struct
@@ -443,6 +444,22 @@ def test_epub_and_pdf_hold_the_same_numbers(rich):
         for fact in ("Figure 2.1:", "Table 1.1:", "Table 2.1:", "Equation 1.1", "Appendix A", "A Mathematical Theory of Communication", "Only on paper"):
             assert fact in place, fact
         assert ":::" not in place and "Only on the site" not in place
+
+
+def test_in_one_file_too_a_link_finds_its_place_where_pages_share_a_name(built):
+    "typst refuses a link to a label that stands twice; in the EPUB each link leads to a file and an id in it."
+    for number, name in enumerate(("one", "two"), 1):
+        built.notebook(f"nbs/0{number}_{name}.ipynb", markdown(f"# {name.title()} {{#sec-{name}}}\n\n[Here](#exercises), [there](01_one.ipynb#exercises), [up](01_one.ipynb).\n\n## Exercises\n\n### Exercises\n"), code("import this"))
+    built.config("nbs/01_one.ipynb", "nbs/02_two.ipynb", "nbs/references.qmd")
+    built.write("index.qmd", "# A small book {.unnumbered}\n\nWelcome.\n")
+    built.build(("html", "epub", "pdf"))
+    source = next((built.root / ".cache/book").glob("*.typ")).read_text(encoding="utf-8")
+    assert source.count("#link(<01_one-exercises>)") == 3 and source.count("#link(<02_two-exercises>)") == 1 and source.count("#link(<sec-one>)") == 2
+    with zipfile.ZipFile(built.root / "_site/small.epub") as book:
+        pages = {name.removeprefix("EPUB/"): book.read(name).decode() for name in book.namelist() if name.endswith(".xhtml")}
+    links = [(posixpath.normpath(posixpath.join(posixpath.dirname(name), file)) if file else name, place) for name, text in pages.items() for file, place in re.findall(r'href="([^":#]*\.xhtml)?(?:#([^"]*))?"', text) if file or place]
+    assert len(links) == 11 and all(not place or f'id="{place}"' in pages[file] for file, place in links)
+    assert '<span class="im">import</span>' in pages["nbs/01_one.xhtml"]
 
 
 @pytest.mark.parametrize("prose, read", [

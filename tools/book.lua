@@ -1,23 +1,32 @@
 -- Quarto's Markdown dialect on plain pandoc: numbers, cross-references, callouts, tabsets, folds, margin notes.
 --
--- The document is a list of `.chapter` divs (one for a page of the site, all of them for the EPUB and the PDF), each with
--- its `number` and its `page`. BOOK_CONTEXT says how to show it: in the mode "book" everything is resolved here; in the mode
--- "page" the filter puts that div around the page, marks stand for what other pages decide, and the first line says what the
--- page defines and what it refers to (tools/pandoc.py puts both together).
+-- The document is one page of the book; BOOK_CONTEXT says which. It is shown twice: as HTML, for the site and the EPUB, and in
+-- typst's language, for the PDF. Marks stand for what other pages decide (tools/pandoc.py fills them in), and in the HTML for
+-- what the EPUB shows otherwise. The first line says what the page defines and what it refers to, and holds the page for paper.
 
-local html = FORMAT:match 'html' ~= nil
-local epub = FORMAT:match 'epub' ~= nil
-local typst = FORMAT == 'typst'
+local html, typst                                                -- which of the two is being made
 
 local NAMES = { fig = 'Figure', tbl = 'Table', eq = 'Equation', sec = 'Section', lst = 'Listing' }
 local CALLOUTS = { note = 'Note', tip = 'Tip', warning = 'Warning', caution = 'Caution', important = 'Important' }
 
 local context = pandoc.json.decode(os.getenv 'BOOK_CONTEXT', false)
-local labels, headings, cited, cites, twice = {}, {}, {}, {}, {}
-local chapter, counts, levels, seen = {}, {}, {}, {}
+local chapter = { number = context.place.number, page = context.place.page, appendix = context.place.appendix == 'true' }
+local labels, headings, cites, twice, counts, levels, seen, tabsets
 
 local function kind(id) return id:match '^(%a+)%-' end
 local function raw(text) return pandoc.RawBlock(typst and 'typst' or 'html', text) end
+
+-- In the HTML: what the site shows, and what the EPUB shows in its place.
+local SITE, BOOK, END = '\u{e002}', '\u{e003}', '\u{e004}'
+local function either(site, book) return SITE .. site .. BOOK .. (book or '') .. END end
+local function either_blocks(site, book)
+  local out = pandoc.Blocks { raw(SITE) }
+  out:extend(site)
+  out:insert(raw(BOOK))
+  out:extend(book)
+  out:insert(raw(END))
+  return out
+end
 
 -- 1. Put every construct into one shape ---------------------------------------------------------------------------
 
@@ -66,19 +75,27 @@ end
 local function read_output(div)
   return div:walk {
     RawBlock = function(block)
-      if block.format ~= 'html' or (html and not block.text:match '<table') then return nil end
+      if block.format ~= 'html' then return nil end
       local text = block.text:gsub('<style.-</style>', ''):gsub('<script.-</script>', ''):gsub('<svg .-</svg>', as_picture)
-      return pandoc.read(text, 'html').blocks
+      local blocks = pandoc.read(text, 'html').blocks
+      return html and not block.text:match '<table' and either_blocks({ block }, blocks) or blocks
     end,
   }
 end
 
 -- `.content-visible when-format="html"` and its relatives. To Quarto an EPUB is "html" too; "html:js" is the site alone.
-local function is_shown(div)
-  local names = { [FORMAT] = true, html = html or epub, ['html:js'] = html, epub = epub, typst = typst, pdf = typst }
-  local when, unless = div.attributes['when-format'], div.attributes['unless-format']
+local SHOWS = { site = { html = true, ['html:js'] = true }, epub = { html = true, epub = true }, paper = { typst = true, pdf = true } }
+local function is_shown(div, where)
+  local names, when, unless = SHOWS[where], div.attributes['when-format'], div.attributes['unless-format']
   local yes = (not when or names[when]) and not (unless and names[unless])
   return (yes or false) == div.classes:includes 'content-visible'
+end
+
+local function shown(div)
+  if typst then return is_shown(div, 'paper') and div.content or {} end
+  local site, book = is_shown(div, 'site'), is_shown(div, 'epub')
+  if site == book then return site and div.content or {} end
+  return either_blocks(site and div.content or {}, book and div.content or {})
 end
 
 local VOID = pandoc.List { 'area', 'base', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'track', 'wbr' }
@@ -114,16 +131,17 @@ end
 
 -- HTML that an author wrote by hand is for the site: in a book it may not be well-formed, and its pictures would be missing.
 local function drop_html(block)
-  if not html and context.mode == 'book' and block.format == 'html' then return {} end
+  if block.format ~= 'html' or block.text == SITE or block.text == BOOK or block.text == END then return nil end
+  return html and raw(either(block.text)) or {}
 end
 
 -- In a book, of the tags within a sentence, those that are sure to be well-formed.
 local function keep_simple(inline)
   if inline.format ~= 'html' then return nil end
   if inline.text:match '^<!%-%-' then return {} end
-  if html or context.mode ~= 'book' then return nil end
   if inline.text:match '^<[bB][rR]' then return pandoc.LineBreak() end
-  return inline.text:match '^</?%l+>$' and inline or {}
+  if inline.text:match '^</?%l+>$' then return inline end
+  return html and pandoc.RawInline('html', either(inline.text)) or {}
 end
 
 local suspicious                                                 -- whether a piece of HTML has a tag without its partner
@@ -144,7 +162,7 @@ local normalize = {
       div.content:insert(1, pandoc.Div({ pandoc.Plain(callout_title(div)) }, { class = 'callout-title' }))
       return div
     end
-    if div.classes:includes 'content-visible' or div.classes:includes 'content-hidden' then return is_shown(div) and div.content or {} end
+    if div.classes:includes 'content-visible' or div.classes:includes 'content-hidden' then return shown(div) end
   end,
   Image = function(image)
     local alt = image.attributes['fig-alt'] or image.attributes.alt
@@ -160,12 +178,6 @@ local function register(id, type, number)
   if labels[id] then twice[#twice + 1] = id end
   labels[id] = { kind = type, number = number, page = chapter.page }
   return number
-end
-
--- What a reference says: "Section 3.2", or the words of a heading without a number.
-local function called(target)
-  if target.kind == '' then return target.number end
-  return (NAMES[target.kind] or target.kind) .. '\u{a0}' .. target.number
 end
 
 local function next_number(type)
@@ -189,7 +201,10 @@ local function heading_kind(header)
   return chapter.appendix and 'Appendix' or 'Chapter'
 end
 
+-- A name that no other place has: on its page, and on paper, where all pages are one, in the book.
+local function own(id) return typst and not NAMES[kind(id) or ''] and chapter.page:match '[^/]*$' .. '-' .. id or id end
 local function unique(id)
+  id = own(id)
   local name, n = id, 1
   while seen[name] do name, n = id .. '-' .. n, n + 1 end
   seen[name] = true
@@ -198,7 +213,7 @@ end
 
 local function number_heading(header)
   local number = heading_number(header)
-  if seen[header.identifier] then twice[#twice + 1] = header.identifier end
+  if seen[own(header.identifier)] then twice[#twice + 1] = header.identifier end
   header.identifier = unique(header.identifier)
   if number == '' then register(header.identifier, '', pandoc.utils.stringify(header.content))      -- references name it by its words
   else register(header.identifier, heading_kind(header), number) end
@@ -333,18 +348,16 @@ local number = {
 
 -- 3. Resolve references and links ----------------------------------------------------------------------------------
 
--- On a page of the site a mark stands for the words of a reference or a citation; its link is resolved like any other.
-local function mark(text) return pandoc.Str('\u{e000}' .. text .. '\u{e001}') end
+-- A mark stands for the words of a reference or a citation; its link is resolved like any other.
+local function mark(text)
+  text = '\u{e000}' .. text .. '\u{e001}'
+  return typst and pandoc.RawInline('typst', text) or pandoc.Str(text)
+end
 
 local function reference(citation)
   local id, short = citation.id, citation.mode == 'SuppressAuthor'
   if not NAMES[kind(id) or ''] then return nil end
-  local target, words = labels[id], mark((short and '-' or '') .. id)
-  if context.mode == 'book' then
-    if not target then return pandoc.Strong { pandoc.Str('?' .. id) } end      -- in a draft a reference may still lead nowhere
-    words = pandoc.Str(short and target.number or called(target))
-  end
-  return pandoc.Link({ words }, '#' .. id, '', { class = 'quarto-xref' })
+  return pandoc.Link({ mark((short and '-' or '') .. id) }, '#' .. id, '', { class = 'quarto-xref' })
 end
 
 local function resolve_cite(cite)
@@ -352,7 +365,6 @@ local function resolve_cite(cite)
   for _, citation in ipairs(cite.citations) do
     local link = reference(citation)
     if not link then
-      if context.mode == 'book' then return nil end
       cites[#cites + 1] = pandoc.Para { cite }
       return mark(#cites - 1)
     end
@@ -362,15 +374,11 @@ local function resolve_cite(cite)
   return out
 end
 
--- `03_bpe.ipynb#api-x`, seen from this page's folder: within one document only the anchor counts.
+-- On paper a link within the page follows its target's name; where one to another page leads is filled in later.
 local function resolve_link(link)
-  if context.mode == 'page' or link.target:match '^%a+:' then return nil end
-  local path, id = link.target:match '^([^#]+)#?(.*)$'
-  if not path then return nil end
-  local full = pandoc.path.normalize(pandoc.path.join { pandoc.path.directory(chapter.page), path }):gsub('\\', '/')
-  local first = context.first_ids[full:gsub('^%./', '')]
-  if not first then return nil end
-  link.target = '#' .. (id == '' and first or id)
+  local id = typst and link.target:match '^#(.+)$'
+  if not id or not seen[own(id)] then return nil end
+  link.target = '#' .. own(id)
   return link
 end
 
@@ -385,43 +393,21 @@ local function stored(image)
   return image
 end
 
--- Pictures of cells lie in one folder; others are seen from the page's folder. The whole book sees all from the root.
+-- Pictures of cells lie in one folder; others are seen from the page's folder. typst sees all from the root.
 local function resolve_image(image)
   if typst and image.src:match '^data:' then return stored(image) end
   if image.src:match '^%a+:' then return nil end
   local name = image.src:match '^pictures/(.*)$'
-  if context.mode == 'page' then
+  if html then
     image.src = name and context.up .. image.src or image.src
   else
     local path = name and context.pictures .. '/' .. name or pandoc.path.join { pandoc.path.directory(chapter.page), image.src }
-    image.src = (typst and '/' or '') .. pandoc.path.normalize(path)
+    image.src = '/' .. pandoc.path.normalize(path)
   end
   return image
 end
 
--- A docstring names labels too. On the site they become links (tools/labels.py), in one document words.
-local function resolve_code(code)
-  if context.mode ~= 'book' then return nil end
-  code.text = code.text:gsub('@(%a+%-%w[%w-]*)', function(id)
-    local target = labels[id]
-    return target and called(target)
-  end)
-  return code
-end
-
-local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image, CodeBlock = resolve_code }
-
--- A citation is a link only where the list of references has its entry.
-local function link_citations(doc)
-  local entries = {}
-  doc:walk { Div = function(div) entries[div.identifier] = true end }
-  return doc:walk {
-    Link = function(link)
-      local id = link.target:match '^#(ref%-.+)$'
-      if id and not entries[id] then return link.content end
-    end,
-  }
-end
+local resolve = { Cite = resolve_cite, Link = resolve_link, Image = resolve_image }
 
 -- 4. Give every construct the form of this format ------------------------------------------------------------------
 
@@ -440,20 +426,20 @@ local function show_callout(div)
   local type, title, collapse = callout_type(div), take_title(div), div.attributes.collapse
   if typst then return typst_call(('callout("%s")'):format(type), title, div.content) end
   local body = pandoc.Div(div.content, { class = 'callout-body' })
-  local class = 'callout callout-' .. type
-  if html and collapse then
-    local out = pandoc.Blocks { raw(('<details class="%s"%s%s><summary class="callout-header">'):format(
-      class, div.identifier ~= '' and ' id="' .. div.identifier .. '"' or '', collapse == 'false' and ' open' or '')) }
-    out:extend { pandoc.Plain(title), raw '</summary>', body, raw '</details>' }
+  local attr = pandoc.Attr(div.identifier, { 'callout', 'callout-' .. type })
+  if collapse then
+    local id = div.identifier ~= '' and ' id="' .. div.identifier .. '"' or ''
+    local out = pandoc.Blocks { raw(either(('<details class="callout callout-%s"%s%s><summary class="callout-header">'):format(type, id, collapse == 'false' and ' open' or ''),
+      ('<div class="callout callout-%s"%s><div class="callout-header">'):format(type, id))) }
+    out:extend { pandoc.Plain(title), raw(either('</summary>', '</div>')), body, raw(either('</details>', '</div>')) }
     return out
   end
-  return pandoc.Div({ pandoc.Div({ pandoc.Plain(title) }, { class = 'callout-header' }), body }, pandoc.Attr(div.identifier, { 'callout', 'callout-' .. type }))
+  return pandoc.Div({ pandoc.Div({ pandoc.Plain(title) }, { class = 'callout-header' }), body }, attr)
 end
 
-local tabsets = 0
 local function show_tabset(div)
-  if not html then
-    local out = pandoc.Blocks {}
+  local out = pandoc.Blocks {}
+  if typst then
     for _, tab in ipairs(div.content) do
       out:insert(pandoc.Para { pandoc.Strong(take_title(tab)) })
       out:extend(tab.content)
@@ -461,14 +447,14 @@ local function show_tabset(div)
     return out
   end
   tabsets = tabsets + 1
-  local out = pandoc.Blocks { raw '<div class="tabs">' }
+  out:insert(raw(either '<div class="tabs">'))
   for i, tab in ipairs(div.content) do
     local id = ('tab-%d-%d'):format(tabsets, i)
-    out:insert(raw(('<input type="radio" name="tabs-%d" id="%s"%s><label for="%s">'):format(tabsets, id, i == 1 and ' checked' or '', id)))
+    out:insert(raw(either(('<input type="radio" name="tabs-%d" id="%s"%s><label for="%s">'):format(tabsets, id, i == 1 and ' checked' or '', id), '<p><strong>')))
     out:insert(pandoc.Plain(take_title(tab)))
-    out:extend { raw '</label>', pandoc.Div(tab.content, { class = 'tab-pane' }) }
+    out:extend { raw(either('</label>', '</strong></p>')), pandoc.Div(tab.content, { class = 'tab-pane' }) }
   end
-  out:insert(raw '</div>')
+  out:insert(raw(either '</div>'))
   return out
 end
 
@@ -489,8 +475,8 @@ local function show_fold(div)
       if html then
         local open = state == 'show' and ' open' or ''
         local label = summary:gsub('&', '&amp;'):gsub('<', '&lt;')
-        div.content:insert(i + 1, raw '</details>')
-        div.content:insert(i, raw(('<details class="code-fold"%s><summary>%s</summary>'):format(open, label)))
+        div.content:insert(i + 1, raw(either '</details>'))
+        div.content:insert(i, raw(either(('<details class="code-fold"%s><summary>%s</summary>'):format(open, label), '<div class="fold-title">' .. label .. '</div>')))
       else
         div.content:insert(i, pandoc.Div({ pandoc.Plain { pandoc.Str(summary) } }, { class = 'fold-title' }))
       end
@@ -507,7 +493,6 @@ end
 
 local function show_margin(div)
   if typst then return typst_call('aside', {}, div.content) end
-  if not html then return nil end
   local out = pandoc.Blocks { raw '<aside class="margin-note">' }
   out:extend(div.content)
   out:insert(raw '</aside>')
@@ -532,60 +517,38 @@ local present = {
     if typst and div.classes:includes 'fold-title' then return typst_call('fold', div.content[1].content, {}) end
     return show_grid(div)
   end,
-  Figure = function(figure)                                  -- pandoc's EPUB writer finds links to divs, not to figures
-    if not epub or figure.identifier == '' then return nil end
-    local id = figure.identifier
-    figure.identifier = ''
-    return pandoc.Div({ figure }, pandoc.Attr(id))
-  end,
   Table = function(tbl)
     if html then return pandoc.Div({ tbl }, { class = 'table-scroll' }) end
   end,
 }
 
--- The walk over the book -------------------------------------------------------------------------------------------
+-- The walk over the page -------------------------------------------------------------------------------------------
 
-local function enter(div)
-  chapter = { number = div.attributes.number, page = div.attributes.page, appendix = div.attributes.appendix == 'true' }
-  counts, levels = {}, {}
-end
-
-local function part_title(div)
-  local title = div.attributes.part
-  if not title or context.mode ~= 'book' then return {} end
-  if typst then return { raw '#part[', pandoc.Plain { pandoc.Str(title) }, raw ']' } end
-  return { pandoc.Header(1, { pandoc.Str(title) }, pandoc.Attr(unique('part-' .. div.attributes.number), { 'part' })) }
-end
-
-local function findings(doc)
+local function cited(doc)
+  local found = {}
   doc:walk {
-    Cite = function(cite) for _, c in ipairs(cite.citations) do cited[#cited + 1] = c.id end end,
+    Cite = function(cite) for _, c in ipairs(cite.citations) do found[#found + 1] = c.id end end,
     Link = function(link)
       local id = link.target:match '^#(.+)$'
-      if id and NAMES[kind(id) or ''] then cited[#cited + 1] = id end
+      if id and NAMES[kind(id) or ''] then found[#found + 1] = id end
     end,
   }
-  local citations = pandoc.write(pandoc.Pandoc(cites), 'json')
-  return raw(pandoc.json.encode { labels = labels, headings = headings, cited = cited, cites = citations, twice = twice })
+  return found
+end
+
+local function show(doc, format)
+  html, typst = format == 'html', format == 'typst'
+  labels, headings, cites, twice, counts, levels, seen, tabsets = {}, {}, {}, {}, {}, {}, {}, 0
+  suspicious = false
+  local blocks = doc.blocks:walk(outputs)
+  return (suspicious and blocks:walk(paired) or blocks):walk(normalize):walk(number):walk(resolve):walk(present)
 end
 
 function Pandoc(doc)
-  if context.mode == 'page' then
-    doc.blocks = pandoc.Blocks { pandoc.Div(doc.blocks, pandoc.Attr('', { 'chapter' }, context.place)) }
-  end
-  local untouched, contents, blocks = doc:clone(), {}, pandoc.Blocks {}
-  for i, div in ipairs(doc.blocks) do
-    enter(div)
-    suspicious = false
-    local content = div.content:walk(outputs)
-    contents[i] = (suspicious and content:walk(paired) or content):walk(normalize):walk(number)
-  end
-  for i, div in ipairs(doc.blocks) do                        -- only now is every label known
-    enter(div)
-    blocks:extend(part_title(div))
-    blocks:extend(contents[i]:walk(resolve))
-  end
-  if context.mode == 'page' then blocks:insert(1, findings(untouched)) end
-  doc = pandoc.Pandoc(blocks, doc.meta)
-  return (context.mode == 'page' and doc or link_citations(pandoc.utils.citeproc(doc))):walk(present)
+  local paper = pandoc.write(pandoc.Pandoc(show(doc:clone(), 'typst')), 'typst-citations', { highlight_method = 'idiomatic' })
+  local names = cited(doc)
+  local blocks = show(doc, 'html')
+  local citations = pandoc.write(pandoc.Pandoc(cites), 'json')
+  blocks:insert(1, raw(pandoc.json.encode { labels = labels, headings = headings, cited = names, cites = citations, twice = twice, paper = paper }))
+  return pandoc.Pandoc(blocks, doc.meta)
 end

@@ -1,28 +1,121 @@
-"""The whole book as one document: EPUB and PDF."""
+"""The whole book as one document: the EPUB from the HTML of its pages, and the PDF from their typst."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
+import io
 import json
+import mimetypes
 import re
+import zipfile
+from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
-from typing import Any
+from string import Template
+from typing import Any, Iterator
+from urllib.parse import quote, unquote_to_bytes
 
 from book import BookError, busy
 from card import PICTURE
-from pandoc import FILTER, HERE, Workshop, joined, run_pandoc, words
+from labels import NAMED, PRE
+from pandoc import HERE, Parsed, Workshop, run_pandoc, words
+from site_builder import numbered, pictures
 
 THEME = HERE / "theme"
+RIGHTS = "Text: CC BY 4.0. Code: Apache 2.0."
 
+# The EPUB ---------------------------------------------------------------------------------------------------------
+
+DATA = re.compile(r'(?<= src=")data:(image/[\w+]+)(;base64)?,([^"]*)')
+
+
+def framed(file: str, **values: str) -> str:
+    return Template((THEME / file).read_text(encoding="utf-8")).substitute(values)
+
+
+def build_epub(work: Workshop) -> Path:
+    "The EPUB, with MathML and a table of contents two levels deep."
+    files = dict(epub_files(work))
+    key = work.key({name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, work.book.authors, work.book.description, (THEME / "epub.opf").read_text(encoding="utf-8"))
+
+    def make() -> bytes:
+        busy("Writing the epub")
+        target = io.BytesIO()
+        with zipfile.ZipFile(target, "w") as epub:
+            epub.writestr("mimetype", "application/epub+zip")                # first, and as it is
+            for name, content in {"META-INF/container.xml": (THEME / "container.xml").read_bytes(), "EPUB/content.opf": package(work, files).encode(), **{f"EPUB/{n}": c for n, c in files.items()}}.items():
+                epub.writestr(name, content, zipfile.ZIP_DEFLATED)
+        return target.getvalue()
+    return work.remembered(key, "epub", make)
+
+
+def epub_files(work: Workshop) -> Iterator[tuple[str, bytes]]:
+    "Everything that a reader sees, in reading order, and the pictures; the contents and the style sheet last."
+    book, contents, parts = work.book, [], count(1)
+
+    def page(name: str, title: str, body: str) -> tuple[str, bytes]:
+        return name, framed("epub.xhtml", lang=book.lang, title=html.escape(title), up="../" * name.count("/"), body=body).encode()
+
+    author = html.escape(", ".join(book.authors))
+    yield page("title_page.xhtml", book.title, f'<h1 class="title">{html.escape(book.title)}</h1>\n<p class="subtitle">{html.escape(book.subtitle)}</p>\n'
+               f'<p class="author">{author}</p>\n<p class="rights">{RIGHTS}</p>')
+    for part, parsed in work.in_parts():
+        if part:
+            name, title = f"part-{next(parts)}.xhtml", html.escape(part)
+            contents.append(f'<li><a href="{name}">{title}</a></li>')
+            yield page(name, part, f'<h1 class="part">{title}</h1>')
+        body = work.body(parsed, site=False)
+        body = PRE.sub(lambda block: NAMED.sub(lambda m: work.called(m[1]) if m[1] in work.refs else m[0], block[0]), body)
+        body = re.sub(r'(?<= href=")([^":#]*)\.html(?=[#"])', r"\1.xhtml", body)
+        for name, origin in pictures(work, parsed.page, body):
+            yield name.as_posix(), origin.read_bytes()
+        yield from (unpacked(*found) for found in DATA.findall(body))
+        body = DATA.sub(lambda m: parsed.page.up() + unpacked(*m.groups())[0], body)
+        contents.append(entries(parsed))
+        yield page(f"{parsed.page.stem}.xhtml", parsed.title, body)
+    yield page("nav.xhtml", book.title, f'<nav epub:type="toc" id="toc"><h1>{html.escape(book.title)}</h1>\n<ol>\n{chr(10).join(contents)}\n</ol></nav>')
+    yield "epub.css", (THEME / "epub.css").read_bytes()
+
+
+def unpacked(kind: str, coded: str | None, data: str) -> tuple[str, bytes]:
+    "A name for a picture that stands in the text itself, and its bytes."
+    content = unquote_to_bytes(html.unescape(data))
+    content = base64.b64decode(content) if coded else content
+    return f"pictures/{hashlib.sha256(content).hexdigest()[:16]}{mimetypes.guess_extension(kind)}", content
+
+
+def entries(parsed: Parsed) -> str:
+    "A page in the table of contents, with its sections."
+    link = f'<a href="{parsed.page.stem}.xhtml">{html.escape(numbered(parsed))}</a>'
+    inner = "".join(f'<li><a href="{parsed.page.stem}.xhtml#{h["id"]}">{html.escape(h["number"] + " " * bool(h["number"]) + h["text"])}</a></li>' for h in parsed.headings if h["level"] == 2)
+    return f"<li>{link}{f'<ol>{inner}</ol>' if inner else ''}</li>"
+
+
+def package(work: Workshop, files: dict[str, bytes]) -> str:
+    book = work.book
+    creators = "\n".join(f"<dc:creator>{html.escape(name)}</dc:creator>" for name in book.authors)
+    items = [f'<item id="f{i}" href="{html.escape(quote(name))}" media-type="{"application/xhtml+xml" if name.endswith("xhtml") else mimetypes.guess_type(name)[0]}"{properties(name, content)} />'
+             for i, (name, content) in enumerate(files.items())]
+    spine = [f'<itemref idref="f{i}" />' for i, name in enumerate(files) if name.endswith("xhtml") and name != "nav.xhtml"]
+    return framed("epub.opf", lang=book.lang, name=html.escape(book.name), title=html.escape(book.title), creators=creators, description=html.escape(book.description or book.title),
+                          rights=RIGHTS, now=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}", manifest="\n".join(items), spine="\n".join(spine))
+
+
+def properties(name: str, content: bytes) -> str:
+    return ' properties="nav"' if name == "nav.xhtml" else ' properties="mathml"' if name.endswith("xhtml") and b"<math" in content else ""
+
+
+# The PDF ----------------------------------------------------------------------------------------------------------
 
 def metadata(work: Workshop) -> dict[str, Any]:
     book = work.book
     syntax = (THEME / "python.sublime-syntax").read_text(encoding="utf-8")
     typst = {"t": "MetaMap", "c": {"title": literal(book.title), "authors": {"t": "MetaList", "c": [literal(name) for name in book.authors]}, "syntax": literal(syntax)}}
     front = {"front": words(f"/{PICTURE.as_posix()}")} if (book.root / PICTURE).exists() else {}
-    facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "description": book.description,
-             "rights": "Text: CC BY 4.0. Code: Apache 2.0.", "identifier": book.name}
-    return work.metadata(**{key: words(value) for key, value in facts.items() if value}, literal=typst, **front)
+    facts = {"title": book.title, "subtitle": book.subtitle, "author": book.authors, "rights": RIGHTS}
+    return {"lang": words(book.lang), **{key: words(value) for key, value in facts.items() if value}, "literal": typst, **front}
 
 
 def literal(text: str) -> dict[str, Any]:
@@ -30,43 +123,21 @@ def literal(text: str) -> dict[str, Any]:
     return {"t": "MetaInlines", "c": [{"t": "RawInline", "c": ["typst", json.dumps(text, ensure_ascii=False)]}]}
 
 
-def write(work: Workshop, ending: str, theme: list[str], *args: str) -> Path:
-    "Run pandoc over the whole book unless a result made from the same content is there."
-    book = work.book
-    meta = metadata(work)
-    context = {"mode": "book", "number_depth": book.number_depth, "pictures": work.pictures.relative_to(book.root).as_posix(),
-               "first_ids": {p.page.file.as_posix(): next((h["id"] for h in p.headings), "") for p in work.parsed}}
-    styles = [(THEME / name).read_text(encoding="utf-8") for name in theme]
-    images = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(book.root.glob("nbs/images/*")) if path.is_file()]
-    key = work.key([work.page_key(page) for page in book.pages], meta, context, styles, images, work.bibliography(), args)
-
-    def make() -> bytes:
-        "The whole book as one document: every page inside its div, in reading order."
-        document = joined(work.trees, meta)
-        busy(f"Writing the {ending}")
-        fresh = work.cache / f"{key}.part.{ending}"
-        run_pandoc(["-f", "json", "-s", f"--lua-filter={FILTER}", *args, "-o", str(fresh)], context, json.dumps(document), "the whole book", book.root)
-        result = fresh.read_bytes()
-        fresh.unlink()
-        return result
-    return work.remembered(key, ending, make)
-
-
-def build_epub(work: Workshop) -> Path:
-    "The EPUB, with MathML and a table of contents two levels deep."
-    return write(work, "epub", ["epub.css"], "-t", "epub3", "--mathml", "--toc", "--toc-depth=2", "--split-level=1", f"--css={THEME / 'epub.css'}")
-
-
 def build_pdf(work: Workshop) -> Path:
     "The PDF, set by typst."
-    source = write(work, "typ", ["print.typ"], "-t", "typst-citations", "--syntax-highlighting=idiomatic", f"--template={THEME / 'print.typ'}")
-    target = source.with_suffix(".pdf")
-    if not target.exists():
-        renamed = re.sub(r"\b(times|dot)\.circle\b", r"\1.o", source.read_text(encoding="utf-8"))    # typst's newer names
-        source.write_text(renamed, encoding="utf-8")
+    book = work.book
+    pages = [f"{f'#part({json.dumps(part, ensure_ascii=False)})' if part else ''}\n\n{work.paper(parsed)}" for part, parsed in work.in_parts()]
+    text = re.sub(r"\b(times|dot)\.circle\b", r"\1.o", "\n".join(pages))         # typst's newer names
+    document = json.dumps({"pandoc-api-version": work.cited["pandoc-api-version"], "meta": metadata(work), "blocks": [{"t": "RawBlock", "c": ["typst", text]}]})
+    images = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(book.root.glob("nbs/images/*")) if path.is_file()]
+    key = work.key(document, images, (THEME / "print.typ").read_text(encoding="utf-8"))
+
+    def make() -> bytes:
         busy("Setting the pdf")
-        target.write_bytes(compile_typst(source, work.book.root))
-    return target
+        source = work.cache / f"{key}.typ"
+        source.write_text(run_pandoc(["-f", "json", "-t", "typst", f"--template={THEME / 'print.typ'}"], {}, document, "the whole book", book.root), encoding="utf-8")
+        return compile_typst(source, book.root)
+    return work.remembered(key, "pdf", make)
 
 
 def compile_typst(source: Path, root: Path) -> bytes:

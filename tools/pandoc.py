@@ -1,7 +1,8 @@
 """Run pandoc on the pages of the book, and remember every result by the content it was made from.
 
-One run reads a page and writes its HTML, with marks where the rest of the book has a say: what a reference is called and
-where it leads, and how a citation reads. So a page is made again only when it changed itself; the marks are filled in here."""
+One run reads a page and writes it as HTML, for the site and the EPUB, and in typst's language, for the PDF, with marks where
+the rest of the book has a say: what a reference is called and where it leads, and how a citation reads. So a page is made
+again only when it changed itself; the marks are filled in here."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import get_ident
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from book import Book, BookError, Page, busy
 from cells import page_markdown
 from highlight import colored
+from labels import NAMED
 from nbfilter import Symbol, symbols
 
 HERE = Path(__file__).resolve().parent
@@ -32,16 +34,19 @@ NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "l
 HTML = ("-t", "html5", "--mathml", "--wrap=none", "--syntax-highlighting=none")
 KINDS = tuple(f"{kind}-" for kind in NAMES)
 MARK = re.compile("\ue000(-?)([\\w-]+)\ue001")
+EITHER = re.compile("\ue002([^\ue002-\ue004]*)\ue003([^\ue002-\ue004]*)\ue004")          # what the site shows, and the EPUB in its place
+PAPER_LINK = re.compile(r'#link\((?:"([^":#]+\.(?:ipynb|qmd|md))(?:#([^"]*))?"|<([^>\n]+)>)\)')
 ADDRESS = re.compile(r'(?<= href=")([^":#]*)(?:#([^"]*))?(?=")')
-REFERENCES = re.compile(r'<div id="refs"[^>]*>\s*</div>')
+REFERENCES = re.compile(r'<div id="refs"[^>]*>\s*</div>|#block\[\s*\] <refs>')
 
 
 @dataclass
 class Parsed:
-    "A page as pandoc sees it: its HTML with marks, what it defines and what it refers to."
+    "A page as pandoc sees it: its HTML and its typst with marks, what it defines and what it refers to."
 
     page: Page
     body: str
+    paper: str
     labels: dict[str, dict[str, str]]
     headings: list[dict[str, Any]]
     cited: list[str]
@@ -113,28 +118,18 @@ class Workshop:
         return results
 
     def _parse_page(self, page: Page) -> Parsed:
-        context = {"mode": "page", "number_depth": self.book.number_depth, "up": page.up(), "place": placed(self.book, page)}
+        context = {"number_depth": self.book.number_depth, "up": page.up(), "place": placed(self.book, page),
+                   "pictures": self.pictures.relative_to(self.book.root).as_posix()}
         path = self.remembered(self.page_key(page), "page.html", lambda: colored(self._read(page, context, *HTML, f"--lua-filter={FILTER}")))
         facts, _, body = path.read_text(encoding="utf-8").partition("\n")
         found = json.loads(facts)
-        return Parsed(page, body, dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), json.loads(found["cites"]), list(found["twice"]))
+        return Parsed(page, body, found["paper"], dict(found["labels"] or {}), list(found["headings"]), list(found["cited"]), json.loads(found["cites"]), list(found["twice"]))
 
     def page_key(self, page: Page) -> str:
         "What a page is made from: its file, its place in the book, and the addresses of the names that it mentions."
         checksum, quoted = summary((self.book.root / page.file).read_bytes())
         linked = {name: self.names[name].address for name in quoted if name in self.names}
         return self.key(checksum, linked, placed(self.book, page), self.book.number_depth)
-
-    @cached_property
-    def trees(self) -> list[dict[str, Any]]:
-        "The syntax tree of every page, for the book in one file."
-        return self._each_page(self._tree, "Reading the pages for the book in one file")
-
-    def _tree(self, page: Page) -> dict[str, Any]:
-        "The syntax tree of a page, inside the div that tells the filter its place."
-        path = self.remembered(self.page_key(page), "tree.json", lambda: self._read(page, {}, "-t", "json"))
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return {**tree, "blocks": [{"t": "Div", "c": [["", ["chapter"], list(placed(self.book, page).items())], tree["blocks"]]}]}
 
     def _read(self, page: Page, context: dict[str, Any], *args: str) -> str:
         text = page_markdown(self.book, page, self.names, self.pictures)
@@ -175,45 +170,87 @@ class Workshop:
     def bibliography_keys(self) -> list[str]:
         return re.findall(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", "\n".join(self.bibliography().values()), re.M)
 
-    def metadata(self, **more: Any) -> dict[str, Any]:
-        "What pandoc knows of the book, in its own form: nothing of it is read as Markdown."
-        return {"bibliography": words(list(self.bibliography())), "link-citations": {"t": "MetaBool", "c": True}, "lang": words(self.book.lang), **more}
+    def metadata(self) -> dict[str, Any]:
+        "What pandoc knows of the sources, in its own form: nothing of it is read as Markdown."
+        return {"bibliography": words(list(self.bibliography())), "link-citations": {"t": "MetaBool", "c": True}, "lang": words(self.book.lang)}
 
     # Putting pages together ---------------------------------------------------------------------------------------
 
     @cached_property
+    def cited(self) -> dict[str, Any]:
+        "Each citation of the book as a block of one document, since only all of them together tell works of one year apart."
+        blocks = [block for parsed in self.parsed for block in parsed.cites["blocks"]]
+        return {**self.parsed[0].cites, "meta": self.metadata(), "blocks": list(map(json.loads, dict.fromkeys(map(json.dumps, blocks))))}
+
+    def _citations(self, to: tuple[str, ...], each: str, entries: str) -> tuple[dict[str, str], str]:
+        "Each citation in a format, by what it is, and the list of references, which begins with `entries`."
+        path = self.remembered(self.key(self.cited, self.bibliography(), to), "citations", lambda: run_pandoc(
+            ["-f", "json", *to, "--citeproc"], {}, json.dumps(self.cited), "the citations", self.book.root))
+        shown, start, rest = path.read_text(encoding="utf-8").partition(entries)
+        return dict(zip(map(json.dumps, self.cited["blocks"]), re.findall(each, shown, re.M))), (start + rest).rstrip()
+
+    @cached_property
     def citations(self) -> tuple[dict[str, str], str]:
-        "Each citation of the book as HTML, by what it is, and the list of references. They are made in one run, since only all of them together tell works of one year apart."
-        document = joined([parsed.cites for parsed in self.parsed], self.metadata())
-        cites = list(dict.fromkeys(map(json.dumps, document["blocks"])))
-        document["blocks"] = list(map(json.loads, cites))
-        path = self.remembered(self.key(document, self.bibliography()), "citations.html", lambda: run_pandoc(
-            ["-f", "json", *HTML, "--citeproc"], {}, json.dumps(document), "the citations", self.book.root))
-        shown, start, entries = path.read_text(encoding="utf-8").partition('<div id="refs"')
-        return dict(zip(cites, re.findall(r"^<p>(.*)</p>$", shown, re.M))), (start + entries).rstrip()
+        return self._citations(HTML, "^<p>(.*)</p>$", '<div id="refs"')
 
-    def body(self, parsed: Parsed) -> str:
-        "The body of one page as HTML, its marks and addresses filled in."
-        page, (shown, entries) = parsed.page, self.citations
+    @cached_property
+    def paper_citations(self) -> tuple[dict[str, str], str]:
+        return self._citations(("-t", "typst-citations", "--wrap=none"), "^(.+)$", "#block[")
 
-        def shown_as(match: re.Match[str]) -> str:
-            if match[2].isdigit():
-                return shown[json.dumps(parsed.cites["blocks"][int(match[2])])]
-            target = self.refs.get(match[2])
-            if not target:                                   # in a draft a reference may still lead nowhere
-                return f"?{match[2]}"
-            return ("" if match[1] or not target["kind"] else NAMES.get(target["kind"], target["kind"]) + "\u00a0") + target["number"]
+    def called(self, label: str, short: str = "") -> str:
+        "What a reference says: \"Section 3.2\", or the words of a heading without a number; in a draft it may lead nowhere."
+        target = self.refs.get(label)
+        if not target:
+            return f"?{label}"
+        return ("" if short or not target["kind"] else NAMES.get(target["kind"], target["kind"]) + "\u00a0") + target["number"]
+
+    def _marked(self, text: str, parsed: Parsed, cites: dict[str, str], written: Callable[[str], str] = str) -> str:
+        return MARK.sub(lambda m: cites[json.dumps(parsed.cites["blocks"][int(m[2])])] if m[2].isdigit() else written(self.called(m[2], m[1])), text)
+
+    def _target(self, page: Page, path: str, place: str) -> str | None:
+        "The page that a link leads to, where it leads to one of the book."
+        if path:
+            return self.stems.get(posixpath.normpath(posixpath.join(page.file.parent.as_posix(), path)))
+        return self.references_page if place.startswith("ref-") else self.refs.get(place, {}).get("page")
+
+    def place_on_paper(self, stem: str, place: str) -> str:
+        "The label of a place on a page, or of its title: there names that other pages may have too begin with that of the page."
+        target = next(parsed for parsed in self.parsed if parsed.page.stem == stem)
+        place = place or next((h["id"] for h in target.headings), "")
+        return next((name for name in (f"{target.page.file.stem}-{place}", place) if f"<{name}>" in target.paper), "")
+
+    def body(self, parsed: Parsed, site: bool = True) -> str:
+        "The body of one page as HTML, for the site or the EPUB, its marks and addresses filled in."
+        page, (cites, entries) = parsed.page, self.citations
 
         def address(match: re.Match[str]) -> str:
-            path, place = match[1], match[2] or ""
-            if path:
-                stem = self.stems.get(posixpath.normpath(posixpath.join(page.file.parent.as_posix(), path)))
-            else:
-                stem = self.references_page if place.startswith("ref-") else self.refs.get(place, {}).get("page")
-            return page.way(stem, place) if stem else match[0]
+            stem = self._target(page, match[1], match[2] or "")
+            return page.way(stem, match[2] or "") if stem else match[0]
 
-        text = REFERENCES.sub(lambda _: entries if page.stem == self.references_page else "", parsed.body)
-        return ADDRESS.sub(address, MARK.sub(shown_as, text))
+        text, found = parsed.body, 1
+        while found:
+            text, found = EITHER.subn(r"\1" if site else r"\2", text)
+        text = REFERENCES.sub(lambda _: entries if page.stem == self.references_page else "", text)
+        return ADDRESS.sub(address, self._marked(text, parsed, cites))
+
+    def paper(self, parsed: Parsed) -> str:
+        "One page in typst's language, its marks and links filled in; in code, labels read as in prose."
+        page, (cites, entries) = parsed.page, self.paper_citations
+
+        def link(match: re.Match[str]) -> str:
+            stem = self._target(page, match[1] or "", place := match[2] or match[3] or "")
+            if stem and match[1]:
+                place = self.place_on_paper(stem, place)
+            return f"#link(<{place}>)" if stem and place else "#" if place.startswith((*KINDS, "ref-")) else match[0]
+
+        text = REFERENCES.sub(lambda _: entries, parsed.paper)
+        text = NAMED.sub(lambda match: self.called(match[1]) if match[1] in self.refs else match[0], text)
+        return self._marked(PAPER_LINK.sub(link, text), parsed, cites, lambda words: re.sub(r"([!-/:-@[-`{-~])", r"\\\1", words))
+
+    def in_parts(self) -> Iterator[tuple[str, Parsed]]:
+        "The pages, each behind the title of the part that it opens, or behind nothing."
+        for before, parsed in zip([None, *self.parsed], self.parsed):
+            yield parsed.page.part if not before or before.page.part != parsed.page.part else "", parsed
 
     @cached_property
     def stems(self) -> dict[str, str]:
@@ -228,14 +265,8 @@ def summary(source: bytes) -> tuple[str, set[str]]:
 
 def placed(book: Book, page: Page) -> dict[str, str]:
     "The place of a page in the book, as attributes of the div around it."
-    first = next(p for p in book.pages if p.part == page.part)
-    facts = {"number": page.number, "page": page.stem, "appendix": "true" * page.appendix, "part": page.part * (page is first)}
+    facts = {"number": page.number, "page": page.stem, "appendix": "true" * page.appendix}
     return {key: value for key, value in facts.items() if value or key == "number"}
-
-
-def joined(documents: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
-    "Several syntax trees as one."
-    return {**documents[0], "meta": meta, "blocks": [block for document in documents for block in document["blocks"]]}
 
 
 def words(value: str | list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import posixpath
 import re
 import shutil
 import subprocess
@@ -48,7 +49,9 @@ def write_pages(work: Workshop, plain: Path, site: Path, downloads: list[Path]) 
         for folder in (plain, site):
             (folder / parsed.page.url).parent.mkdir(parents=True, exist_ok=True)
         (plain / parsed.page.url).write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
-        copy_pictures(work, parsed.page, body, site)
+        for name, origin in pictures(work, parsed.page, body):
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin, site / name)
 
 
 # One page ---------------------------------------------------------------------------------------------------------
@@ -157,16 +160,14 @@ def toc_link(entry: dict[str, Any]) -> str:
 
 # Files ------------------------------------------------------------------------------------------------------------
 
-def copy_pictures(work: Workshop, page: Page, body: str, site: Path) -> None:
-    "Copy every local picture that a page shows; a picture that is not there is an error."
+def pictures(work: Workshop, page: Page, body: str) -> Iterator[tuple[Path, Path]]:
+    "Every local picture that a page shows: its place on the site, and where it lies; one that is not there is an error."
     for source in re.findall(r'<(?:img|source)\b[^>]*\bsrc(?:set)?="([^":]+)"', body):
-        target = (site / page.file.parent / unquote(html.unescape(source))).resolve()
-        name = target.relative_to(site.resolve())
+        name = Path(posixpath.normpath(posixpath.join(page.file.parent.as_posix(), unquote(html.unescape(source)))))
         origin = work.pictures / name.name if name.parts[0] == "pictures" else work.book.root / name
         if not origin.exists():
             raise BookError(f"{page.file.as_posix()} shows {source}, which does not exist: add the picture or correct its address")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin, target)
+        yield name, origin
 
 
 def search_command(pages: Path, site: Path) -> list[str]:
