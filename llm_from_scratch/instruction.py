@@ -10,7 +10,7 @@ import os
 import random
 import re
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from .gpt import GPT
 from .grammar import KINDS, PEOPLE, THINGS
 from .pretrained import ChatTemplate
 from .storyland import (
-    NUMBERS, SIZES, State, Story, Task, questions, stories)
+    NUMBERS, SIZES, State, Story, Task, questions)
 from .tensors import Embedding, Linear
 from .text import SpacedWordTokenizer
 
@@ -58,15 +58,33 @@ def encode_conversation(
     >>> from llm_from_scratch.text import SpacedWordTokenizer
     >>> words = SpacedWordTokenizer([" Hi", " Hello"], [
     ...     "<|endoftext|>", *CHAT_TOKENS])
-    >>> ids, trained = encode_conversation(words, ChatTemplate(CHAT_TEMPLATE), [
-    ...     {"role": "user", "content": "Hi"},
-    ...     {"role": "assistant", "content": "Hello"}])
+    >>> talk = [{"role": "user", "content": "Hi"},
+    ...         {"role": "assistant", "content": "Hello"}]
+    >>> ids, trained = encode_conversation(
+    ...     words, ChatTemplate(CHAT_TEMPLATE), talk)
     >>> [words.decode([i]) for i, learn in zip(ids, trained) if learn]
     [' Hello', '<|end|>']
     """
     ends = template.end_tokens(tokenizer)
     ids: list[int] = []
     trained: list[bool] = []
+    for asked, answered in _turns(tokenizer, template, messages):
+        prompt = template.tokens(tokenizer, asked)
+        answer = template.tokens(tokenizer, answered)
+        n = _through_end(answer, ends)
+        ids += [*prompt, *answer]
+        trained += [False] * len(prompt) + [k < n for k in range(len(answer))]
+    if not any(trained):
+        raise ValueError("nothing to train on: expected a message of the "
+                         "assistant after one of the user")
+    return ids, trained
+
+# %% ../nbs/22_instruction.ipynb #da3d33cd
+def _turns(
+    tokenizer: Any, template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, str]]:       # marked text up to an answer, and of it
+    "The rendered conversation, cut before and after each answer."
     read = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i == 0: continue
@@ -77,16 +95,8 @@ def encode_conversation(
             raise ValueError(
                 f"the template changes what it wrote before message {i}: "
                 "expected that a longer conversation begins like a shorter one")
-        prompt = template.tokens(tokenizer, asked[len(read):])
-        answer = template.tokens(tokenizer, told[len(asked):])
-        n = _through_end(answer, ends)
-        ids += [*prompt, *answer]
-        trained += [False] * len(prompt) + [k < n for k in range(len(answer))]
+        yield asked[len(read):], told[len(asked):]
         read = told
-    if not any(trained):
-        raise ValueError("nothing to train on: expected a message of the "
-                         "assistant after one of the user")
-    return ids, trained
 
 def _through_end(answer: Sequence[int], ends: Sequence[int]) -> int:
     "How many tokens of an answer the model has to write: up to its last end."
@@ -125,7 +135,9 @@ def add_tokens(
     _resize(model, came_from)
     return larger
 
-def _larger(tokenizer: Any, words: Sequence[str], special: Sequence[str]) -> Any:
+def _larger(
+    tokenizer: Any, words: Sequence[str], special: Sequence[str],
+) -> Any:
     "The tokenizer with the tokens that it lacks."
     special = [s for s in special if s not in tokenizer.special_tokens]
     if isinstance(tokenizer, SpacedWordTokenizer):
@@ -136,13 +148,15 @@ def _larger(tokenizer: Any, words: Sequence[str], special: Sequence[str]) -> Any
             **state, "pieces": [*state["pieces"], *words],
             "special_tokens": [*state["special_tokens"], *special]})
     if not isinstance(tokenizer, BPETokenizer):
-        raise TypeError("expected a BPETokenizer or a SpacedWordTokenizer, got "
-                        f"a {type(tokenizer).__name__}")
-    if words: raise ValueError("byte-pair encoding has tokens for any text: "
-                               f"expected special tokens alone, got {words!r:.60}")
+        raise TypeError("expected a BPETokenizer or a SpacedWordTokenizer, "
+                        f"got a {type(tokenizer).__name__}")
+    if words:
+        raise ValueError("byte-pair encoding has tokens for any text: expected "
+                         f"special tokens alone, got {words!r:.60}")
     n = tokenizer.vocab_size
     return BPETokenizer(tokenizer.vocab, tokenizer.pattern, {
-        **tokenizer.special_tokens, **{s: n + i for i, s in enumerate(special)}})
+        **tokenizer.special_tokens,
+        **{s: n + i for i, s in enumerate(special)}})
 
 # %% ../nbs/22_instruction.ipynb #c2fc591d
 #| code-fold: true
@@ -171,7 +185,7 @@ def missing_words(
     conversations: Iterable[Sequence[Mapping[str, Any]]],
     special: Sequence[str] = CHAT_TOKENS,   # that are not words of a text
 ) -> list[str]:
-    "Words of conversations that a tokenizer lacks, as the template writes them."
+    "Words of conversations, as the template writes them, that are missing."
     names = sorted({*special, *tokenizer.special_tokens}, key=len, reverse=True)
     either = "|".join(map(re.escape, names))
     found: dict[str, None] = {}
@@ -294,6 +308,7 @@ def story_tasks(
 
     Answers are computed by the world.
 
+    >>> from llm_from_scratch.storyland import stories
     >>> tasks = story_tasks(next(stories()), 4, random.Random(0))
     >>> {"count", "list", "copy", "refuse"} <= {task.kind for task in tasks}
     True
@@ -304,7 +319,8 @@ def story_tasks(
     found = [Task("count", text, "How many people are in the story?",
                   NUMBERS[len(people)]),
              Task("list", text, "List the people.", ", ".join(people) + "."),
-             Task("copy", text, f"Copy the {which} sentence.", told[_ENDS[which]])]
+             Task("copy", text, f"Copy the {which} sentence.",
+                  told[_ENDS[which]])]
     return [*questions(story, sentences), *found,
             *_rewritten(told, people, coin),
             *(Task("refuse", text, question, NOT_SAID)
@@ -353,6 +369,7 @@ def story_chat(
 ) -> Lesson:
     """A conversation about a story: told at once, or in pieces.
 
+    >>> from llm_from_scratch.storyland import stories
     >>> lesson = story_chat(next(stories()), random.Random(1), most=2)
     >>> [message["role"] for message in lesson.messages][-2:]
     ['user', 'assistant']

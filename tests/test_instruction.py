@@ -126,7 +126,7 @@ def test_masked_tokens_are_read_and_not_learned():
     model = randomized(small()).double()
     ids, trained = [3, 4, 5, 6], [False, False, False, True]
     x, y = ConversationRows([(ids, trained)], 8, 1).batch(0)
-    other_target, other_input = y.clone(), x.clone()
+    other_input = x.clone()
     other_input[0, 0] = 9
     first = lm_loss(model, (x, y))
     assert abs(first - lm_loss(model, (other_input, y))) > 1e-6
