@@ -42,7 +42,7 @@ def learned(tokenizer, ids, trained):
 
 # The mask ---------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(pairs=TALKS)
 def test_what_is_trained_are_the_answers_and_their_ends(pairs):
     ids, trained = encode_conversation(BYTES, TEMPLATE, talk(*pairs))
@@ -72,7 +72,7 @@ def test_without_an_answer_there_is_nothing_to_train(messages):
 
 # Rows -------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(1, 20), max_size=40), room=st.integers(20, 60))
 def test_rows_hold_everything_once_and_no_more_than_they_can(lengths, room):
     rows = pack_rows(lengths, room)
@@ -247,7 +247,7 @@ def test_a_template_without_an_end_is_not_saved(tmp_path):
 
 def test_answers_are_those_of_the_world_and_refusals_are_of_what_it_does_not_say():
     coin = random.Random(0)
-    for story in stories(60, seed=11):
+    for story in stories(25, seed=11):
         n = coin.randint(2, len(story.sentences))
         known = {task.question: task.answer for task in questions(story, n)}
         for task in story_tasks(story, n, coin):
