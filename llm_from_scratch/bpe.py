@@ -1034,7 +1034,7 @@ def _covering(pattern: str) -> str:
     return f"(?:{pattern})|(?:(?!{pattern})[\\s\\S])+{_GAPS}"
 
 # %% ../nbs/03_bpe.ipynb #edc55b67
-EMBEDDED: tuple[str, ...] = ("storyland",)    # models that come with the library
+EMBEDDED: tuple[str, ...] = ("storyland", "storyland-chat")  # come with the library
 
 def model_folder(source: _Path) -> Path:
     "The folder of a model: embedded or pulled (@sec-hub) by its name, or any by its path."

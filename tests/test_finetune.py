@@ -26,7 +26,7 @@ def call(monkeypatch, capfd, tmp_path):
     "A command in this process, in a folder with a base model and examples: output, errors and exit status."
     monkeypatch.chdir(tmp_path)
     table = load_tokenizer('storyland')
-    config = GPTConfig(table.vocab_size, 64, 32, 1, 2, d_ff=64, positions='rope', norm='rmsnorm', feed_forward='swiglu', bias=False)
+    config = GPTConfig(table.vocab_size, 64, 32, 2, 2, d_ff=64, positions='rope', norm='rmsnorm', feed_forward='swiglu', bias=False)
     GPT(config, generator=torch.Generator().manual_seed(0)).save_pretrained('base', table)
     examples = [json.dumps({'prompt': ASKED.format(place), 'completion': place}) for place in PLACES * 8]
     Path('examples.jsonl').write_text('\n'.join(examples), encoding='utf-8')
@@ -50,8 +50,8 @@ def test_every_choice_is_a_flag(call):
 
 
 def test_a_model_learns_to_answer_and_is_talked_to(call):
-    out, err, status = tune(call, '--full', '--steps', 150, '--lr', 0.02)
-    assert status == 0 and out.startswith('ended by steps: 150 steps'), err
+    out, err, status = tune(call, '--full', '--steps', 100, '--batch-size', 6)
+    assert status == 0 and out.startswith('ended by steps: 100 steps'), err
     for place in PLACES:
         assert call('chat', '--model', 'tuned', '--temperature', 0, given=ASKED.format(place))[0].strip() == place
     assert call('runs')[0].rstrip().endswith('llmfs chat --model tuned')

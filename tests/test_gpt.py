@@ -521,6 +521,7 @@ def test_the_embedded_model_knows_its_world():
     for name in EMBEDDED:
         made, words = GPT.from_pretrained(name), load_tokenizer(name)
         assert made.config.vocab_size == words.vocab_size and sum(p.numel() for p in made.parameters()) <= 1_000_000
+    made, words = GPT.from_pretrained('storyland'), load_tokenizer('storyland')
     end, above, n = words.special_tokens['<|endoftext|>'], 0.0, 0
     for story in stories(25, seed=77, split='test'):
         ids = words.encode(story.text)
