@@ -21,6 +21,7 @@ if TYPE_CHECKING:                 # what a subcommand needs is imported when it 
 
     from llm_from_scratch.generation import Sampler
     from llm_from_scratch.gpt import GPTConfig
+    from llm_from_scratch.lora import LoRAConfig
     from llm_from_scratch.training import TrainConfig
 
 # %% auto #0
@@ -915,7 +916,8 @@ def _tuner(
     if not chosen["full"]: made = _with_adapters(made, chosen, generator)
     if is_new: made.token_embedding.requires_grad_(True), made.head.requires_grad_(True)
     parts = [[*_encoded(table, form, part)] for part in (talks, others)]
-    longest, most = max(len(ids) for part in parts for ids, _ in part), made.config.context_length
+    longest = max(len(ids) for part in parts for ids, _ in part)
+    most = made.config.context_length
     length = chosen["context_length"] or min(-(-longest // 64) * 64, most)
     if length > most:
         raise Misuse(f"--context-length {length}: {chosen['model']} reads {most} tokens at most")

@@ -461,8 +461,9 @@ def save_assistant(
     model: GPT, tokenizer: Any, template: ChatTemplate,
     folder: str | os.PathLike[str],
 ) -> None:
-    """A folder that `llmfs chat --model` talks to, and `transformers` opens.
+    """A folder that `llmfs chat --model` talks to.
 
+    `transformers` opens it, too, where the model is of a family it knows.
     Raises ValueError for a template that ends an answer with no special
     token: the model could not learn where to stop.
     """
@@ -471,10 +472,11 @@ def save_assistant(
                                   "token: nothing would end what is generated")
     end = next(name for name, i in tokenizer.special_tokens.items()
                if i == ends[0])
-    model.to_hf(folder, tokenizer, end=end)
     path = Path(folder, "tokenizer_config.json")
-    about = {**read_json(path), **template.variables,
-             "chat_template": template.source}
+    try: model.to_hf(folder, tokenizer, end=end)
+    except ValueError: model.save_pretrained(folder, tokenizer)  # no family fits
+    about = {**(read_json(path) if path.is_file() else {}),
+             **template.variables, "chat_template": template.source}
     write_text(path, json.dumps(about, indent=1) + "\n")
 
 # %% ../nbs/22_instruction.ipynb #b78372f4
