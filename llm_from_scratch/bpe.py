@@ -1049,7 +1049,7 @@ def model_folder(source: _Path) -> Path:
                                 f"or one of {', '.join([*EMBEDDED, *CATALOG])}")
     if is_pulled(str(source)): return pulled_folder(str(source))
     raise FileNotFoundError(f"the weights of {source} are not here: llmfs pull {source} gets "
-                            f"them; {EMBEDDED[0]} comes with the library")
+                            f"them; {' and '.join(EMBEDDED)} come with the library")
 
 def gguf_file(source: _Path) -> Path | None:
     "The GGUF file that a model's name, folder or path means; None if it is another model."
