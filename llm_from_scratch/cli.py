@@ -920,7 +920,8 @@ def _tuner(
     most = made.config.context_length
     length = chosen["context_length"] or min(-(-longest // 64) * 64, most)
     if length > most:
-        raise Misuse(f"--context-length {length}: {chosen['model']} reads {most} tokens at most")
+        raise Misuse(f"--context-length {length}: {chosen['model']} reads {most} tokens "
+                     "at most")
     common = {"pack": not chosen["pad"], "cut": chosen["cut"], "seed": settings.seed,
               "rank": world.rank, "world_size": world.size}
     loaders = [ConversationRows(part, length, settings.batch_size, shuffle=shuffle, **common)

@@ -145,3 +145,12 @@ def test_a_finished_assistant_is_not_written_over(call):
     before = Path('tuned/model.safetensors').read_bytes()
     assert 'tuned holds a finished run' in tune(call, '--full', '--steps', 2)[1] and Path('tuned/model.safetensors').read_bytes() == before
     assert tune(call, '--rank', 2, '--steps', 2, '--overwrite')[2] == 0 and Path('tuned/model.safetensors').read_bytes() != before
+
+
+def test_a_model_of_no_family_is_an_assistant_too(call):
+    "`transformers` has no place for it; our own folder has."
+    table = load_tokenizer('storyland')
+    GPT(GPTConfig(table.vocab_size, 64, 16, 1, 1, positions='rope', feed_forward='gelu')).save_pretrained('odd', table)
+    out, err, status = call('finetune', '--model', 'odd', '--full', *SHORT, '--steps', 1)
+    assert status == 0, err
+    assert call('chat', '--model', 'tuned', '--max-new-tokens', 2, given=ASKED.format('river'))[2] == 0
