@@ -328,7 +328,7 @@ def test_what_is_no_saved_chat_is_named(call, tiny, tmp_path):
 
 @pytest.mark.parametrize('words, said, status', [
     (['--model', 'storyland'], 'storyland has no chat template: it has seen no conversations', 1),
-    (['--model', 'nowhere'], "there is no model 'nowhere': expected a folder, or one of storyland, smollm2, smollm2-bf16, gpt2, stories260k", 1),
+    (['--model', 'nowhere'], "there is no model 'nowhere': expected a folder, or one of storyland, storyland-chat, smollm2, smollm2-bf16, gpt2, stories260k", 1),
     (['--model', 'gpt2'], 'the weights of gpt2 are not here: llmfs pull gpt2 gets them; storyland and storyland-chat come with the library', 1),
     ([], 'the weights of smollm2 are not here: llmfs pull smollm2 gets them; storyland and storyland-chat come with the library', 1)])
 def test_without_a_model_to_talk_to_one_sentence(call, monkeypatch, tmp_path, words, said, status):

@@ -166,9 +166,9 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['train', '--steps', '1', '--optimizer', 'adam'], "invalid choice 'adam' for argument '--optimizer'. Expected one of ('adamw', 'muon')", 2),
     (['train', '--steps', '1', '--n-heads', '3'], 'd_model must be a multiple of n_heads unless d_head is given, got 128 and 3', 2),
     (['train', '--resume', '--out', 'nowhere'], f"there is no run to resume: {Path('nowhere', 'run.json')} does not exist", 1),
-    (['generate', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder, or one of storyland, smollm2, smollm2-bf16, gpt2, stories260k", 1),
+    (['generate', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder, or one of storyland, storyland-chat, smollm2, smollm2-bf16, gpt2, stories260k", 1),
     (['data', '--n', '0'], '--n must be at least 1, got 0', 2),
-    (['eval', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder, or one of storyland, smollm2, smollm2-bf16, gpt2, stories260k", 1),
+    (['eval', '--model', 'nowhere'], "there is no model 'nowhere': expected a folder, or one of storyland, storyland-chat, smollm2, smollm2-bf16, gpt2, stories260k", 1),
 ])
 def test_an_error_is_one_sentence(call, words, said, status):
     assert call(*words) == ('', f'llmfs: {said}\n', status)
