@@ -866,7 +866,7 @@ def _finetune(
     device: str | None = None,        # cpu, cuda, …; by default the best there is
     json: bool = False,               # print the result as JSON
 ) -> int:
-    """Teach a model to answer, by examples; then `llmfs chat --model` talks to it.
+    """Teach a model to answer, by examples of conversations.
 
     It ends after two minutes, or --steps, --tokens or --seconds.
 
@@ -927,7 +927,8 @@ def _tuner(
     loaders = [ConversationRows(part, length, settings.batch_size, shuffle=shuffle, **common)
                for part, shuffle in zip(parts, (True, False))]
     settings = replace(settings, document_mask=not chosen["pad"])
-    return Trainer(made, settings, *loaders, out, world=world), table, form
+    train, judged = loaders
+    return Trainer(made, settings, train, judged, out, world=world), table, form
 
 def _base(
     chosen: Mapping[str, Any], talks: Sequence[Any], device: Any,

@@ -359,7 +359,11 @@ def _unanswerable(state: State, coin: random.Random) -> list[str]:
 #| code-fold: true
 #| code-summary: "`story_chat`: a conversation about a story"
 class Lesson(NamedTuple):
-    "A conversation, and the kind of task that each of its answers solves."
+    """A conversation, and the kind of task that each of its answers solves.
+
+    >>> Lesson([{"role": "user", "content": "Hi"}], ["tell"]).kinds
+    ['tell']
+    """
     messages: list[dict[str, str]]
     kinds: list[str]           # "tell": the user only told something
 
@@ -407,6 +411,11 @@ def read_conversations(
     """The conversations of a file in one of three forms.
 
     Raises ValueError that names the file, the line and what was expected.
+
+    >>> line = '{"prompt": "Where is Mia?", "completion": "river"}'
+    >>> _ = Path("examples.jsonl").write_text(line)
+    >>> [message["role"] for message in read_conversations("examples.jsonl")[0]]
+    ['user', 'assistant']
     """
     found = []
     with open(path, "rb") as file:
@@ -466,6 +475,13 @@ def save_assistant(
     `transformers` opens it, too, where the model is of a family it knows.
     Raises ValueError for a template that ends an answer with no special
     token: the model could not learn where to stop.
+
+    >>> from llm_from_scratch.bpe import load_tokenizer
+    >>> model = GPT.from_pretrained("storyland")
+    >>> words = add_tokens(model, load_tokenizer("storyland"))
+    >>> save_assistant(model, words, ChatTemplate(CHAT_TEMPLATE), "mine")
+    >>> Path("mine", "tokenizer_config.json").is_file()
+    True
     """
     ends = template.end_tokens(tokenizer)
     if not ends: raise ValueError("the template ends an answer with no special "
@@ -474,7 +490,7 @@ def save_assistant(
                if i == ends[0])
     path = Path(folder, "tokenizer_config.json")
     try: model.to_hf(folder, tokenizer, end=end)
-    except ValueError: model.save_pretrained(folder, tokenizer)  # no family fits
+    except ValueError: model.save_pretrained(folder, tokenizer)  # no family
     about = {**(read_json(path) if path.is_file() else {}),
              **template.variables, "chat_template": template.source}
     write_text(path, json.dumps(about, indent=1) + "\n")

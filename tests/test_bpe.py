@@ -636,7 +636,7 @@ def test_each_tokenizer_is_found_by_its_file(tmp_path):
         (tmp_path/'tokenizer.json').write_text(text, encoding='utf-8')
         with pytest.raises(ValueError, match='tokenizer.json'): load_tokenizer(tmp_path)
     (tmp_path/'tokenizer.json').unlink()
-    with pytest.raises(FileNotFoundError, match=r'there is no tokenizer .*: expected a file, a folder with tokenizer.json, or storyland'): load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'there is no tokenizer .*: expected a file, a folder with tokenizer.json, or storyland, storyland-chat'): load_tokenizer(tmp_path)
     assert load_tokenizer('storyland').vocab_size == 448 and model_folder('storyland').is_dir()
 
 

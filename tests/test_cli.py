@@ -144,7 +144,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
 @pytest.mark.parametrize('words, said, status', [
     (['generat'], "there is no command 'generat': did you mean generate?", 2),
     (['tokenizer', 'encod'], "there is no command 'encod': did you mean encode?", 2),
-    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, runs, generate, serve, chat, pull, eval, info", 2),
+    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, finetune, runs, generate, serve, chat, pull, eval, info", 2),
     (['generate', '--temprature', '1'], 'unrecognized options: --temprature, 1; did you mean --temperature?', 2),
     (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
     (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
@@ -156,7 +156,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
     (['tokenizer', 'decode', 'seven'], "token ids are whole numbers, got 'seven'", 2),
     (['tokenizer', 'decode', '100000'], 'id 100000 at position 0 is outside the vocabulary 0..447', 1),
     (['tokenizer', 'encode', 'Zorro'], "word 'Zorro' at position 0 is not in the vocabulary of 447", 1),
-    (['tokenizer', 'encode', '--tokenizer', 'nowhere', 'a'], "there is no tokenizer 'nowhere': expected a file, a folder with tokenizer.json, or storyland", 1),
+    (['tokenizer', 'encode', '--tokenizer', 'nowhere', 'a'], "there is no tokenizer 'nowhere': expected a file, a folder with tokenizer.json, or storyland, storyland-chat", 1),
     (['tokenizer', 'train', '--vocab-size', '9'], 'vocab_size=9 is too small: 256 bytes and 1 special tokens need 257', 1),
     (['tokenizer', 'train', '--kind', 'chars', '--vocab-size', '9'], 'characters are as many as the text has: no --vocab-size', 2),
     (['data', '--corpus', 'nowhere'], "there is no corpus or path 'nowhere'; known are storyland, pydoc, shakespeare, the-verdict, and any text file or folder of them", 1),
