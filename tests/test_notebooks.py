@@ -296,7 +296,7 @@ def test_a_name_of_the_package_leads_to_its_module_alone():
 
 
 def test_a_change_of_training_concerns_few_notebooks():
-    assert {p.stem for p in NOTEBOOKS if 'training' in library(p)} == {'11_training', '14_architectures', '16_inference', '20_classification', '21_lora', 'command', 'distributed'}
+    assert {p.stem for p in NOTEBOOKS if 'training' in library(p)} == {'11_training', '14_architectures', '16_inference', '20_classification', '21_lora', '22_instruction', 'command', 'distributed'}
 
 
 def test_prose_is_no_input_of_a_run(tmp_path):
