@@ -354,7 +354,7 @@ def test_theme_follows_the_system_and_remembers_the_choice(address, visit, url):
 @on_the_first_chapter
 def test_copy_button_copies_the_code(address, visit, url):
     page, _ = visit(address + url, permissions=["clipboard-read", "clipboard-write"])
-    block = page.locator("main div.sourceCode").first
+    block = page.locator("main div.sourceCode:visible").first
     block.hover()
     block.locator(".copy").click()
     block.get_by_text("Copied").wait_for()
