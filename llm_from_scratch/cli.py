@@ -833,9 +833,13 @@ def _tuning_defaults(words: Sequence[str]) -> dict[str, Any]:
     "Settings of a fine-tuning: two minutes of it, or those of the run that goes on."
     if {"-h", "--help"} & {*words}: words = []
     if "--resume" in words:
-        saved = _saved_run(Path(_peek(words, "--out", "tuned")), words)
+        out = Path(_peek(words, "--out", "tuned"))
+        saved = _saved_run(out, words)
         if "tuning" not in saved: raise Misuse(_OF.format("a training", "train"))
-        return {"settings": saved["settings"], "data": saved["data"], **saved["tuning"]}
+        tuning = _placed(saved["tuning"], lambda path: os.path.relpath(out.resolve() / path))
+        paths = {name: Path(tuning[name]) for name in ("validation", "template")
+                 if tuning[name]}
+        return {"settings": saved["settings"], "data": saved["data"], **tuning, **paths}
     usual = {"lr": 3e-4 if "--full" in words else 1e-3, "batch_size": 8, "weight_decay": 0.0}
     found = usual | _settings(_peek(words, "--config", ""))
     ends = "steps", "tokens", "seconds"
@@ -884,24 +888,24 @@ def _finetune(
               "cut": cut}
     with join_processes(device) as world:
         if world.is_main: _check_life(out, resume, overwrite)
-        trainer, table, form = _tuner(settings, lora, chosen, data, out, world)
+        trainer, table, form = _tuner(settings, chosen, data, out, world)
         with alone_in(out) if world.is_main else nullcontext():
             if world.is_main: _check_life(out, resume, overwrite)
             if resume: _resume(trainer, None, False)
             if world.is_main:
                 if overwrite: _clear(out)
-                _write_run(trainer, data, None, tuning=_portable(chosen))
+                _write_run(trainer, data, None, tuning=_portable(chosen, out))
                 table.save(out / "tokenizer.json")
                 _note(_outlook(trainer))
             result = trainer.fit(progress=sys.stderr.isatty())
             if not world.is_main: return 0
             if best := _best_model(trainer, result): _save_tuned(best, table, form, out, model)
-            _write_run(trainer, data, result.reason, tuning=_portable(chosen))
+            _write_run(trainer, data, result.reason, tuning=_portable(chosen, out))
     return _report(result, out, json, "finetune")
 
 # %% ../nbs/command.ipynb #d9ab429e
 def _tuner(
-    settings: Any, lora: Any, chosen: Mapping[str, Any], data: Path, out: Path, world: Any,
+    settings: Any, chosen: Mapping[str, Any], data: Path, out: Path, world: Any,
 ) -> tuple[Any, Any, Any]:
     "The trainer of a fine-tuning, the tokenizer and the chat template."
     from dataclasses import replace
@@ -909,26 +913,31 @@ def _tuner(
     from llm_from_scratch.tensors import seed_all
     from llm_from_scratch.training import Trainer
     talks = read_conversations(data)
-    others = read_conversations(chosen["validation"]) if chosen["validation"] else talks[::20]
-    if not chosen["validation"]: talks = [t for i, t in enumerate(talks) if i % 20] or talks
+    judge = chosen["validation"]
+    others = read_conversations(judge) if judge else []
     generator = seed_all(settings.seed)
     made, table, form, is_new = _base(chosen, [*talks, *others], world.device)
     if not chosen["full"]: made = _with_adapters(made, chosen, generator)
-    if is_new: made.token_embedding.requires_grad_(True), made.head.requires_grad_(True)
-    parts = [[*_encoded(table, form, part)] for part in (talks, others)]
-    longest = max(len(ids) for part in parts for ids, _ in part)
+    if is_new:
+        made.token_embedding.requires_grad_(True)
+        made.head.requires_grad_(True)
     most = made.config.context_length
+    room = chosen["context_length"] or most
+    if room > most:
+        raise Misuse(f"--context-length {room}: {chosen['model']} reads {most} tokens at most")
+    rows, judged = ([*_encoded(table, form, part, path, None if chosen["cut"] else room)]
+                    for part, path in ((talks, data), (others, judge)))
+    if not judge:
+        rows, judged = [row for i, row in enumerate(rows) if i % 20] or rows, rows[::20]
+    longest = max(len(ids) for ids, _ in [*rows, *judged])
     length = chosen["context_length"] or min(-(-longest // 64) * 64, most)
-    if length > most:
-        raise Misuse(f"--context-length {length}: {chosen['model']} reads {most} tokens "
-                     "at most")
     common = {"pack": not chosen["pad"], "cut": chosen["cut"], "seed": settings.seed,
               "rank": world.rank, "world_size": world.size}
-    loaders = [ConversationRows(part, length, settings.batch_size, shuffle=shuffle, **common)
-               for part, shuffle in zip(parts, (True, False))]
+    train, held_out = (
+        ConversationRows(part, length, settings.batch_size, shuffle=shuffle, **common)
+        for part, shuffle in ((rows, True), (judged, False)))
     settings = replace(settings, document_mask=not chosen["pad"])
-    train, judged = loaders
-    return Trainer(made, settings, train, judged, out, world=world), table, form
+    return Trainer(made, settings, train, held_out, out, world=world), table, form
 
 def _base(
     chosen: Mapping[str, Any], talks: Sequence[Any], device: Any,
@@ -950,12 +959,18 @@ def _base(
     if words or special: table = add_tokens(made, table, words, special)
     return made.to(device), table, form, bool(words or special)
 
-def _encoded(table: Any, form: Any, talks: Iterable[Any]) -> Iterator[Any]:
-    "Conversations as tokens and masks; an error says which is wrong."
+def _encoded(
+    table: Any, form: Any, talks: Iterable[Any], path: Any, room: int | None,
+) -> Iterator[Any]:
+    "Conversations of a file as tokens and masks; an error says which is wrong."
     from llm_from_scratch.instruction import encode_conversation
     for i, talk in enumerate(talks, 1):
-        try: yield encode_conversation(table, form, talk)
-        except ValueError as e: raise ValueError(f"conversation {i}: {e}") from e
+        try: ids, trained = encode_conversation(table, form, talk)
+        except ValueError as e: raise ValueError(f"{path}, conversation {i}: {e}") from e
+        if room is not None and len(ids) > room + 1:
+            raise ValueError(f"{path}, conversation {i}: it has {len(ids):,} tokens, more than "
+                             f"a row of {room:,} holds; --cut drops the end")
+        yield ids, trained
 
 # %% ../nbs/command.ipynb #5b95ab7a
 def _with_adapters(made: Any, chosen: Mapping[str, Any] | None, generator: Any = None) -> Any:
@@ -977,10 +992,19 @@ def _save_tuned(made: Any, table: Any, form: Any, out: Path, base: str) -> None:
         save_adapter(made, out / "adapter", base)
     save_assistant(_without_adapters(made), table, form, out)
 
-def _portable(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    "Choices as `run.json` keeps them: a path is where it is, from anywhere."
-    return {name: str(value.resolve()) if isinstance(value, Path) else value
-            for name, value in chosen.items()}
+def _portable(chosen: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    "Choices as `run.json` keeps them: files and folders as seen from the run."
+    return _placed(chosen, lambda path: _seen_from(out, Path(path)))
+
+def _placed(chosen: Mapping[str, Any], seen: Callable[[str], str]) -> dict[str, Any]:
+    "Choices with every place written as `seen` says; the name of a model is none."
+    from llm_from_scratch.bpe import EMBEDDED
+    from llm_from_scratch.hub import CATALOG
+    found = dict(chosen)
+    for name in "model", "validation", "template":
+        if found[name] and str(found[name]) not in {*EMBEDDED, *CATALOG}:
+            found[name] = seen(str(found[name]))
+    return found
 
 # %% ../nbs/command.ipynb #514c7256
 @_command("runs")

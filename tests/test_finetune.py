@@ -154,3 +154,29 @@ def test_a_model_of_no_family_is_an_assistant_too(call):
     out, err, status = call('finetune', '--model', 'odd', '--full', *SHORT, '--steps', 1)
     assert status == 0, err
     assert call('chat', '--model', 'tuned', '--max-new-tokens', 2, given=ASKED.format('river'))[2] == 0
+
+
+def test_a_run_is_resumed_from_another_folder_with_all_that_it_was_made_from(call, monkeypatch):
+    "Base, examples and template are found as seen from the run, wherever all have been moved to."
+    import os
+    Path('talk.jinja').write_text(CHAT_TEMPLATE, encoding='utf-8')
+    assert tune(call, '--full', '--steps', 1)[2] == 0
+    Path('here').mkdir()
+    words = ['--template', 'talk.jinja', '--validation', 'examples.jsonl', '--rank', 2, '--steps', 2, '--save-every', 1]
+    assert call('finetune', '--model', 'tuned', '--out', 'here/run', *SHORT, *words)[2] == 0
+    for name in ('talk.jinja', 'examples.jsonl', 'tuned', 'base'): os.rename(name, Path('here', name))
+    run = json.loads(Path('here/run/run.json').read_text(encoding='utf-8'))
+    Path('here/run/run.json').write_text(json.dumps(run).replace('../../', '../'), encoding='utf-8')
+    monkeypatch.chdir('here')
+    out, err, status = call('finetune', '--out', 'run', '--resume', '--steps', 3)
+    assert status == 0, err
+    assert '/' not in run['tuning']['template'].replace('../', '')                  # no place of this machine
+
+
+@pytest.mark.parametrize('number', [1, 20, 24])
+def test_what_is_wrong_with_a_conversation_is_said_of_its_place_in_the_file(call, number):
+    lines = Path('examples.jsonl').read_text(encoding='utf-8').splitlines()
+    lines[number - 1] = json.dumps({'prompt': 'Mia ' * 99, 'completion': 'river'})
+    Path('examples.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    err = tune(call, '--steps', 1)[1]
+    assert f'examples.jsonl, conversation {number}: it has 1' in err and err.endswith('more than a row of 64 holds; --cut drops the end\n')
