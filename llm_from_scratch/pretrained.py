@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from importlib import import_module
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
@@ -563,15 +564,22 @@ def save_hf(
 # %% ../nbs/15_pretrained.ipynb #5a5f25a7
 _MARK = "\ufdd0"          # a code point that Unicode promises to leave unused
 
+@lru_cache(64)
+def _special(names: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str]]:
+    "A pattern for any of some names, and all their beginnings."
+    longest_first = sorted(names, key=len, reverse=True)
+    return (re.compile("|".join(map(re.escape, longest_first))),
+            frozenset(n[:k] for n in names for k in range(1, len(n) + 1)))
+
 def _broken(text: str, names: Sequence[str]) -> str:
     "A text with a mark in every special token in it, or begun at its end."
     text = text.replace(_MARK, 2 * _MARK)
     if not names: return text
-    whole = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
-    text = re.sub(whole, lambda m: m[0][0] + _MARK + m[0][1:], text)
+    whole, beginnings = _special(tuple(names))
+    text = whole.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)
     longest = max(map(len, names))
     for start in range(max(0, len(text) - longest + 1), len(text)):
-        if any(n.startswith(text[start:]) for n in names):
+        if text[start:] in beginnings:
             return text[: start + 1] + _MARK + text[start + 1 :]
     return text
 
