@@ -85,12 +85,11 @@ def _turns(
     messages: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, str]]:       # marked text up to an answer, and of it
     "The rendered conversation, cut before and after each answer."
-    read = ""
+    read, safe = "", template.guarded(tokenizer, [*map(dict, messages)])
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i == 0: continue
-        asked = template.marked(tokenizer, messages[:i])     # opens the answer
-        told = template.marked(tokenizer, messages[:i + 1],
-                               add_generation_prompt=False)
+        asked = template.render(safe[:i], add_generation_prompt=True)
+        told = template.render(safe[:i + 1])
         if not (asked.startswith(read) and told.startswith(asked)):
             raise ValueError(
                 f"the template changes what it wrote before message {i}: "

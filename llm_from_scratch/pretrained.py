@@ -79,6 +79,10 @@ class ChatTemplate:
         "A text in which no special token can be found."
         return _broken(text, list(tokenizer.special_tokens))
 
+    def guarded(self, tokenizer: Tokenizer, value: Any) -> Any:
+        "Messages, or whatever holds texts, with every text in them marked."
+        return _in_texts(value, lambda t: self.mark(tokenizer, t))
+
     def marked(
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]],
         *, add_generation_prompt: bool = True, **variables: Any,
@@ -86,8 +90,7 @@ class ChatTemplate:
         "The rendered conversation, marked where it is not the template's."
         given = {"messages": _checked_messages(messages), **variables}
         safe = {name: value if name.endswith("_token") else
-                _in_texts(value, lambda t: self.mark(tokenizer, t))
-                for name, value in given.items()}
+                self.guarded(tokenizer, value) for name, value in given.items()}
         return self.render(add_generation_prompt=add_generation_prompt, **safe)
 
     def tokens(self, tokenizer: Tokenizer, marked: str) -> list[int]:

@@ -1,5 +1,5 @@
 "Two processes against one: the same run, one all-reduce a step, a stop that all hear of, a resumed run bit for bit."
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from llm_from_scratch.training import OPTIMIZERS, Callback, ProcessGroup, TrainC
 
 INPUTS = ['imports:tests/together.py']
 ROOT = Path(training.__file__).parent.parent
+KILLED = 75                         # exit status: a signal ended one of the processes, as when memory of torch's own is damaged
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.portable]
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node=2', '--master-addr=127.0.0.1', '--master-port=0', '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0']
 
@@ -135,12 +136,15 @@ def full_disk(*args): raise OSError(28, 'No space left on device')
 @pytest.fixture(scope='module', params=[pytest.param([], id='forked', marks=pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork; torchrun is tried with the slow tests')),
                                         pytest.param(TORCHRUN, id='torchrun', marks=pytest.mark.slow)])
 def found(request, tmp_path_factory, one_thread):
-    "What one process has found, then each of two."
-    folder = tmp_path_factory.mktemp('together')
-    (folder/'one').mkdir()
-    together(ProcessGroup(), folder/'one'); sharded(ProcessGroup(), folder/'one', folder/'one')
-    env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, *request.param, Path(__file__).with_name('together.py'), folder], env=env, capture_output=True, text=True, timeout=600)
+    "What one process has found, then each of two; once more where the second kind died of a signal (seen once: of torch's memory, after all but the end)."
+    env = {k: v for k, v in os.environ.items() if k not in ('WORLD_SIZE', 'RANK')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1'}
+    for attempt in 'first', 'second':
+        folder = tmp_path_factory.mktemp('together')
+        (folder/'one').mkdir()
+        together(ProcessGroup(), folder/'one'); sharded(ProcessGroup(), folder/'one', folder/'one')
+        done = subprocess.run([sys.executable, *request.param, Path(__file__).with_name('together.py'), folder], env=env, capture_output=True, text=True, timeout=600)
+        if done.returncode != KILLED: break
+        warnings.warn(f'{attempt} attempt: a process was killed\n{done.stderr[-6000:]}', stacklevel=1)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, *(json.loads((folder/name).read_text()) for name in ('one/rank0.json', 'rank0.json', 'rank1.json'))
 

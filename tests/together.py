@@ -9,7 +9,7 @@ import os, socket, sys
 from pathlib import Path
 
 import torch
-from test_distributed import sharded, split_layers, together
+from test_distributed import KILLED, sharded, split_layers, together
 
 from llm_from_scratch.distributed import join_processes
 from llm_from_scratch.training import ProcessGroup
@@ -37,7 +37,8 @@ def fork(folder, size=2):
         try: meet(folder); status = 0
         except BaseException as e: print(f'rank {rank} failed: {e!r}', file=sys.stderr, flush=True)
         finally: os._exit(status)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return KILLED if min(codes) < 0 else max(codes)
 
 
 if __name__ == '__main__':
