@@ -368,7 +368,8 @@ class Lesson(NamedTuple):
 
 def story_chat(
     story: Story, coin: random.Random,
-    most: int = 14,            # questions
+    most: int = 14,                 # questions
+    sentences: int | None = None,   # told at most; None: up to the end
 ) -> Lesson:
     """A conversation about a story: told at once, or in pieces.
 
@@ -377,7 +378,8 @@ def story_chat(
     >>> [message["role"] for message in lesson.messages][-2:]
     ['user', 'assistant']
     """
-    lesson, at, n = Lesson([], []), 0, len(story.sentences)
+    lesson, at = Lesson([], []), 0
+    n = len(story.sentences[:sentences])
     at_once = coin.random() < 0.5
     ends = [coin.randint(2, n)] if at_once else sorted(
         coin.sample(range(2, n + 1), min(coin.randint(1, 3), n - 1)))
