@@ -8,7 +8,8 @@ from __future__ import annotations
 import __future__
 import ast, doctest, json, os, re, subprocess, symtable, sys, tempfile, tokenize
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from .files import json_text, read_json, reading
 
 # %% auto #0
-__all__ = ['list_workbooks', 'make_workbook', 'Finding', 'Report', 'check_workbook']
+__all__ = ['list_workbooks', 'workbook_name', 'make_workbook', 'Finding', 'Report', 'check_workbook']
 
 # %% ../nbs/workbook.ipynb #38a0d325
 _Cell = dict[str, Any]
@@ -87,25 +88,26 @@ def _without_bodies(source: str, names: Iterable[str]) -> str:
     for name, node in reversed([*_functions(ast.parse(source).body)]):
         if name not in names or not _is_written(node): continue
         documented = len(_body(node)) < len(node.body)
-        row, column = (_docstring_end if documented else _header_end)(lines, node)
+        end = _docstring_end if documented else _header_end
+        row, column = end(lines, node)
         kept = lines[row - 1]
         if _body(node)[0].lineno == row: kept = kept[:column] + "\n"
         pad = " " * (node.col_offset + 4)
-        lines[row - 1 : node.end_lineno] = [
-            kept, f'{pad}raise NotImplementedError("{name} is not written yet")\n']
+        said = f'raise NotImplementedError("{name} is not written yet")\n'
+        lines[row - 1 : node.end_lineno] = [kept, pad + said]
     return "".join(lines).rstrip("\n")
 
 # %% ../nbs/workbook.ipynb #bb4153c3
 @cache
 def _shelf() -> Any:
-    "The folder of the chapters: packed in the wheel, or in the clone around it."
+    "The chapters: packed in the wheel, or those of the clone around it."
     package = Path(str(resources.files("llm_from_scratch")))
     packed = package / "notebooks.zip"
     return zipfile.Path(packed) if packed.is_file() else package.parent / "nbs"
 
 @cache
-def _chapters() -> dict[str, Any]:
-    files = {Path(f.name).stem: f for f in _shelf().iterdir()
+def _chapters(folder: Path | None = None) -> dict[str, Any]:
+    files = {Path(f.name).stem: f for f in (folder or _shelf()).iterdir()
              if re.match(r"\d\d_.*\.ipynb$", f.name)}
     return dict(sorted(files.items()))
 
@@ -129,9 +131,8 @@ class _Page(NamedTuple):
         return [*dict.fromkeys(name for names in self.names for name in names)]
 
 @cache
-def _cells(stem: str) -> list[_Cell]:
-    text = _chapters()[stem].read_text(encoding="utf-8")
-    return [*_core(json.loads(text)["cells"])]
+def _cells(file: Any) -> list[_Cell]:
+    return [*_core(json.loads(file.read_text(encoding="utf-8"))["cells"])]
 
 def _built(cells: Iterable[_Cell]) -> set[str]:
     "The names in the box You will build."
@@ -145,10 +146,15 @@ def _choices(cell: _Cell) -> list[str]:
     return [name for name, node in _functions(ast.parse(cell["source"]).body)
             if _is_written(node)]
 
-def _page(chapter: str, only: Sequence[str] = ()) -> _Page:
+@cache
+def _shown(file: Any) -> list[list[str]]: return [*map(_choices, _cells(file))]
+
+def _page(
+    chapter: str, only: Sequence[str] = (), folder: Path | None = None,
+) -> _Page:
     stem = _find(chapter)
-    cells, wanted = _cells(stem), set(only)
-    choices = [_choices(cell) for cell in cells]
+    file = _chapters(folder)[stem]
+    cells, choices, wanted = _cells(file), _shown(file), set(only)
     known = {part for names in choices for name in names
              for part in (name, name.partition(".")[0])}
     if unknown := [name for name in only if name not in known]:
@@ -161,13 +167,17 @@ def _page(chapter: str, only: Sequence[str] = ()) -> _Page:
               for cell, names in zip(cells, choices)]
     return _Page(stem, cells, chosen)
 
-def list_workbooks() -> list[str]:
-    """The chapters that have a workbook.
+def list_workbooks(
+    folder: Path | None = None,    # of chapters; by default the library's own
+) -> dict[str, list[str]]:
+    """The chapters that have a workbook, and what is to be written in each.
 
-    >>> list_workbooks()[:2]
-    ['00_tour', '01_tensors']
+    >>> list_workbooks()["00_tour"][:2]
+    ['CausalSelfAttention.__init__', 'CausalSelfAttention.forward']
     """
-    return [stem for stem in _chapters() if _page(stem).written()]
+    every = {stem: _page(stem, (), folder).written()
+             for stem in _chapters(folder)}
+    return {stem: names for stem, names in every.items() if names}
 
 # %% ../nbs/workbook.ipynb #e408a6ab
 def _own_names(cells: Iterable[_Cell]) -> set[str]:
@@ -196,12 +206,23 @@ def _without_own_imports(source: str, module: str, own: set[str]) -> str:
         lines[first:last] = [" " * node.col_offset + new + "\n"]
     return "".join(lines).rstrip("\n")
 
+# %% ../nbs/workbook.ipynb #8214ff59
+def workbook_name(chapter: str) -> str:
+    """The file name of a chapter's workbook.
+
+    >>> workbook_name("6")
+    '06_attention_workbook.ipynb'
+    """
+    return f"{_find(chapter)}_workbook.ipynb"
+
 # %% ../nbs/workbook.ipynb #34ce921c
 _NOTE = """\
 > **Workbook.** {bodies} still to be written: {names}.
-> Each says so with `raise NotImplementedError`: replace that line, run the cell, and go on to the checks below it.
-> The text, the pictures and the checks are those of the chapter.
-> `llmfs workbook {chapter} --check` tells what passes; it runs the chapter's checks, whatever became of them here."""
+>
+> Each says so with `raise NotImplementedError`: replace that line, run the
+> cell, and go on to the checks below it. Text, pictures and checks are those
+> of the chapter. `llmfs workbook {chapter} --check` tells what passes; it runs
+> the chapter's checks, whatever became of them here."""
 
 def make_workbook(
     chapter: str,                  # "06", "6", "attention" or "06_attention"
@@ -215,24 +236,25 @@ def make_workbook(
     >>> book = make_workbook("6", only=["causal_mask"])
     >>> book["metadata"]["workbook"]["chapter"]
     '06_attention'
-    >>> [c["source"].startswith("> **Workbook.** 1 body") for c in book["cells"]][1]
-    True
+    >>> book["cells"][1]["source"].partition(":")[0]
+    '> **Workbook.** 1 body is still to be written'
     """
     page = _page(chapter, only)
     if not page.written():
-        shown = [name for cell in page.cells for name in _choices(cell)]
+        shown = [name for c in page.cells for name in _choices(c)]
         raise ValueError(
-            f"the core path of {page.chapter} exports nothing to write; choose "
-            f"from what it shows, with `only`: {', '.join(dict.fromkeys(shown))}")
+            f"the core path of {page.chapter} exports nothing to write; with "
+            f"`only`, choose from {', '.join(dict.fromkeys(shown))}")
     made = [_emptied(page, i) for i in range(len(page.cells))]
     names = page.written()
     note = _NOTE.format(
         bodies=f"{len(names)} bod{'ies are' if len(names) > 1 else 'y is'}",
-        names=", ".join(f"`{name}`" for name in names), chapter=page.chapter[:2])
+        names=", ".join(f"`{n}`" for n in names), chapter=page.chapter[:2])
     made.insert(1, {"cell_type": "markdown", "id": "workbook", "metadata": {},
                     "source": note})
-    about = {"chapter": page.chapter, "only": [*only]}
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    about = {"chapter": page.chapter, "only": [*only], "write": names}
+    kernel = {"name": "python3", "language": "python",
+              "display_name": "Python 3"}
     return {"cells": made, "nbformat": 4, "nbformat_minor": 5,
             "metadata": {"kernelspec": kernel, "workbook": about}}
 
@@ -266,9 +288,9 @@ def _mark(tree: ast.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
     for name, node in _functions(tree.body):
         if name not in names: continue
         below = len(node.body) - len(_body(node))
-        if _is_written(node):
-            node.body[below:below] = _statement(f"__ran__({name!r})", node.lineno)
-        else: node.body[below:] = _statement(f"__unwritten__({name!r})", node.lineno)
+        call = "__ran__" if _is_written(node) else "__unwritten__"
+        note = _statement(f"{call}({name!r})", node.lineno)
+        node.body[below:] = note + (_body(node) if _is_written(node) else [])
         spans.append((name, node.lineno, node.end_lineno))
     return spans
 
@@ -284,7 +306,7 @@ class _Run:
     "Runs cells one after the other, each whatever became of those before it."
 
     def __init__(self) -> None:
-        self.module = ModuleType("__main__")        # classes are looked up in it
+        self.module = ModuleType("__main__")        # where classes are found
         self.space = self.module.__dict__
         self.ran: set[str] = set()                  # by this statement
         self.behind: dict[str, set[str]] = {}       # variable → functions
@@ -292,7 +314,7 @@ class _Run:
         self.lost: dict[str, dict[str, Any]] = {}   # name → what stopped it
         self.spans: dict[str, list[tuple[str, int, int]]] = {}
         self.checkers: set[str] = set()             # functions that assert
-        self.defined: dict[str, Any] = {}           # what the reader has written
+        self.defined: dict[str, Any] = {}           # by the reader
         self.flags = 0
         self.space.update(__ran__=self.ran.add, __unwritten__=_unwritten,
                           display=lambda *things, **options: None)
@@ -320,7 +342,8 @@ class _Run:
     def _compiled(self, statement: ast.stmt, file: str) -> Any:
         if isinstance(statement, ast.ImportFrom):
             if statement.module == "__future__": self.flags = _ANNOTATIONS
-        return compile(ast.Module([statement], []), file, "exec", self.flags, True)
+        tree = ast.Module([statement], [])
+        return compile(tree, file, "exec", self.flags, dont_inherit=True)
 
     def _lose(self, names: set[str], said: dict[str, Any]) -> dict[str, Any]:
         "Forget these names, and why; names that Python knows stay."
@@ -338,11 +361,9 @@ class _Run:
         "Remember what a statement that went well says about functions."
         suspects = self._suspects(statement)
         used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-        if "assert" in ast.unparse(statement) and not hasattr(statement, "name"):
-            self.cleared |= suspects
-        elif used & self.checkers: self.cleared |= suspects
-        if hasattr(statement, "name") and "assert" in ast.unparse(statement):
-            self.checkers.add(statement.name)           # type: ignore[attr-defined]
+        asserts, name = "assert" in ast.unparse(statement), _name(statement)
+        if asserts and name: self.checkers.add(name)
+        elif asserts or used & self.checkers: self.cleared |= suspects
         for name in (bound := _bound([statement])): self.lost.pop(name, None)
         for name in used | bound:
             value = self.space.get(name)
@@ -352,21 +373,23 @@ class _Run:
     def _explain(
         self, error: BaseException, statement: ast.stmt, step: _Step, file: str,
     ) -> dict[str, Any]:
-        "Which kind of stop this is, its error in a line, the functions behind it."
+        "Which kind of stop this is, in a line, and the functions behind it."
         chain = [*_chain(error)]
         for e in chain:
             if isinstance(e, _Unwritten):
                 return {"state": "waits", "error": "", "names": [str(e)]}
             if isinstance(e, NameError) and e.name in self.lost:
                 first = self.lost[e.name]
-                state = {"failed": "skipped"}.get(first["state"], first["state"])
-                return first | {"state": state}
+                return first | {"state": _LATER.get(first["state"],
+                                                    first["state"])}
         line = _line(error.__traceback__, step.source, file)
         said = _first_line(error, line)
         if isinstance(error, ImportError) and not step.names:
             return {"state": "left out", "error": said, "names": []}
-        inside = None if isinstance(error, AssertionError) else self._inside(error)
-        names = [inside] if inside else sorted(self._suspects(statement))
+        inside = self._inside(error)
+        if inside is None or isinstance(error, AssertionError):
+            names = sorted(self._suspects(statement))
+        else: names = [inside]
         return {"state": "failed", "error": said, "names": names}
 
     def _inside(self, error: BaseException) -> str | None:
@@ -382,8 +405,9 @@ class _Run:
     def examples(self, name: str, text: str) -> dict[str, Any] | None:
         "Run the examples of a docstring; what stopped them, if anything did."
         globs = self.space | self.defined
-        test = doctest.DocTestParser().get_doctest(text, globs, name, None, 0)
-        runner = _Examples(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+        parser = doctest.DocTestParser()
+        test = parser.get_doctest(text, globs, name, None, 0)
+        runner = _Examples(optionflags=_Examples.flags)
         runner.found = []
         self.ran.clear()
         runner.run(test, clear_globs=False)
@@ -391,15 +415,21 @@ class _Run:
             if test.examples: self.cleared |= self.ran
             return None
         error, line = runner.found[0]
-        if isinstance(error, NameError) and error.name not in self.space: return None
+        if isinstance(error, NameError) and error.name not in globs: return None
         tree = ast.parse("pass").body[0]
         said = self._explain(error, tree, _Step(name, "", [name]), "")
         if said["state"] == "failed":
             said["error"] = _first_line(error, line)
-            said["names"] = [name] if name in self.ran else said["names"] or [name]
+            if name in self.ran or not said["names"]: said["names"] = [name]
         return said
 
 # %% ../nbs/workbook.ipynb #96f9b433
+def _name(statement: ast.stmt) -> str | None:
+    "The name of a definition; None for any other statement."
+    return getattr(statement, "name", None)
+
+
+_LATER = {"failed": "skipped"}          # what a stop is for the cells behind it
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     "An error, and those it was raised from."
@@ -428,6 +458,7 @@ def _first_line(error: BaseException, line: str) -> str:
 class _Examples(doctest.DocTestRunner):
     "Runs the examples of a docstring, and keeps what goes wrong first."
     found: list[tuple[BaseException, str]]
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
     def report_start(self, *about: Any) -> None: "Be silent."
 
@@ -454,7 +485,8 @@ def _child() -> None:
     given = json.load(sys.stdin)
     run, notes = _Run(), open(given["notes"], "w", encoding="utf-8")
     sys.modules["__main__"] = run.module
-    def note(**what: Any) -> None: print(json_text(what), file=notes, flush=True)
+    def note(**what: Any) -> None:
+        print(json_text(what), file=notes, flush=True)
 
     for step in (_Step(*step) for step in given["steps"]):
         note(begun=step.key, names=step.names)
@@ -468,10 +500,11 @@ def _child() -> None:
 def _in_a_process(
     steps: Sequence[_Step], examples: Sequence[tuple[str, str]], seconds: float,
 ) -> list[dict[str, Any]]:
-    "What a fresh process notes about these cells; the last note says how it ended."
+    "What a fresh process notes about these cells, last of all how it ended."
     library = str(Path(str(resources.files("llm_from_scratch"))).parent)
-    there = os.environ | {"MPLBACKEND": "Agg", "PYTHONUTF8": "1", "PYTHONPATH":
-        os.pathsep.join([library, os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([library, os.environ.get("PYTHONPATH", "")])
+    there = os.environ | {"MPLBACKEND": "Agg", "PYTHONUTF8": "1",
+                          "PYTHONPATH": path}
     code = "from llm_from_scratch.workbook import _child; _child()"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         notes, inside = Path(folder, "notes"), Path(folder, "empty")
@@ -480,16 +513,17 @@ def _in_a_process(
         try:
             done = subprocess.run(
                 [sys.executable, "-c", code], input=json.dumps(given).encode(),
-                cwd=inside, env=there, timeout=seconds, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE)
+                cwd=inside, env=there, timeout=seconds,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             end = f"the process ended with status {done.returncode}"
         except subprocess.TimeoutExpired: end = f"not done after {seconds:g} s"
         lines = notes.read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
     if found and "cleared" in found[-1]: return found
-    last = next((f for f in reversed(found) if "begun" in f), {"names": []})
-    return [*found, {"state": "failed", "names": last["names"],
-                     "error": f"{end}, in {last.get('begun', 'the first cell')}"}]
+    begun = [note for note in found if "begun" in note]
+    last = begun[-1] if begun else {"begun": "the first cell", "names": []}
+    return [*found, {"state": "failed", "error": f"{end}, in {last['begun']}",
+                     "names": last["names"]}]
 
 # %% ../nbs/workbook.ipynb #1ccd6bda
 def _defined(source: str) -> set[str]:
@@ -501,12 +535,13 @@ def _meant(cell: _Cell, page: _Page) -> int | None:
     source = "".join(cell["source"])
     rows = [i for i, c in enumerate(page.cells) if c["cell_type"] == "code"]
     for i in rows:
-        if page.cells[i]["id"] in (cell.get("id"), cell["metadata"].get("id")):
-            return i
+        if page.cells[i]["id"] in (cell.get("id"), _other_id(cell)): return i
     for i in rows:
         if source == _emptied(page, i)["source"]: return i
     names = _defined(source)
     return next((i for i in rows if names & {*page.names[i]}), None)
+
+def _other_id(cell: _Cell) -> Any: return cell.get("metadata", {}).get("id")
 
 def _steps(page: _Page, cells: Sequence[_Cell]) -> list[_Step]:
     "The chapter's cells, with what the reader has written in them and between."
@@ -535,10 +570,12 @@ def _docstrings(page: _Page) -> list[tuple[str, str]]:
         if not names: continue
         tops = {name.partition(".")[0] for name in names}
         tree = ast.parse(cell["source"])
-        classes = [(n.name, n) for n in tree.body if isinstance(n, ast.ClassDef)]
+        classes = [(node.name, node) for node in tree.body
+                   if isinstance(node, ast.ClassDef)]
         for name, node in [*classes, *_functions(tree.body)]:
             text = ast.get_docstring(node) or ""
-            if name in {*names, *tops} and ">>>" in text: found.append((name, text))
+            if name in {*names, *tops} and ">>>" in text:
+                found.append((name, text))
     return found
 
 # %% ../nbs/workbook.ipynb #a6bd1f5c
@@ -566,7 +603,7 @@ class Report:
     """
     chapter: str
     functions: list[Finding]
-    others: list[str]       # failures that no function explains, cells left out
+    others: list[str]       # failures of no function, cells that were left out
 
     @property
     def done(self) -> int:
@@ -583,7 +620,9 @@ class Report:
         return "\n".join([*map(str, self.functions), *self.others, count])
 
 # %% ../nbs/workbook.ipynb #3ea20e61
-def _judged(page: _Page, steps: Sequence[_Step], notes: Sequence[Any]) -> Report:
+def _judged(
+    page: _Page, steps: Sequence[_Step], notes: Sequence[dict[str, Any]],
+) -> Report:
     "The verdicts that follow from what a process has noted."
     cleared = {name for note in notes for name in note.get("cleared", ())}
     stopped = [note for note in notes if "state" in note]
@@ -594,25 +633,32 @@ def _judged(page: _Page, steps: Sequence[_Step], notes: Sequence[Any]) -> Report
         names = {*note["names"]} - cleared or {*note["names"]}
         for name in names: blamed.setdefault(name, note["error"])
         if not names: others.append(f"a check failed: {note['error']}")
-    waits = {name for n in stopped if n["state"] == "waits" for name in n["names"]}
+    waits = sorted({name for note in stopped if note["state"] == "waits"
+                    for name in note["names"]})
     written = _written_names(steps)
+
     def verdict(name: str) -> Finding:
         if name not in written: return Finding(name, "not written yet")
         if name in blamed: return Finding(name, "check failed", blamed[name])
         if waits and name not in cleared:
-            return Finding(name, "waiting", "for " + ", ".join(sorted(waits)[:3]))
+            return Finding(name, "waiting", "for " + ", ".join(waits[:3]))
         return Finding(name, "done")
-    return Report(page.chapter, [*map(verdict, page.written())], [*dict.fromkeys(others)])
+
+    verdicts = [verdict(name) for name in page.written()]
+    return Report(page.chapter, verdicts, [*dict.fromkeys(others)])
 
 def _written_names(steps: Sequence[_Step]) -> set[str]:
-    "What has a body in the last cell that defines it; broken cells count as written."
+    "What has a body where it is defined last; in a broken cell, everything."
     last: dict[tuple[str, str], bool] = {}
     for step in steps:
-        try: tree = ast.parse(step.source)
-        except SyntaxError: last |= {(step.key, name): True for name in step.names}
-        else: last |= {(step.key, name): _is_written(node) for name, node
-                       in _functions(tree.body) if name in step.names}
-    return {n for _, n in last} - {n for (_, n), is_done in last.items() if not is_done}
+        here = dict.fromkeys(step.names, True)
+        with suppress(SyntaxError):
+            found = _functions(ast.parse(step.source).body)
+            here = {name: _is_written(node) for name, node in found
+                    if name in step.names}
+        last |= {(step.key, name): is_done for name, is_done in here.items()}
+    empty = {name for (_, name), is_done in last.items() if not is_done}
+    return {name for _, name in last} - empty
 
 def check_workbook(
     path: str | os.PathLike[str],
@@ -628,13 +674,14 @@ def check_workbook(
     with reading(Path(path), "a workbook"):
         book = read_json(Path(path))
         cells, about = book["cells"], book["metadata"].get("workbook", {})
-        for cell in cells: cell["cell_type"], "".join(cell["source"]), cell["metadata"]
+        for cell in cells: "".join(cell["source"]), cell["cell_type"]
     made = about.get("chapter")
     if chapter is None and made is None:
-        raise ValueError(f"{os.fspath(path)} does not say which chapter it is of")
-    page = _page(chapter or made, about.get("only", ()))
+        raise ValueError(f"{os.fspath(path)} names no chapter that it is of")
+    page = _page(chapter or str(made), about.get("only", ()))
     if made not in (None, page.chapter):
         raise ValueError(f"{os.fspath(path)} is a workbook of {made}, "
                          f"not of {page.chapter}")
     steps = _steps(page, cells)
-    return _judged(page, steps, _in_a_process(steps, _docstrings(page), seconds))
+    notes = _in_a_process(steps, _docstrings(page), seconds)
+    return _judged(page, steps, notes)
