@@ -346,7 +346,7 @@ class _Run:
         return compile(tree, file, "exec", self.flags, dont_inherit=True)
 
     def _lose(self, names: set[str], said: dict[str, Any]) -> dict[str, Any]:
-        "Forget these names, and why; names that Python knows stay."
+        "Forget what these names stood for, and remember why."
         for name in names:
             self.space.pop(name, None)
             self.lost[name] = said
@@ -388,7 +388,7 @@ class _Run:
             return {"state": "left out", "error": said, "names": []}
         inside = self._inside(error)
         if inside is None or isinstance(error, AssertionError):
-            names = sorted(self._suspects(statement))
+            names = sorted(self._suspects(statement)) or [*step.names]
         else: names = [inside]
         return {"state": "failed", "error": said, "names": names}
 
@@ -415,7 +415,8 @@ class _Run:
             if test.examples: self.cleared |= self.ran
             return None
         error, line = runner.found[0]
-        if isinstance(error, NameError) and error.name not in globs: return None
+        unknown = isinstance(error, NameError) and error.name not in globs
+        if unknown and self._inside(error) is None: return None
         tree = ast.parse("pass").body[0]
         said = self._explain(error, tree, _Step(name, "", [name]), "")
         if said["state"] == "failed":
@@ -450,9 +451,9 @@ def _line(trace: TracebackType | None, source: str, file: str) -> str:
 
 def _first_line(error: BaseException, line: str) -> str:
     "An error in one line."
-    text = next(iter(str(error).strip().splitlines()), "")
+    text = next(iter(str(error).strip().splitlines()), "")[:200]
     said = type(error).__name__ + (f": {text}" if text else "")
-    return f"{said}, at `{line}`" if line else said
+    return f"{said}, at `{line[:80]}`" if line else said
 
 # %% ../nbs/workbook.ipynb #c4e14fe3
 class _Examples(doctest.DocTestRunner):

@@ -10,7 +10,7 @@ from conftest import ROOT
 from llm_from_scratch import figures
 from llm_from_scratch.files import _RESULTS, stored_runs
 
-INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'llm_from_scratch/pages/*', 'nbs/results/*', 'benchmarks/results/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'MANIFEST.in', 'tools/check.py', 'tools/release.py']
+INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'llm_from_scratch/pages/*', 'nbs/results/*', 'benchmarks/results/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'MANIFEST.in', 'tools/check.py', 'tools/release.py', 'tools/packing.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
 WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'grammar', 'data', 'figures', 'hub', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
