@@ -172,8 +172,8 @@ def list_workbooks(
 ) -> dict[str, list[str]]:
     """The chapters that have a workbook, and what is to be written in each.
 
-    >>> list_workbooks()["00_tour"][:2]
-    ['CausalSelfAttention.__init__', 'CausalSelfAttention.forward']
+    >>> list_workbooks()["18_flash"]
+    ['_absorb', '_cut']
     """
     every = {stem: _page(stem, (), folder).written()
              for stem in _chapters(folder)}

@@ -16,6 +16,7 @@ import nb
 import packing
 import prove
 import pytest
+import release
 from check import course_faults
 
 from llm_from_scratch import cli, workbook
@@ -399,6 +400,19 @@ def test_the_packed_chapters_have_no_outputs_and_are_the_same_each_time(tmp_path
         for path in CHAPTERS:
             cells, stored = json.loads(packed.read(path.name))['cells'], json.loads(path.read_text(encoding='utf-8'))['cells']
             assert [c['source'] for c in cells] == [c['source'] for c in stored] and not any('outputs' in c for c in cells)
+
+
+def test_a_wheel_built_straight_from_a_clone_has_the_chapters(tmp_path):
+    "As `pip install .` does, and the first cell of a notebook in Colab, which knows no source distribution."
+    tree = tmp_path/'tree'
+    for name in ('llm_from_scratch', 'nbs/results', 'benchmarks/results'): shutil.copytree(ROOT/name, tree/name, ignore=shutil.ignore_patterns('__pycache__'))
+    for path in [*CHAPTERS[:2], *(ROOT/name for name in ('pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in', 'tools/packing.py'))]:
+        there = tree/path.relative_to(ROOT)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copy(path, there)
+    with zipfile.ZipFile(release.backend('build_wheel', tree, tmp_path)) as wheel, zipfile.ZipFile(wheel.open(packing.NAME)) as packed:
+        assert packed.namelist() == [p.name for p in CHAPTERS[:2]]
+    assert not (tree/packing.NAME).exists()                      # nothing is left in the clone
 
 
 # The plan of a course -------------------------------------------------------------------------------------------------
