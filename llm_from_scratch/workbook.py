@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import __future__
-import ast, doctest, json, os, re, subprocess, symtable, sys, tempfile, tokenize
+import ast, dis, doctest, json, os, re, subprocess, sys, tempfile, tokenize
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -57,10 +57,14 @@ def _body(node: Any) -> list[ast.stmt]:
     "The statements of a function below its docstring."
     return node.body[ast.get_docstring(node, clean=False) is not None :]
 
+def _used(node: ast.AST) -> set[str]:
+    "The names in some code."
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
 def _is_empty(statement: ast.stmt) -> bool:
     "Whether this does nothing, or says that nothing is written yet."
-    if isinstance(statement, ast.Raise) and statement.exc:
-        return "NotImplementedError" in ast.unparse(statement.exc)
+    if isinstance(statement, ast.Raise):
+        return "NotImplementedError" in _used(statement)
     return isinstance(statement, ast.Pass) or (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant))
@@ -188,9 +192,9 @@ def _own_names(cells: Iterable[_Cell]) -> set[str]:
 
 def _bound(statements: Sequence[ast.stmt]) -> set[str]:
     "The names that some statements define at the level of the notebook."
-    text = ast.unparse(ast.Module([*statements], []))
-    symbols = symtable.symtable(text, "cell", "exec").get_symbols()
-    return {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+    code = compile(ast.Module([*statements], []), "cell", "exec")
+    return {step.argval for step in dis.get_instructions(code)
+            if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
 
 def _without_own_imports(source: str, module: str, own: set[str]) -> str:
     "A cell that takes nothing from the library which the notebook defines."
@@ -354,14 +358,13 @@ class _Run:
 
     def _suspects(self, statement: ast.stmt) -> set[str]:
         "What this statement ran, and what made the variables it uses."
-        used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-        return self.ran.union(*(self.behind.get(name, ()) for name in used))
+        made = (self.behind.get(name, ()) for name in _used(statement))
+        return self.ran.union(*made)
 
     def _note(self, statement: ast.stmt) -> None:
         "Remember what a statement that went well says about functions."
-        suspects = self._suspects(statement)
-        used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-        asserts, name = "assert" in ast.unparse(statement), _name(statement)
+        suspects, used = self._suspects(statement), _used(statement)
+        asserts, name = _asserts(statement), _name(statement)
         if asserts and name: self.checkers.add(name)
         elif asserts or used & self.checkers: self.cleared |= suspects
         for name in (bound := _bound([statement])): self.lost.pop(name, None)
@@ -428,6 +431,12 @@ class _Run:
 def _name(statement: ast.stmt) -> str | None:
     "The name of a definition; None for any other statement."
     return getattr(statement, "name", None)
+
+def _asserts(statement: ast.stmt) -> bool:
+    "Whether it holds an assertion, or calls something like assert_close."
+    return any(isinstance(node, ast.Assert)
+               or "assert" in getattr(node, "attr", getattr(node, "id", ""))
+               for node in ast.walk(statement))
 
 
 _LATER = {"failed": "skipped"}          # what a stop is for the cells behind it
