@@ -1347,7 +1347,8 @@ def _workbook(
     _write_workbook(place, made, overwrite)
     names = made["metadata"]["workbook"]["write"]
     if json: return _say(json_text({"file": str(place), "write": names}))
-    _say(f"{place}: {len(names)} to write: {', '.join(names)}")
+    shown = [*names[:8], *["…"][: len(names) > 8]]
+    _say(f"{place}: {len(names)} to write: {', '.join(shown)}")
 
 def _write_workbook(place: Path, made: Any, overwrite: bool) -> None:
     from llm_from_scratch.files import write_text

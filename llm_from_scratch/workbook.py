@@ -245,15 +245,16 @@ def make_workbook(
     """
     page = _page(chapter, only)
     if not page.written():
-        shown = [name for c in page.cells for name in _choices(c)]
+        every = dict.fromkeys(name for c in page.cells for name in _choices(c))
         raise ValueError(
             f"the core path of {page.chapter} exports nothing to write; with "
-            f"`only`, choose from {', '.join(dict.fromkeys(shown))}")
+            f"`only`, choose from {', '.join(every)}")
     made = [_emptied(page, i) for i in range(len(page.cells))]
     names = page.written()
+    shown = [*(f"`{name}`" for name in names[:8]), *["…"][: len(names) > 8]]
     note = _NOTE.format(
         bodies=f"{len(names)} bod{'ies are' if len(names) > 1 else 'y is'}",
-        names=", ".join(f"`{n}`" for n in names), chapter=page.chapter[:2])
+        names=", ".join(shown), chapter=page.chapter[:2])
     made.insert(1, {"cell_type": "markdown", "id": "workbook", "metadata": {},
                     "source": note})
     about = {"chapter": page.chapter, "only": [*only], "write": names}
