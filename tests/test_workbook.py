@@ -433,10 +433,11 @@ def test_a_number_that_is_wrong_is_noticed(tmp_path):
     assert 'make export' in [*course_faults(SimpleNamespace(root=tmp_path))][0]
 
 
-def test_the_plan_has_twelve_weeks_and_every_chapter_once():
+def test_the_plan_has_twelve_weeks_and_the_chapters_in_their_order():
+    "Up to the last one that it names; a chapter that is new need not be in it."
     rows = [*course.ROW.finditer(PLAN)]
     labels = [label for row in rows for label in re.findall('@(sec-[\\w-]+)', row['chapters'])]
-    assert [int(row[0].split('|')[1]) for row in rows] == [*range(1, 13)] and labels == [*course.chapters(ROOT/'nbs')]
+    assert [int(row[0].split('|')[1]) for row in rows] == [*range(1, 13)] and labels == [*course.chapters(ROOT/'nbs')][:len(labels)] and len(labels) == 23
     assert all(row[0].count('|') == 8 and not re.search(r'\|\s*\|', row[0]) for row in rows)
 
 
