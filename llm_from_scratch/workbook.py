@@ -694,5 +694,6 @@ def check_workbook(
         raise ValueError(f"{os.fspath(path)} is a workbook of {made}, "
                          f"not of {page.chapter}")
     steps = _steps(page, cells)
+    if not _written_names(steps): return _judged(page, steps, [])
     notes = _in_a_process(steps, _docstrings(page), seconds)
     return _judged(page, steps, notes)

@@ -216,6 +216,18 @@ def test_unwritten_is_told_apart_from_wrong_and_from_waiting(small, tmp_path):
     assert report.functions[1].message == 'for double' and report.functions[3].message == 'AssertionError, at `assert pair.sum == 3`' and not report.others
 
 
+def test_an_old_value_of_a_name_is_not_taken_for_the_new_one(small, tmp_path):
+    "Where the cell that would have made it had to stop, a check of it says nothing."
+    small(PROSE, EXPORTED, 'four = 0', 'four = double(2)', 'assert quadruple(1) == four')
+    report = checked(with_bodies(double=None, quadruple='def quadruple(x: int) -> int: return 4 * x'), tmp_path)
+    assert (states(report)['double'], states(report)['quadruple']) == ('not written yet', 'waiting')
+
+
+def test_an_untouched_workbook_needs_no_run(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, 'run', None)
+    assert {f.state for f in checked(make_workbook('5'), tmp_path).functions} == {'not written yet'}
+
+
 @pytest.mark.parametrize('name, body, message', [
     ('double', 'def double(x: int) -> int:\n    return 4', 'AssertionError: expected 8, got 4, at `double(4)`'),           # only the example sees it
     ('quadruple', 'def quadruple(x: int) -> int: return [][x]', 'IndexError: list index out of range, at `assert quadruple(1) == four`'),
