@@ -229,6 +229,7 @@ def test_an_untouched_workbook_needs_no_run(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name, body, message', [
+    ('double', 'def double(x: int) -> int:\n    return 2 * x if x < 4 else undefined', "NameError: name 'undefined' is not defined, at `double(4)`"),
     ('double', 'def double(x: int) -> int:\n    return 4', 'AssertionError: expected 8, got 4, at `double(4)`'),           # only the example sees it
     ('quadruple', 'def quadruple(x: int) -> int: return [][x]', 'IndexError: list index out of range, at `assert quadruple(1) == four`'),
     ('quadruple', 'def quadruple(x: int) -> int: return undefined', "NameError: name 'undefined' is not defined, at `assert quadruple(1) == four`"),
@@ -255,14 +256,20 @@ def test_a_process_that_ends_or_never_ends_is_a_failed_check(small, tmp_path, bo
 
 # What comes back ------------------------------------------------------------------------------------------------------
 
-def test_checks_that_were_deleted_or_changed_are_run_as_the_chapter_has_them(small, tmp_path):
-    book = with_bodies(double='def double(x: int) -> int: return 5')
-    book['cells'] = [c for c in book['cells'] if c['id'] != 'c3']
+@pytest.mark.parametrize('change', ['deleted', 'changed'])
+def test_a_check_that_was_deleted_or_changed_is_run_as_the_chapter_has_it(small, tmp_path, change):
+    "Only one check sees this wrong `double`: its example holds, and `quadruple` agrees with it."
+    book = with_bodies(double='def double(x: int) -> int: return 8 if x == 4 else 5', quadruple='def quadruple(x: int) -> int: return 5')
+    if change == 'deleted': book['cells'] = [c for c in book['cells'] if c['id'] != 'c2']
     for c in book['cells']: c['source'] = c['source'].replace('assert four == 4', 'assert True')
     assert states(checked(book, tmp_path))['double'] == 'check failed'
+
+
+def test_a_cell_to_write_that_is_gone_is_not_written(small, tmp_path):
     book = with_bodies()
-    book['cells'] = [c for c in book['cells'] if 'double' not in c['source']]
-    assert states(checked(book, tmp_path))['quadruple'] == 'not written yet'                 # the whole cell is gone
+    book['cells'] = [c for c in book['cells'] if 'def double' not in c['source']]
+    book['cells'][-1]['source'] = 'mine = 1'
+    assert set(states(checked(book, tmp_path)).values()) == {'not written yet'}
 
 
 def test_an_editor_may_rename_cells_and_a_reader_add_some(small, tmp_path):
