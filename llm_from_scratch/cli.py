@@ -1311,6 +1311,63 @@ def _pulled(name: str, json: bool, pull: Callable[..., Path], known: Mapping[str
     folder = pull(name, progress=sys.stderr.isatty())
     return json_text({"name": name, "folder": str(folder)}) if json else str(folder)
 
+# %% ../nbs/command.ipynb #7ee2056a
+@_command("workbook")
+def _workbook(
+    chapter: Positional[str] = "",    # its number or name; without it, list those that
+                                      #   have a workbook
+    *,
+    only: tuple[str, ...] = (),       # leave these functions or classes to write, and
+                                      #   no others
+    file: Path | None = None,         # the notebook; by default it has the chapter's
+                                      #   name and is in this folder
+    check: bool = False,              # run it against the chapter's checks, and tell
+                                      #   what passes
+    seconds: float = 600.0,           # after which a check ends
+    overwrite: bool = False,          # write it where --file is already
+    json: bool = False,               # print the result as JSON
+) -> int | None:
+    """Write a chapter as a notebook to solve, or check one.
+
+    Each exported function of the core path is its signature and docstring.
+
+    A check runs the code in the file, with your rights.
+
+    Examples:
+      llmfs workbook 06
+      llmfs workbook 06 --check
+      llmfs workbook 07 --only SimpleRope SimpleAlibi"""
+    from llm_from_scratch import workbook
+    if not chapter: return _list_workbooks(workbook.list_workbooks(), json)
+    try:
+        place = file or Path(workbook.workbook_name(chapter))
+        made = {} if check else workbook.make_workbook(chapter, only)
+    except ValueError as e: raise Misuse(str(e).replace("`only`", "--only")) from e
+    if check: return _checked(workbook.check_workbook(place, chapter, seconds=seconds), json)
+    _write_workbook(place, made, overwrite)
+    names = made["metadata"]["workbook"]["write"]
+    if json: return _say(json_text({"file": str(place), "write": names}))
+    shown = [*names[:8], *["…"][: len(names) > 8]]
+    _say(f"{place}: {len(names)} to write: {', '.join(shown)}")
+
+def _write_workbook(place: Path, made: Any, overwrite: bool) -> None:
+    from llm_from_scratch.files import write_text
+    if not overwrite and place.exists():
+        raise FileExistsError(f"{place} is there already, and may hold somebody's work: "
+                              "--overwrite writes over it, --file names another")
+    write_text(place, json_text(made, indent=1, ensure_ascii=False) + "\n")
+
+def _list_workbooks(every: Mapping[str, Sequence[str]], json: bool) -> None:
+    if json: return _say(json_text(every))
+    for stem, names in every.items(): _say(f"{stem:18} {len(names):4} to write")
+
+def _checked(report: Any, json: bool) -> int:
+    "Print what a check has found; the exit status that it comes to."
+    facts = {"chapter": report.chapter, "passed": report.passed,
+             "functions": [f._asdict() for f in report.functions], "others": report.others}
+    _say(json_text(facts) if json else report)
+    return 0 if report.passed else 1
+
 # %% ../nbs/command.ipynb #bc01af16
 @_command("eval")
 def _eval(

@@ -10,7 +10,7 @@ from conftest import ROOT
 from llm_from_scratch import figures
 from llm_from_scratch.files import _RESULTS, stored_runs
 
-INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'llm_from_scratch/pages/*', 'nbs/results/*', 'benchmarks/results/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'MANIFEST.in', 'tools/check.py', 'tools/release.py']
+INPUTS = ['llm_from_scratch/*', 'llm_from_scratch/models/*/*', 'llm_from_scratch/pages/*', 'nbs/results/*', 'benchmarks/results/*', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'CITATION.cff', 'CHANGELOG.md', 'MANIFEST.in', 'tools/check.py', 'tools/release.py', 'tools/packing.py']
 MODULES = sorted(p.stem for p in (ROOT/'llm_from_scratch').glob('*.py') if not p.stem.startswith('_'))
 WITHOUT_TORCH = ['files', 'text', 'bpe', 'storyland', 'grammar', 'data', 'figures', 'hub', 'cli']
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'jupyter_client', 'nbformat']             # what writes the book
@@ -99,7 +99,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     models = {p.relative_to(ROOT).as_posix() for p in (ROOT/'llm_from_scratch'/'models').rglob('*.*')}
     results = {f'llm_from_scratch/results/{kind}/{p.name}' for kind, folder in _RESULTS.items() for p in (ROOT/folder).iterdir()}
     pages = {f'llm_from_scratch/pages/{p.name}' for p in (ROOT/'llm_from_scratch'/'pages').glob('*.html')}
-    assert package == modules | models | pages | results and len(models) >= 3 and pages
+    assert package == modules | models | pages | results | {'llm_from_scratch/notebooks.zip'} and len(models) >= 3 and pages
     assert 'llm_from_scratch/py.typed' in package
     assert any(n.endswith('.dist-info/licenses/LICENSE') for n in names)
 

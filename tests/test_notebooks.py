@@ -20,7 +20,8 @@ from finish import read_settings
 from llm_from_scratch.figures import EXTRAS
 
 NOTEBOOKS = sorted(nb.NBS.glob('*.ipynb'))
-DATA = {'measurements': ['benchmarks/results/*', 'benchmarks/run.py'], 'robustness': ['benchmarks/results/robustness.json']}
+DATA = {'measurements': ['benchmarks/results/*', 'benchmarks/run.py'], 'robustness': ['benchmarks/results/robustness.json'],
+        'workbook': ['nbs/06_attention.ipynb'], 'command': ['nbs/18_flash.ipynb']}
 
 
 def INPUTS(notebook=None, **_):

@@ -631,10 +631,11 @@ def options(book):
 
 @rule
 def step(book):
-    "The library, the contents and the symbol index are in step with the notebooks: there is one source."
+    "The library, the contents, the symbol index and the plan of a course are in step with the notebooks: there is one source."
     yield from library_faults(book)
     yield from contents_faults(book)
     yield from symbol_faults(book)
+    yield from course_faults(book)
 
 
 def library_faults(book):
@@ -687,6 +688,13 @@ def symbol_faults(book):
     page = book.root/'nbs'/'symbols.qmd'
     with suppress(SyntaxError):                            # of an exported cell: `exported` tells
         if page.exists() and page.read_text(encoding='utf-8') != symbol_index(page.parent): yield 'nbs/symbols.qmd: is out of step with the notebooks; `make export` writes it'
+
+
+def course_faults(book):
+    "The numbers in nbs/educators.qmd are those of the chapters."
+    import course
+    page = book.root/'nbs'/'educators.qmd'
+    if page.exists() and page.read_text(encoding='utf-8') != course.plan(page.parent): yield 'nbs/educators.qmd: its reading times, exercises and workbooks are not those of the chapters; `make export` writes them'
 
 
 # Classes ----------------------------------------------------------------------------------------------------------

@@ -126,10 +126,12 @@ def write_library(root):
 
 
 def indexes():
-    "Bring what lists the chapters and their names in step: the library's index, the symbol index, the front picture."
+    "Bring what lists the chapters and their names in step: the library's index, the symbol index, the plan of a course, the front picture."
     os.chdir(ROOT)
+    import course
     from nbdev.doclinks import _build_modidx
     _build_modidx()
+    course.write(NBS)
     subprocess.run([sys.executable, str(ROOT/'tools'/'nbfilter.py'), '--symbols'], check=True)
     subprocess.run([sys.executable, str(ROOT/'tools'/'pictures.py')], check=True)
 
