@@ -34,7 +34,7 @@ SENTENCES = ['Whoever reads this, reads English.', "Wer das liest, liest Deutsch
 @cache
 def trained(pattern=GPT2_PATTERN, size=1000):
     "Trained once for each pattern: tests of one pattern do not run one after another."
-    corpus = list(pydoc_corpus().values())[:30] + SENTENCES * 3
+    corpus = list(pydoc_corpus().values())[:12] + SENTENCES * 3
     with unchecked(): return BPETokenizer.train(corpus, size, ['<|end|>', '<|end|>!'], pattern)
 
 
@@ -67,7 +67,7 @@ def hf_gpt2(shared_data):
 
 # Peers ------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(text=texts)
 @unchecked()
 def test_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, text):
@@ -95,7 +95,7 @@ def test_shakespeare_every_way(gpt2, real_gpt2, shared_data, tmp_path):
     assert gpt2.decode(expected) == text
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(text=texts)
 @unchecked()
 def test_against_tiktoken_and_tokenizers(own, hf, text):
@@ -103,7 +103,7 @@ def test_against_tiktoken_and_tokenizers(own, hf, text):
     assert own.encode(text) == own._fast.encode_ordinary(text) == own.encode_batch([text])[0] == hf.encode(text).ids
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(text=spicy.filter(lambda text: '<|end|>!' not in text))
 @unchecked()
 def test_special_tokens_against_tokenizers(own, hf, text):
@@ -129,15 +129,21 @@ def test_transformers_loads_it(tmp_path):
         theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path/'tokenizer.json'))
         assert len(theirs) == ours.vocab_size
         for text in SENTENCES: assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+        assert theirs.encode('a<|end|> b') == ours.encode('a<|end|> b', allowed_special='all')
+
+
+def beginning(gpt2, size=8_000): return BPETokenizer({token: i for token, i in gpt2.vocab.items() if i < size}, gpt2.pattern, {'<|endoftext|>': size})
 
 
 def test_gpt2_goes_to_hf_and_back_its_merges_recovered_from_ids_alone(gpt2, shared_data, tmp_path):
-    lines = (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:]
+    lines = [line for line in (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:] if line]
     with unchecked():
-        gpt2.to_hf(tmp_path)
-        assert BPETokenizer.from_hf(tmp_path) == gpt2
+        assert [f'{spelled(a)} {spelled(b)}' for a, b in gpt2.merges] == lines         # all of them
+        ours = beginning(gpt2)
+        ours.to_hf(tmp_path)
+        assert BPETokenizer.from_hf(tmp_path) == ours
     merges = json.loads((tmp_path/'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
-    assert [pair if isinstance(pair, str) else ' '.join(pair) for pair in merges] == [line for line in lines if line]
+    assert [' '.join(pair) for pair in merges] == lines[:len(merges)] and len(merges) == 8_000 - 256
 
 
 def test_hf_and_back(own, tmp_path):
@@ -179,7 +185,8 @@ def test_from_hf_names_what_it_cannot_do(hf_file, tmp_path, change, names):
 def flags(**given): return {**dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized'), False), 'special': True, **given}
 
 
-def spelled(token): return ''.join(bpe.byte_alphabet()[b] for b in token)
+ALPHABET = bpe.byte_alphabet()
+def spelled(token): return ''.join(ALPHABET[b] for b in token)
 
 
 @st.composite
@@ -210,7 +217,7 @@ def pipelines(draw):
 marked = st.lists(st.sampled_from(['a', 'b', 'c', 'ab', 'é', 'e\u0301', '<e>', '<e>x', '<s>', ' ', '  ', '\n', '.', '<', 'x', '_', '²']), max_size=12).map(''.join)
 
 
-@settings(max_examples=70)
+@settings(max_examples=60)
 @given(content=pipelines(), texts=st.lists(marked, min_size=1, max_size=5))
 @unchecked()
 def test_a_foreign_file_gives_the_same_ids_or_is_refused(tmp_path_factory, content, texts):
@@ -304,7 +311,7 @@ def recount(pieces, n_merges):
     return merges
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(st.dictionaries(st.one_of(st.text('ab', min_size=1, max_size=12), st.text('aé猫', min_size=1, max_size=6), known.filter(bool)), st.integers(1, 4), max_size=8))
 @unchecked()
 def test_training_against_the_definition(pieces):
@@ -380,7 +387,7 @@ def test_bad_input_is_named(tmp_path, call, message):
 
 # Round trips ------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(text=st.one_of(st.text(st.characters(exclude_categories=['Cs'])), spicy))
 @unchecked()
 def test_every_text_comes_back(own, text):
@@ -390,7 +397,7 @@ def test_every_text_comes_back(own, text):
     assert all(i < own.vocab_size - 2 for i in ids), 'a special token came from text that was not allowed to make it'
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(ids=st.lists(st.integers(0, 999), max_size=30))
 @unchecked()
 def test_stream_of_any_ids_is_their_text(own, ids):
@@ -398,6 +405,7 @@ def test_stream_of_any_ids_is_their_text(own, ids):
     assert ''.join(pieces) == own.decode(ids) and '' not in pieces
 
 
+@settings(max_examples=50)
 @given(text=texts)
 @unchecked()
 def test_a_stream_never_shows_half_a_character(own, text):
@@ -416,7 +424,7 @@ def test_own_patterns_lose_nothing_and_agree(pattern):
         assert tokenizer.decode(ids) == text and ids == tokenizer.encode_batch([text])[0] == list(tokenizer.encode_iterable(text))
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(data=st.binary(max_size=200))
 @unchecked()
 def test_merging_against_rescanning(own, data):
@@ -434,7 +442,7 @@ def test_it_is_a_tokenizer(own):
 
 # Streams of text --------------------------------------------------------------------------------------------------
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(text=texts, data=st.data(), allowed=st.sampled_from([(), ('<|end|>',), 'all']), size=st.sampled_from([1, 4, 30]))
 @unchecked()
 def test_parts_give_the_ids_of_the_whole(own, text, data, allowed, size):
@@ -570,7 +578,7 @@ def small(size=262): return BPETokenizer.train('banana bandana é', size, ['<|en
 
 @unchecked()
 def test_saved_and_loaded(gpt2, tmp_path):
-    for tokenizer in trained(GPT2_PATTERN), trained(GPT4_PATTERN), gpt2, small():
+    for tokenizer in trained(GPT2_PATTERN), trained(GPT4_PATTERN), beginning(gpt2), small():
         tokenizer.save(tmp_path/'t.json')
         assert BPETokenizer.load(tmp_path/'t.json') == tokenizer
     assert [p.name for p in tmp_path.iterdir()] == ['t.json']
