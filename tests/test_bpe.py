@@ -34,7 +34,7 @@ SENTENCES = ['Whoever reads this, reads English.', "Wer das liest, liest Deutsch
 @cache
 def trained(pattern=GPT2_PATTERN, size=1000):
     "Trained once for each pattern: tests of one pattern do not run one after another."
-    corpus = list(pydoc_corpus().values())[:12] + SENTENCES * 3
+    corpus = list(pydoc_corpus().values())[:30] + SENTENCES * 3
     with unchecked(): return BPETokenizer.train(corpus, size, ['<|end|>', '<|end|>!'], pattern)
 
 
@@ -132,18 +132,13 @@ def test_transformers_loads_it(tmp_path):
         assert theirs.encode('a<|end|> b') == ours.encode('a<|end|> b', allowed_special='all')
 
 
-def beginning(gpt2, size=8_000): return BPETokenizer({token: i for token, i in gpt2.vocab.items() if i < size}, gpt2.pattern, {'<|endoftext|>': size})
-
-
 def test_gpt2_goes_to_hf_and_back_its_merges_recovered_from_ids_alone(gpt2, shared_data, tmp_path):
-    lines = [line for line in (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:] if line]
+    lines = (shared_data/'gpt2'/'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:]
     with unchecked():
-        assert [f'{spelled(a)} {spelled(b)}' for a, b in gpt2.merges] == lines         # all of them
-        ours = beginning(gpt2)
-        ours.to_hf(tmp_path)
-        assert BPETokenizer.from_hf(tmp_path) == ours
+        gpt2.to_hf(tmp_path)
+        assert BPETokenizer.from_hf(tmp_path) == gpt2
     merges = json.loads((tmp_path/'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
-    assert [' '.join(pair) for pair in merges] == lines[:len(merges)] and len(merges) == 8_000 - 256
+    assert [pair if isinstance(pair, str) else ' '.join(pair) for pair in merges] == [line for line in lines if line]
 
 
 def test_hf_and_back(own, tmp_path):
@@ -578,7 +573,7 @@ def small(size=262): return BPETokenizer.train('banana bandana é', size, ['<|en
 
 @unchecked()
 def test_saved_and_loaded(gpt2, tmp_path):
-    for tokenizer in trained(GPT2_PATTERN), trained(GPT4_PATTERN), beginning(gpt2), small():
+    for tokenizer in trained(GPT2_PATTERN), trained(GPT4_PATTERN), gpt2, small():
         tokenizer.save(tmp_path/'t.json')
         assert BPETokenizer.load(tmp_path/'t.json') == tokenizer
     assert [p.name for p in tmp_path.iterdir()] == ['t.json']
