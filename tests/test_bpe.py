@@ -67,8 +67,9 @@ def hf_gpt2(shared_data):
 
 # Peers ------------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(text=texts)
+@unchecked()
 def test_against_real_gpt2(gpt2, real_gpt2, hf_gpt2, text):
     ids = gpt2.encode(text)
     assert ids == real_gpt2.encode_ordinary(text) == hf_gpt2.encode(text).ids
@@ -94,15 +95,17 @@ def test_shakespeare_every_way(gpt2, real_gpt2, shared_data, tmp_path):
     assert gpt2.decode(expected) == text
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(text=texts)
+@unchecked()
 def test_against_tiktoken_and_tokenizers(own, hf, text):
     hf.encode_special_tokens = True                                 # special tokens in the text are text
     assert own.encode(text) == own._fast.encode_ordinary(text) == own.encode_batch([text])[0] == hf.encode(text).ids
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(text=spicy.filter(lambda text: '<|end|>!' not in text))
+@unchecked()
 def test_special_tokens_against_tokenizers(own, hf, text):
     hf.encode_special_tokens = False
     assert hf.encode(text).ids == own.encode(text, allowed_special='all')
@@ -126,6 +129,7 @@ def test_transformers_loads_it(tmp_path):
         theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path/'tokenizer.json'))
         assert len(theirs) == ours.vocab_size
         for text in SENTENCES: assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+        assert theirs.encode('a<|end|> b') == ours.encode('a<|end|> b', allowed_special='all')
 
 
 def test_gpt2_goes_to_hf_and_back_its_merges_recovered_from_ids_alone(gpt2, shared_data, tmp_path):
@@ -176,7 +180,8 @@ def test_from_hf_names_what_it_cannot_do(hf_file, tmp_path, change, names):
 def flags(**given): return {**dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized'), False), 'special': True, **given}
 
 
-def spelled(token): return ''.join(bpe.byte_alphabet()[b] for b in token)
+ALPHABET = bpe.byte_alphabet()
+def spelled(token): return ''.join(ALPHABET[b] for b in token)
 
 
 @st.composite
@@ -207,8 +212,9 @@ def pipelines(draw):
 marked = st.lists(st.sampled_from(['a', 'b', 'c', 'ab', 'é', 'e\u0301', '<e>', '<e>x', '<s>', ' ', '  ', '\n', '.', '<', 'x', '_', '²']), max_size=12).map(''.join)
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(content=pipelines(), texts=st.lists(marked, min_size=1, max_size=5))
+@unchecked()
 def test_a_foreign_file_gives_the_same_ids_or_is_refused(tmp_path_factory, content, texts):
     path = tmp_path_factory.mktemp('hf')/'tokenizer.json'
     path.write_text(json.dumps(content), encoding='utf-8')
@@ -259,6 +265,7 @@ def test_what_would_change_ids_is_refused_by_name(tmp_path, file, names):
 
 @settings(max_examples=30)
 @given(corpus=spicy, names=st.lists(st.sampled_from(['<|a|>', '<|a|>x', 'b', '|', ' ', 'é', '<', 'x|']), unique=True, max_size=3), ids=st.permutations(range(290, 293)), texts=st.lists(spicy, max_size=4))
+@unchecked()
 def test_an_export_gives_the_same_ids_or_is_refused(tmp_path_factory, corpus, names, ids, texts):
     "Special tokens of any spelling, with any ids."
     ours = BPETokenizer(BPETokenizer.train(corpus, 270).vocab, special_tokens=dict(zip(names, ids)))
@@ -299,8 +306,9 @@ def recount(pieces, n_merges):
     return merges
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(st.dictionaries(st.one_of(st.text('ab', min_size=1, max_size=12), st.text('aé猫', min_size=1, max_size=6), known.filter(bool)), st.integers(1, 4), max_size=8))
+@unchecked()
 def test_training_against_the_definition(pieces):
     assert learn_merges(pieces, 40) == recount(pieces, 40)
 
@@ -374,8 +382,9 @@ def test_bad_input_is_named(tmp_path, call, message):
 
 # Round trips ------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(text=st.one_of(st.text(st.characters(exclude_categories=['Cs'])), spicy))
+@unchecked()
 def test_every_text_comes_back(own, text):
     ids = own.encode(text)
     assert own.decode(ids, errors='strict') == text
@@ -383,14 +392,17 @@ def test_every_text_comes_back(own, text):
     assert all(i < own.vocab_size - 2 for i in ids), 'a special token came from text that was not allowed to make it'
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(ids=st.lists(st.integers(0, 999), max_size=30))
+@unchecked()
 def test_stream_of_any_ids_is_their_text(own, ids):
     pieces = list(own.decode_stream(ids))
     assert ''.join(pieces) == own.decode(ids) and '' not in pieces
 
 
+@settings(max_examples=50)
 @given(text=texts)
+@unchecked()
 def test_a_stream_never_shows_half_a_character(own, text):
     so_far = ''
     for piece in own.decode_stream(own.encode(text)):
@@ -407,8 +419,9 @@ def test_own_patterns_lose_nothing_and_agree(pattern):
         assert tokenizer.decode(ids) == text and ids == tokenizer.encode_batch([text])[0] == list(tokenizer.encode_iterable(text))
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(data=st.binary(max_size=200))
+@unchecked()
 def test_merging_against_rescanning(own, data):
     parts = [data[i:i + 1] for i in range(len(data))]
     while ranked := [(own.vocab[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in own.vocab]:
@@ -424,8 +437,9 @@ def test_it_is_a_tokenizer(own):
 
 # Streams of text --------------------------------------------------------------------------------------------------
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(text=texts, data=st.data(), allowed=st.sampled_from([(), ('<|end|>',), 'all']), size=st.sampled_from([1, 4, 30]))
+@unchecked()
 def test_parts_give_the_ids_of_the_whole(own, text, data, allowed, size):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
@@ -498,6 +512,7 @@ def test_work_grows_with_the_length_of_a_piece(n):
 
 @settings(max_examples=50)
 @given(texts=st.lists(texts, max_size=5), allowed=st.sampled_from([(), ('<|end|>',), 'all']))
+@unchecked()
 def test_batches_are_single_texts(own, texts, allowed):
     assert own.encode_batch(texts, allowed) == [own.encode(text, allowed) for text in texts]
 
@@ -556,6 +571,7 @@ def test_files_of_several_blocks(own, monkeypatch, tmp_path):
 def small(size=262): return BPETokenizer.train('banana bandana é', size, ['<|end|>'], GPT4_PATTERN)
 
 
+@unchecked()
 def test_saved_and_loaded(gpt2, tmp_path):
     for tokenizer in trained(GPT2_PATTERN), trained(GPT4_PATTERN), gpt2, small():
         tokenizer.save(tmp_path/'t.json')
@@ -563,10 +579,11 @@ def test_saved_and_loaded(gpt2, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['t.json']
 
 
+@unchecked()
 def test_truncation_anywhere_is_named(tmp_path):
     path = tmp_path/'t.json'
     small().save(path)
-    for n in reversed(range(path.stat().st_size - 1)):                # the last byte is only a line end
+    for n in reversed(range(0, path.stat().st_size - 1, 3)):          # the last byte is only a line end
         os.truncate(path, n)
         with pytest.raises(ValueError, match='t.json is not a saved BPETokenizer'): BPETokenizer.load(path)
 
@@ -577,16 +594,17 @@ def flip(path, at, bit):
         file.seek(at); file.write(bytes([byte ^ 1 << bit]))
 
 
+@unchecked()
 def test_flipped_bits_are_named_or_harmless(tmp_path):
     path, tokenizer = tmp_path/'t.json', small()
     tokenizer.save(path)
     whole, named = path.read_bytes(), 0
-    for at in range(len(whole)):
+    for at in range(0, len(whole), 3):
         flip(path, at, at * 5 % 8)
         try: assert BPETokenizer.load(path) == tokenizer
         except ValueError as e: assert 't.json is not a saved BPETokenizer' in str(e); named += 1
         flip(path, at, at * 5 % 8)
-    assert path.read_bytes() == whole and named > .95 * len(whole)
+    assert path.read_bytes() == whole and named > .95 * len(range(0, len(whole), 3))
 
 
 def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path):
@@ -596,7 +614,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new(tmp_path):
                'while True:\n    two.save(sys.argv[1]); one.save(sys.argv[1])\n')
     (tmp_path/'versions').write_bytes(pickle.dumps(versions))
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         before = path.stat().st_mtime_ns
         writer = subprocess.Popen([sys.executable, '-c', program, str(path), str(tmp_path/'versions')])
         try:
