@@ -22,7 +22,7 @@ def test_the_model_writes_the_story_of_the_front_page():
 
 
 @pytest.mark.parametrize('old, new, words', [
-    (r'(?<=a time\*\* )', 'not ', 'writes other words'), (r'The end\.', 'The End.', 'writes other words'), (r'--seed (\d+)', r'--seed 1\1', 'writes other words'),
+    (r'(?<=a time\*\* )', 'not ', 'writes other words'), (r'called (\w+)', r'named \1', 'writes other words'), (r'--seed (\d+)', r'--seed 1\1', 'writes other words'),
     (r'in \w+ minutes', 'in no minutes', 'another'), (r'--seed \d+', '', 'no story with a seed')])
 def test_a_story_that_was_not_written_is_found(old, new, words):
     place = story.PLACE.search(PAGE)
