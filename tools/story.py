@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT/'index.qmd', ROOT/'nbs'/'results'/'storyland_small.json'
 sys.path.insert(0, str(ROOT))
 PROMPT, MARGIN, WORDS = 'Once upon a time', 1e-3, range(70, 91)
-PLACE = re.compile(r'(?<=::: \{\.story\}\n)(?P<text>.*?)\n\n(?P<note>.*?)(?=\n:::$)', re.M | re.S)
+PLACE = re.compile(r'(?<=::: \{\.story\}\n)(?P<text>.*?)\n\n(?P<note>.*?)(?=\n\n:::$)', re.M | re.S)
 NUMBERS = ['no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten']
 
 

@@ -219,7 +219,7 @@ function entry(url, title, excerpt, inside) {
 }
 
 // Definitions come first: of the term that was typed, or else of the first that begin so or have such a word.
-const alike = name => name.toLowerCase().replace(/[\s-]+/g, ' ').replace(/s\b/g, '')
+const alike = name => name.toLowerCase().replace(/’/g, "'").replace(/[\s-]+/g, ' ').replace(/s\b/g, '')
 
 function defined(terms, words) {
   const wanted = alike(words)
