@@ -293,6 +293,12 @@ def test_the_search_knows_every_term_of_the_glossary(site):
     assert [entry["names"][0] for entry in json.loads((site / "assets/terms.json").read_text(encoding="utf-8"))] == written
 
 
+@on_the_first_chapter
+def test_a_word_in_code_counts_for_less_than_one_in_a_sentence(site, url):
+    blocks = re.findall(r"<pre\b[^>]*>", (site / url).read_text(encoding="utf-8"))
+    assert blocks and all('data-pagefind-weight="0.2"' in block for block in blocks)
+
+
 @needs_browser
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.stem)
 def test_search_finds_each_chapter_and_its_section(address, site, searching, chapter):

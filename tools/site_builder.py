@@ -49,7 +49,7 @@ def write_pages(work: Workshop, plain: Path, site: Path, downloads: list[Path]) 
     "Write each page in its frame into `plain`, and the pictures that it shows into `site`."
     template = Template((THEME / "page.html").read_text(encoding="utf-8"))
     for parsed in work.parsed:
-        body = work.body(parsed).replace("<pre", CODE_IN_SEARCH)
+        body = re.sub("<pre(?=[ >])", CODE_IN_SEARCH, work.body(parsed))
         for folder in (plain, site):
             (folder / parsed.page.url).parent.mkdir(parents=True, exist_ok=True)
         (plain / parsed.page.url).write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
