@@ -246,8 +246,9 @@ function share(title, words) {
 // What a section is called: its anchor often has the field's word where its title has a plain one.
 const name = part => `${part.title} ${part.url.split('#')[1] ?? ''}`
 
-// How well a section answers: the words it marks, and above all those in its name.
-const weight = (part, words) => part.excerpt.split('<mark>').length + 9 * words.split(/\s+/).length * share(name(part), words)
+// How well a section answers: the words it marks, in prose rather than in code, and above all those in its name.
+const isCode = text => /\w\(| = |->|==/.test(text.replace(/<\/?mark>/g, '').replace(/&gt;/g, '>'))
+const weight = (part, words) => part.excerpt.split('<mark>').length / (isCode(part.excerpt) ? 3 : 1) + 9 * words.split(/\s+/).length * share(name(part), words)
 
 // How well a page answers. Pagefind counts words; whoever types the title of a chapter or of a section wants to go there.
 const rank = (page, words) => Math.max(2 * share(page.meta.title, words), ...page.sub_results.map(part => share(name(part), words)))
