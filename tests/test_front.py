@@ -37,7 +37,7 @@ def test_a_draw_that_was_close_is_found(monkeypatch):
 
 # Reading paths ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('minutes, said', [(7, '7 minutes'), (44, '45 minutes'), (89, '90 minutes'), (90, '1½ hours'), (104, '1½ hours'), (106, '2 hours'), (655, '11 hours')])
+@pytest.mark.parametrize('minutes, said', [(7, '7 minutes'), (44, '45 minutes'), (89, '90 minutes'), (90, '1½ hours'), (104, '1½ hours'), (106, '2 hours'), (135, '2½ hours'), (655, '11 hours')])
 def test_times_are_said_without_false_precision(minutes, said): assert paths.hours(minutes) == said
 
 

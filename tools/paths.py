@@ -16,7 +16,7 @@ STEP = re.compile(r'<li>(?P<inside>(?:<p>)?<a href="(?P<page>[\w/]+)\.html(?:#[^
 
 def hours(minutes: int) -> str:
     "A time as one says it: minutes below an hour and a half, then half hours. `site.js` says it alike."
-    halves = round(minutes / 30)
+    halves = (minutes + 15) // 30
     return reading.spoken(minutes) if minutes < 90 else f"{halves // 2}{'½' * (halves % 2)} hours"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import json
-import posixpath
 import re
 from pathlib import Path
+from urllib.parse import urljoin
 
 GLOSSARY = "nbs/glossary.html"
 ENTRY = re.compile(r'<dt><span id="term-[^"]+">(?P<term>.*?)</span>(?:\s*<span class="also">\(also (?P<also>.*?)\)</span>)?</dt>\s*'
@@ -19,9 +19,8 @@ def plain(text: str) -> str:
 
 def terms(page: str) -> list[dict[str, object]]:
     "The entries of the glossary page; addresses are seen from the root of the site."
-    folder = posixpath.dirname(GLOSSARY)
     return [{"names": [plain(m["term"]), *map(str.strip, plain(m["also"] or "").split(",") if m["also"] else [])], "sentence": plain(m["sentence"]),
-             "home": posixpath.normpath(posixpath.join(folder, m["home"])), "section": plain(m["section"])} for m in ENTRY.finditer(page)]
+             "home": urljoin(GLOSSARY, m["home"]), "section": plain(m["section"])} for m in ENTRY.finditer(page)]
 
 
 def write_terms(site: Path) -> None:
