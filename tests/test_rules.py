@@ -528,7 +528,8 @@ HOME = '# X {#sec-x}\n\n## A {#sec-x-a}\n\nIt is the **KV cache**.\n\n## B {#sec
     (ENTRY.replace('x-a.', 'x-c.'), HOME, 'the home of `KV cache`, @sec-x-c, is no section'), (ENTRY.replace('Defined in', 'See'), HOME, '`KV cache` is no entry'),
     (ENTRY.replace('#term-kv-cache', '#term-cache'), HOME, 'write #term-kv-cache'), (ENTRY.replace('kept.', 'kept. And more.'), HOME, 'not defined in one sentence'),
     (ENTRY.replace('What', 'what'), HOME, 'not defined in one sentence'), (ENTRY + '\n' + ENTRY, HOME, 'each term once'),
-    (ENTRY + '\n' + ENTRY.replace('KV cache', 'B').replace('kv-cache', 'b').replace('cache of keys', 'KV cache'), HOME, '`B` stands behind `KV cache`')])
+    (ENTRY + '\n' + ENTRY.replace('KV cache', 'B').replace('kv-cache', 'b').replace('cache of keys', 'KV cache'), HOME, '`B` stands behind `KV cache`'),
+    (ENTRY + ENTRY.replace('KV cache', 'L').replace('kv-cache', 'l').replace('cache of keys', 'KV cache'), HOME, '`L` follows the entry before it without an empty line')])
 def test_a_term_of_the_glossary_has_a_home_that_says_it(book, entries, text, words):
     found = book.notebook(md(text)).write('nbs/glossary.qmd', f'# Glossary {{#sec-glossary}}\n\n{entries}').finds('glossary')
     if words is None: assert found == []

@@ -2,6 +2,7 @@
 
 The site is the one in `_site/`, built first when it is out of date. Where Quarto is installed its site is held to the same."""
 import html
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import serve                                                 # noqa: E402
 from book import load_book                                   # noqa: E402
 from browser import WIDTHS, needs_browser, violations, window    # noqa: E402
 from finish import MOVED                                     # noqa: E402
+from paths import hours                                      # noqa: E402
 from shared import pdf_words                                 # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,14 +275,28 @@ def searching(address, chromium):
 
 
 @needs_browser
-@pytest.mark.parametrize("word, home", [("softmax", "01_tensors.html#sec-tensors-softmax"), ("LayerNorm", "08_blocks.html#sec-blocks-layernorm"), ("KV cache", "06_attention.html#sec-attention-cache")])
-def test_search_leads_to_the_home_of_a_word_first(searching, word, home):
-    "Other pages say these words more often."
-    page, _ = searching
+@pytest.mark.parametrize("word, term", [("softmax", "softmax"), ("layernorm", "layer normalization"), ("KV cache", "KV cache"), ("top-p", "nucleus sampling"), ("BPE", "byte-pair encoding"), ("perplex", "perplexity"), ("zipf's law", "Zipf’s law")])
+def test_search_gives_the_definition_first(searching, site, word, term):
+    "With its sentence, and a link to the section that defines it; below it the pages."
+    page, complaints = searching
+    known = next(entry for entry in json.loads((site / "assets/terms.json").read_text(encoding="utf-8")) if entry["names"][0] == term)
     page.keyboard.press("Control+k")
     page.locator("dialog.search input").fill(word)
-    page.locator(".search-results mark", has_text=word.split()[0]).first.wait_for()
-    assert page.locator(".search-results li:nth-child(2) a").get_attribute("href").endswith(home)     # below its page
+    first = page.locator(".search-results li").first
+    page.locator(".search-results .definition b", has_text=term).first.wait_for()
+    assert first.locator("a").get_attribute("href") == known["home"] and known["sentence"] in first.inner_text() and known["section"] in first.inner_text()
+    assert page.locator(".search-results li:not(.definition) mark").count() and complaints == []
+
+
+def test_the_search_knows_every_term_of_the_glossary(site):
+    written = re.findall(r"^\[([^\]]+)\]\{#term-", (ROOT / "nbs/glossary.qmd").read_text(encoding="utf-8").replace("'", "’"), re.M)
+    assert [entry["names"][0] for entry in json.loads((site / "assets/terms.json").read_text(encoding="utf-8"))] == written
+
+
+@on_the_first_chapter
+def test_a_word_in_code_counts_for_less_than_one_in_a_sentence(site, url):
+    blocks = re.findall(r"<pre\b[^>]*>", (site / url).read_text(encoding="utf-8"))
+    assert blocks and all('data-pagefind-weight="0.2"' in block for block in blocks)
 
 
 @needs_browser
@@ -329,6 +345,74 @@ def test_search_by_keyboard(address, visit, url):
         page.locator("dialog.search input").fill("")
         page.keyboard.press("Escape")
         assert page.evaluate("document.querySelector('dialog.search').open") is False
+
+
+@needs_browser
+@pytest.mark.parametrize("url", ["index.html"])
+def test_the_story_is_written_word_by_word_and_nothing_moves(address, visit, url):
+    page, complaints = visit(address + url, "phone")
+    story, ahead, button = (page.locator(where) for where in (".story > p:first-child", ".story .ahead", ".story button"))
+    whole, height = story.inner_text(), page.evaluate("document.body.scrollHeight")
+    page.wait_for_function("document.querySelector('.story .written').textContent.split(' ').length > 3")
+    assert ahead.inner_text() and ahead.evaluate("e => getComputedStyle(e).opacity") == "0" and button.inner_text() == "Show all"
+    for key, label, left in (("Enter", "Write it again", False), ("Space", "Show all", True)):
+        button.press(key)
+        assert button.inner_text() == label and bool(ahead.inner_text()) is left
+        assert (story.inner_text(), page.evaluate("document.body.scrollHeight")) == (whole, height)
+    assert complaints == []
+
+
+@needs_browser
+@pytest.mark.parametrize("url", ["index.html"])
+@pytest.mark.parametrize("options", [{"java_script_enabled": False}, {"reduced_motion": "reduce"}], ids=["without JavaScript", "without motion"])
+def test_the_story_stands_there_whole(site, visit, url, options):
+    page, complaints = visit((site / url).as_uri(), **options)
+    written = re.search(r"^::: \{\.story\}\n(.*)$", (ROOT / "index.qmd").read_text(encoding="utf-8"), re.M)[1].replace("*", "")
+    story = page.locator(".story > p").first
+    assert story.inner_text() == written and story.evaluate("e => getComputedStyle(e).opacity") == "1"
+    assert page.locator(".story .ahead:not(:empty)").count() == 0
+    assert page.locator(".story button").count() == ("reduced_motion" in options) and complaints == []
+
+
+def test_every_path_says_how_long_it_takes(any_site):
+    text = (any_site / "index.html").read_text(encoding="utf-8")
+    found = re.findall(r'class="(?:[^"]* )?path(?: [^"]*)?".*?<span class="hours">(.*?)</span>', text, re.S)
+    steps = [sum(map(int, re.findall(r'data-minutes="(\d+)"', part))) for part in text.split('class="path-time"')[:3]]
+    assert found == list(map(hours, steps)) and len(found) == 3 and min(steps) > 60
+
+
+READ = "[...document.querySelectorAll('a.read')].map(a => a.pathname.split('/').pop())"
+
+
+@needs_browser
+def test_what_was_read_is_marked_everywhere(site, visit):
+    "By keyboard, in a folder without a server; the path counts what is left."
+    page, complaints = visit((site / CHAPTERS[0].url).as_uri())
+    mark, name = page.locator(".mark-read"), CHAPTERS[0].url.split("/")[-1]
+    mark.press("Space")
+    assert mark.get_attribute("aria-pressed") == "true" and page.evaluate(READ) == [name]
+    page.goto((site / "index.html").as_uri())
+    page.wait_for_function("document.querySelector('.path a.read')")
+    assert page.evaluate(READ) == [name, name]                # in the contents and on the path of newcomers
+    total, left = (sum(int(li.get_attribute("data-minutes")) for li in page.locator(f".path >> nth=0 >> li[data-minutes]{rest}").all()) for rest in ("", ":not(:has(a.read))"))
+    assert left < total and page.locator(".path-time .left").all_text_contents() == [f" {hours(left)} left.", "", ""]
+    minutes = [0, 1, 9, 12, 13, 89, 90, 104, 106, 135, 655]
+    assert page.evaluate("minutes => minutes.map(spoken)", minutes) == list(map(hours, minutes))
+    page.go_back()
+    page.wait_for_function("document.querySelector('.mark-read').ariaPressed === 'true'")
+    mark.press("Enter")
+    assert mark.get_attribute("aria-pressed") == "false" and page.evaluate(READ) == [] and complaints == []
+
+
+@needs_browser
+@on_the_first_chapter
+@pytest.mark.parametrize("storage", ["get localStorage() { throw new DOMException('no') }", "localStorage: { getItem: () => '7', setItem() { throw new DOMException('full') } }"], ids=["denied", "damaged"])
+def test_where_nothing_can_be_kept_marking_still_works(address, visit, url, storage):
+    page, complaints = visit("about:blank")
+    page.add_init_script(f"Object.defineProperties(window, Object.getOwnPropertyDescriptors({{ {storage} }}))")
+    page.goto(address + url)
+    page.locator(".mark-read").click()
+    assert page.locator(".mark-read").get_attribute("aria-pressed") == "true" and page.evaluate(READ) == [url.split("/")[-1]] and complaints == []
 
 
 @needs_browser
@@ -411,7 +495,7 @@ def test_on_this_page_follows_the_reader(address, visit, url):
 def test_without_javascript(address, visit, url, width):
     page, complaints = visit(address + url, width, "dark", java_script_enabled=False)
     assert page.locator("main h1").is_visible() and page.locator("main .equation").first.bounding_box()["height"] > 10
-    assert not page.locator(".search-open").is_visible() and not page.locator(".theme-switch").is_visible()
+    assert not any(page.locator(of).is_visible() for of in (".search-open", ".theme-switch", ".mark-read"))
     if width == "phone":
         page.locator("label.menu").click()
     page.locator("nav.book [aria-current]").wait_for(state="visible")

@@ -888,6 +888,7 @@ def glossary(book):
     found, terms = [m.groupdict() for m in ENTRY.finditer(text)], []
     for start in re.findall(r'^\[([^\]]+)\]\{#term-', text, re.M):
         if start not in {m['term'] for m in found}: yield f'nbs/glossary.qmd: `{start}` is no entry; write `[{start}]{{#term-...}}`, below it `:   A sentence. Defined in @sec-....`'
+    for glued in re.findall(r'(?<=[^\n])\n\[([^\]]+)\]\{#term-', text): yield f'nbs/glossary.qmd: `{glued}` follows the entry before it without an empty line, and would be read as a part of it; add one'
     for entry in found: yield from entry_faults(entry)
     for one, two in zip(found, found[1:]):
         if not order(one['term']) < order(two['term']): yield f"nbs/glossary.qmd: `{two['term']}` stands behind `{one['term']}`; keep the order of the alphabet, each term once"

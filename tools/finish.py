@@ -27,6 +27,7 @@ from card import CARD, write_card                            # noqa: E402
 from copies import write_copies                              # noqa: E402
 from dark import both_themes                                 # noqa: E402
 from labels import labels, link_labels                       # noqa: E402
+from paths import add_times                                  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -338,7 +339,7 @@ def finish(site: Path, root: Path, memory: Path, source: Path | None = None) -> 
             text = add_below_title(text, notebook_links(name, settings, up(site, page)))
             text = add_reading_time(text, root / name)
         elif name == "index.ipynb":
-            text = add_below_title(text, download_links(site))
+            text = add_times(add_below_title(text, download_links(site)), root)
         text = name_chapters(text, page, names)
         text = set_math(text, shown) if 'class="equation-body"' not in text else text
         if "site_libs/" in text:                             # Quarto's; the embedded site has a script for this

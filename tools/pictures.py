@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the book's front picture, the road from text to assistant, into nbs/images/: once wide, once narrow.
+"""Draw into nbs/images/ the book's front picture, the road from text to assistant (once wide, once narrow), and the letters of shapes.
 
 Every station is one part of the book. Those whose chapters stand in `_quarto.yml` have a firm outline, the others are
 dashed, so the picture never claims more than there is. `pictures.py --check` says whether the stored files are in step.
@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT/'nbs'/'images'
 sys.path.insert(0, str(ROOT))
+from letters import drawings  # noqa: E402
 from llm_from_scratch.figures import COLORS, INK  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY = COLORS[:6]
@@ -74,7 +75,7 @@ def stack():
 
 def dialog():
     "A question and its answer."
-    return [box(4, 2, 92, 22, FAINT), text(50, 17, 'Who has the key?', 11), box(92, 32, 44, 22, GREEN), text(114, 47, 'Mia.', 12)]
+    return [box(2, 2, 106, 22, FAINT), text(55, 17, 'Who has the key?', 11), box(92, 32, 44, 22, GREEN), text(114, 47, 'Mia.', 12)]
 
 
 def grid():
@@ -120,7 +121,7 @@ def _join(a, b):
 
 
 def main():
-    pictures = {'road.svg': road(4), 'road-narrow.svg': road(2)}
+    pictures = {'road.svg': road(4), 'road-narrow.svg': road(2), **drawings()}
     FOLDER.mkdir(exist_ok=True)
     if '--check' not in sys.argv:
         for name, svg in pictures.items(): (FOLDER/name).write_text(svg, encoding='utf-8')

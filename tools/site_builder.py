@@ -20,8 +20,11 @@ from urllib.parse import unquote
 from book import Book, BookError, Page, busy
 from finish import finish
 from pandoc import HERE, Parsed, Workshop
+from terms import write_terms
 
 THEME = HERE / "theme"
+MARK = '<p class="mark"><button type="button" class="button mark-read" aria-pressed="false" hidden>I have read this</button></p>\n'
+CODE_IN_SEARCH = '<pre data-pagefind-weight="0.2"'           # a word in a sentence counts for more than one in code
 ASSETS = ("book.css", "site.css", "theme.js", "site.js", "favicon.svg")
 
 
@@ -38,6 +41,7 @@ def build_site(work: Workshop, site: Path, downloads: dict[str, Future[Path]], s
                 shutil.copyfile(file.result(), site / name)
             busy("Finishing the pages")
             finish(site, work.book.root, work.cache / "katex.json", plain)
+            write_terms(site)
             busy("Finishing the index for search")
 
 
@@ -45,7 +49,7 @@ def write_pages(work: Workshop, plain: Path, site: Path, downloads: list[Path]) 
     "Write each page in its frame into `plain`, and the pictures that it shows into `site`."
     template = Template((THEME / "page.html").read_text(encoding="utf-8"))
     for parsed in work.parsed:
-        body = work.body(parsed)
+        body = re.sub("<pre(?=[ >])", CODE_IN_SEARCH, work.body(parsed))
         for folder in (plain, site):
             (folder / parsed.page.url).parent.mkdir(parents=True, exist_ok=True)
         (plain / parsed.page.url).write_text(template.substitute(page_values(work, parsed, body, downloads)), encoding="utf-8")
@@ -63,7 +67,7 @@ def page_values(work: Workshop, parsed: Parsed, body: str, downloads: list[Path]
     return {
         "lang": book.lang, "up": page.up(), "body": body, "book": html.escape(book.title), "author": html.escape(", ".join(book.authors)),
         "title": html.escape(book.title if page.is_index else f"{numbered(parsed)} · {book.title}"),
-        "sidebar": sidebar(work, page, downloads), "toc": contents(parsed, book.toc_depth),
+        "mark": MARK * page.is_notebook, "sidebar": sidebar(work, page, downloads), "toc": contents(parsed, book.toc_depth),
         "turn": turn(page, before, "prev", "Previous") + turn(page, after, "next", "Next"),
         "rel": rel(page, before, "prev") + rel(page, after, "next"), "footer": footer(book),
     }

@@ -1,4 +1,4 @@
-// What the page can do beyond reading: theme, search, copying, the place on the page, the drawer on a phone.
+// What the page can do beyond reading: theme, search, copying, the place on the page, the drawer on a phone, the story, what has been read.
 const $ = (selector, from = document) => from.querySelector(selector)
 const $$ = (selector, from = document) => [...from.querySelectorAll(selector)]
 const root = document.body.dataset.root
@@ -109,6 +109,76 @@ addEventListener('keydown', event => {
 for (const place of [$('.page'), ...$$('nav.book a[href^="#"]')]) place.addEventListener('click', () => { drawer.checked = false })
 $('nav.book [aria-current]')?.scrollIntoView({ block: 'nearest' })
 
+// The story of the front page: written a word at a time. All its words stand there from the beginning, in two spans, so that
+// nothing moves and a screen reader reads the whole -----------------------------------------------------------------------
+
+function tellStory(story) {
+  const words = story.lastChild.textContent.match(/\s*\S+/g)
+  const [written, ahead] = ['written', 'ahead'].map(name => Object.assign(document.createElement('span'), { className: name }))
+  const button = Object.assign(document.createElement('button'), { type: 'button', className: 'button' })
+  let timer, shown
+
+  function show(count) {
+    clearTimeout(timer)
+    shown = count
+    written.textContent = words.slice(0, count).join('')
+    ahead.textContent = words.slice(count).join('')
+    button.textContent = count < words.length ? 'Show all' : 'Write it again'
+    if (count < words.length) timer = setTimeout(show, 120, count + 1)
+  }
+
+  story.lastChild.replaceWith(written, ahead)
+  story.parentElement.append(button)
+  button.addEventListener('click', () => show(shown < words.length ? words.length : 0))
+  show(matchMedia('(prefers-reduced-motion: reduce)').matches ? words.length : 0)
+}
+
+$$('.story > p:first-child').forEach(tellStory)
+
+// What has been read: a list of pages that only this browser knows ----------------------------------------------------
+
+const markButton = $('.mark-read'), home = new URL(root || './', location.href).pathname
+const pageOf = address => address.pathname.slice(home.length).replace(/\.html$/, '')
+let read = new Set()
+
+function recall() {
+  try { read = new Set(JSON.parse(localStorage.getItem('read') ?? '[]')) } catch { /* a private window forgets */ }
+  showRead()
+}
+
+function toggleRead() {
+  if (!read.delete(pageOf(location))) read.add(pageOf(location))
+  try { localStorage.setItem('read', JSON.stringify([...read])) } catch { /* known until the page is left */ }
+  showRead()
+}
+
+function showRead() {
+  for (const link of $$('nav.book a:not([href^="#"]), .path li a')) link.classList.toggle('read', read.has(pageOf(link)))
+  for (const time of $$('.path-time')) time.lastElementChild.textContent = remaining($$('li[data-minutes]', time.parentElement))
+  markButton?.setAttribute('aria-pressed', read.has(pageOf(location)))
+}
+
+function remaining(steps) {
+  const ahead = steps.filter(step => !$('a.read', step))
+  const minutes = ahead.reduce((sum, step) => sum + Number(step.dataset.minutes), 0)
+  return ahead.length === steps.length ? '' : ahead.length ? ` ${spoken(minutes)} left.` : ' All read.'
+}
+
+// A time as the builder says it (tools/paths.py).
+function spoken(minutes) {
+  const halves = Math.round(minutes / 30)
+  if (minutes >= 90) return `${Math.floor(halves / 2)}${halves % 2 ? '½' : ''} hours`
+  const rounded = minutes < 10 ? minutes : 5 * Math.round(minutes / 5)
+  return `${rounded} minute${rounded === 1 ? '' : 's'}`
+}
+
+if (markButton) {
+  markButton.hidden = false
+  markButton.addEventListener('click', toggleRead)
+}
+addEventListener('storage', recall)             // marked in another window
+addEventListener('pageshow', recall)            // and where the reader comes back to this one
+
 // Search -----------------------------------------------------------------------------------------------------------
 
 const dialog = $('dialog.search'), field = $('input[type=search]', dialog), list = $('.search-results'), note = $('.search-note')
@@ -117,9 +187,10 @@ let loading, asked = 0
 
 async function load() {
   const pagefind = await import(new URL(root + 'pagefind/pagefind.js', location.href).href)
+  const glossary = fetch(root + 'assets/terms.json').then(answer => answer.json()).catch(() => [])
   await pagefind.options({ excerptLength: 24 })
   await pagefind.init()
-  return pagefind
+  return { pagefind, terms: await glossary }
 }
 
 const engine = () => loading ??= load()
@@ -147,6 +218,25 @@ function entry(url, title, excerpt, inside) {
   return item
 }
 
+// Definitions come first: of the term that was typed, or else of the first that begin so or have such a word.
+const alike = name => name.toLowerCase().replace(/’/g, "'").replace(/[\s-]+/g, ' ').replace(/s\b/g, '')
+
+function defined(terms, words) {
+  const wanted = alike(words)
+  const those = fits => terms.filter(term => term.names.some(name => fits(alike(name))))
+  const exact = those(name => name === wanted)
+  if (exact.length || wanted.length < 3) return exact
+  return [...new Set([...those(name => name.startsWith(wanted)), ...those(name => name.includes(' ' + wanted))])].slice(0, 3)
+}
+
+function definition(term) {
+  const item = entry(root + term.home, term.names[0], '', false)
+  item.className = 'definition'
+  $('b', item).append(Object.assign(document.createElement('small'), { textContent: `defined in ${term.section}` }))
+  $('span', item).textContent = term.sentence
+  return item
+}
+
 // The share of the words that a title has.
 function share(title, words) {
   const wanted = words.toLowerCase().split(/\s+/)
@@ -156,8 +246,9 @@ function share(title, words) {
 // What a section is called: its anchor often has the field's word where its title has a plain one.
 const name = part => `${part.title} ${part.url.split('#')[1] ?? ''}`
 
-// How well a section answers: the words it marks, and above all those in its name.
-const weight = (part, words) => part.excerpt.split('<mark>').length + 9 * words.split(/\s+/).length * share(name(part), words)
+// How well a section answers: the words it marks, in prose rather than in code, and above all those in its name.
+const isCode = text => /\w\(| = |->|==/.test(text.replace(/<\/?mark>/g, '').replace(/&gt;/g, '>'))
+const weight = (part, words) => part.excerpt.split('<mark>').length / (isCode(part.excerpt) ? 3 : 1) + 9 * words.split(/\s+/).length * share(name(part), words)
 
 // How well a page answers. Pagefind counts words; whoever types the title of a chapter or of a section wants to go there.
 const rank = (page, words) => Math.max(2 * share(page.meta.title, words), ...page.sub_results.map(part => share(name(part), words)))
@@ -190,11 +281,12 @@ async function search() {
   if (!words) { list.replaceChildren(); note.textContent = ''; return }
   await pause(120)                                // whoever is still typing asks again
   if (turn !== asked) return
-  const found = await (await engine()).search(words)
+  const { pagefind, terms } = await engine()
+  const found = await pagefind.search(words)
   const pages = await Promise.all(found.results.slice(0, 40).map(result => result.data()))
   if (turn !== asked) return
   const results = sorted(pages.filter(page => answers(page, words)), words).slice(0, 10)
-  list.replaceChildren(...results.flatMap(result => showResult(result, words)))
+  list.replaceChildren(...defined(terms, words).map(definition), ...results.flatMap(result => showResult(result, words)))
   const count = results.length
   note.textContent = count ? `${count} page${count > 1 ? 's' : ''}` : `Nothing found for “${words}”`
 }
