@@ -60,6 +60,8 @@ class Option(NamedTuple):
     event: str = ""        # what kind of thing happened, such as "give"
 
 # %% ../nbs/04_storyland.ipynb #0c545fb2
+#| code-fold: true
+#| code-summary: "Code of `Glass`"
 Told = Iterable[Option]                      # what a scene yields
 Scene = Callable[["Glass"], Told]
 Question = Callable[[Facts], Any]            # a question about the facts
@@ -105,7 +107,7 @@ def shared(option: Option) -> Option:
 # %% ../nbs/04_storyland.ipynb #f061dec9
 class Menu:
     "Options with their probabilities."
-    __slots__ = "options", "bounds"
+    __slots__ = "options", "bounds", "_entropy"
 
     def __init__(self, options: Iterable[Option]):
         self.options = [shared(o) for o in options if o.weight > 0]
@@ -114,6 +116,7 @@ class Menu:
         ends = accumulate(o.weight / total for o in self.options)
         self.bounds = array("d", ends)
         if self.bounds: self.bounds[-1] = 1.0
+        self._entropy: float | None = None
 
     @property
     def p(self) -> list[float]:
@@ -124,9 +127,12 @@ class Menu:
     @property
     def entropy(self) -> float:
         "The expected surprise of the choice, in nats."
-        return entropy(self.p)
+        if self._entropy is None: self._entropy = entropy(self.p)
+        return self._entropy
 
 # %% ../nbs/04_storyland.ipynb #3c1779c0
+#| code-fold: true
+#| code-summary: "Code of `Narrator`"
 class Narrator:
     "A world that tells stories: scenes by name, and the first facts."
 
@@ -254,6 +260,8 @@ SIZES = {
 }
 
 # %% ../nbs/04_storyland.ipynb #715235fb
+#| code-fold: true
+#| code-summary: "Code of `narrator`"
 @cache
 def narrator(
     size: str = "small",   # one of SIZES

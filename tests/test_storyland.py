@@ -159,7 +159,7 @@ def check(tale):
     return reader
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(seeds, sizes)
 def test_against_a_reader_of_the_words_alone(seed, size): check(story(seed, size))
 
@@ -235,18 +235,25 @@ class Seen(NamedTuple):
 
 
 @cache
-def survey(size):
-    "A thousand stories, read once for all tests that look at many."
+def survey(size, n=600, seed=17):
+    "Stories that are read once, for all tests that look at many."
     def seen(tale):
         gap = -tale.log_probability - math.fsum(s.menu.entropy for s in tale.steps)
         return Seen(tale.text, [*oddities(tale)], gap, tale.events, [task.kind for task in questions(tale)])
-    return [seen(tale) for tale in stories(1000, seed=17, size=size, split=None)]
+    return [seen(tale) for tale in stories(n, seed, size, None)]
 
 
 @pytest.mark.parametrize('size', sorted(SIZES))
 def test_nothing_odd_is_told(size):
-    "Reads a thousand stories as a careful listener would."
+    "Reads hundreds of stories as a careful listener would."
     found = [(oddity, seen.text) for seen in survey(size) for oddity in seen.odd]
+    assert not found, f'{len(found)} oddities; the first: {found[0]}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', sorted(SIZES))
+def test_nothing_odd_is_told_in_thousands(size):
+    found = [(oddity, seen.text) for seen in survey(size, 3000, 18) for oddity in seen.odd]
     assert not found, f'{len(found)} oddities; the first: {found[0]}'
 
 
@@ -355,24 +362,24 @@ def every_story(world, facts=None, text='', p=1.0):
 
 @pytest.fixture(scope='module')
 def micro():
-    return [*every_story(narrator('micro'))]
+    with unchecked(): return [*every_story(narrator('micro'))]      # set up before `quickly`
 
 
 def test_the_micro_world_sums_to_one(micro):
     texts = dict(micro)
     assert len(texts) == len(micro) > 10_000 and math.isclose(math.fsum(texts.values()), 1, rel_tol=1e-12)
-    for text, p in random.Random(0).sample(micro, 300): assert math.isclose(log_probability(text, 'micro'), math.log(p), rel_tol=1e-9)
-    floor, exact = entropy_floor(size='micro', n=1000, seed=3), entropy([p for _, p in micro])
-    assert abs(floor.nats_per_story - exact) < 4 * floor.nats_per_story_error < 0.2
+    for text, p in random.Random(0).sample(micro, 150): assert math.isclose(log_probability(text, 'micro'), math.log(p), rel_tol=1e-9)
+    floor, exact = entropy_floor(size='micro', n=600, seed=3), entropy([p for _, p in micro])
+    assert abs(floor.nats_per_story - exact) < 4 * floor.nats_per_story_error < 0.25
 
 
 def test_sampled_frequencies_are_the_probabilities(micro):
-    "Chi-squared over the first sentence and the goal, 20,000 micro stories."
+    "Chi-squared over the first sentence and the goal, 10,000 micro stories."
     def kind(text): return text.split('. ')[0], 'needed' in text, 'lost' in text
     expected = Counter()
-    for text, p in micro: expected[kind(text)] += 20_000 * p
+    for text, p in micro: expected[kind(text)] += 10_000 * p
     uniform = random.Random(1).random
-    seen = Counter(kind(tell(narrator('micro'), uniform)) for _ in range(20_000))
+    seen = Counter(kind(tell(narrator('micro'), uniform)) for _ in range(10_000))
     chi = sum((seen[k] - e) ** 2 / e for k, e in expected.items())
     assert set(seen) <= set(expected) and chi < len(expected) + 4 * math.sqrt(2 * len(expected))
 
@@ -380,7 +387,7 @@ def test_sampled_frequencies_are_the_probabilities(micro):
 @pytest.mark.parametrize('size', ['tiny', 'small', 'large'])
 def test_surprise_agrees_with_entropy(size):
     gaps = [seen.gap for seen in survey(size)]
-    assert len(gaps) == 1000
+    assert len(gaps) == 600
     mean = sum(gaps) / len(gaps)
     error = math.sqrt(sum((g - mean) ** 2 for g in gaps)) / len(gaps)
     assert abs(mean) < 4 * error and error < 0.5
@@ -460,7 +467,7 @@ def test_splits_share_nothing_and_lose_nothing():
     assert sum(map(len, own.values())) == len(set.union(*own.values()))
     assert len({split_of(f'story {i:03}') for i in range(200)}) == 3      # every letter counts, not only the length
     parts = Counter(split_of(seen.text) for size in SIZES for seen in survey(size))
-    assert 3450 < parts['train'] < 3750 and 130 < parts['validation'] < 270 and 130 < parts['test'] < 270
+    assert 2060 < parts['train'] < 2260 and 70 < parts['validation'] < 170 and 70 < parts['test'] < 170
     world = World(9, 'tiny')
     everything = [world.story().text for _ in range(300)]
     assert [t for t in everything if split_of(t) == 'train'][:100] == [s.text for s in stories(100, seed=9, size='tiny')]
