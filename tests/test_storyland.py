@@ -402,6 +402,8 @@ def test_the_floor_in_all_units():
     assert isinstance(floor, EntropyFloor) and floor.n == 100
     assert math.isclose(floor.nats_per_token, floor.nats_per_byte) and math.isclose(floor.nats_per_token_error, floor.nats_per_byte_error)
     assert more.nats_per_token < floor.nats_per_token and more.nats_per_story == floor.nats_per_story
+    tokens = floor.nats_per_story / floor.nats_per_token                    # mean over mean, not a mean of quotients
+    assert math.isclose(more.nats_per_token, floor.nats_per_story / (tokens + 1))
     assert plain == again != other and plain.nats_per_token is None
 
 

@@ -25,7 +25,6 @@ RULES = {}
 # glossary (`term:...`) that their home does not say in bold yet. The list only shrinks: what has no fault left must be struck.
 WAITING = {
     'bpe': 'core, width, diagrams, form, term-byte-pair-encoding, term-reference',
-    'storyland': 'core, width, diagrams, form',
     'data': 'core, width, diagrams, form, term-batch, term-teacher-forcing',
     'blocks': 'core, width, diagrams, form, term-activation-function, term-double-backward, term-gain, term-mlp, term-transformer-block, term-weight-initialization',
     'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',
