@@ -26,7 +26,6 @@ RULES = {}
 WAITING = {
     'bpe': 'core, width, diagrams, form, term-byte-pair-encoding, term-reference',
     'storyland': 'core, width, diagrams, form',
-    'data': 'core, width, diagrams, form, term-batch, term-teacher-forcing',
     'blocks': 'core, width, diagrams, form, term-activation-function, term-double-backward, term-gain, term-mlp, term-transformer-block, term-weight-initialization',
     'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',
     'optim': 'core, width, diagrams, form, term-ablation, term-gradient-clipping, term-gradient-descent, term-learning-rate-schedule, term-moment, term-optimizer',
