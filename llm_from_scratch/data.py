@@ -664,7 +664,7 @@ def shuffle_index(
     rows = isqrt(n - 1) + 1            # the smallest square that holds them
     columns = -(-n // rows)            # and no more columns than needed
     keys = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
-    keys = mix(keys.copy())            # (k,)
+    keys = mix(keys)                   # (k,)
     keys = mix(keys + np.arange(rounds, dtype=np.uint64)[:, None])
     out = slide(index.astype(np.uint64), rows, columns, keys)
     while (outside := out >= n).any():
