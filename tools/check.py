@@ -28,7 +28,6 @@ WAITING = {
     'storyland': 'core, width, diagrams, form',
     'data': 'core, width, diagrams, form, term-batch, term-teacher-forcing',
     'blocks': 'core, width, diagrams, form, term-activation-function, term-double-backward, term-gain, term-mlp, term-transformer-block, term-weight-initialization',
-    'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',
     'optim': 'core, width, diagrams, form, term-ablation, term-gradient-clipping, term-gradient-descent, term-learning-rate-schedule, term-moment, term-optimizer',
     'training': 'core, width, diagrams, form, term-batch-size, term-checkpoint, term-fine-tuning, term-gradient-accumulation, term-hyperparameter, term-loss-curve, term-micro-batch, term-mixed-precision, term-nan, term-overfitting, term-resume, term-throughput, term-underfitting',
     'evaluation': 'core, width, diagrams, form, term-baseline, term-generalize, term-scaling-law',
