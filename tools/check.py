@@ -24,7 +24,6 @@ RULES = {}
 # Pages that still wait for the second edition: by the name of a chapter or appendix, the rules that excuse it, and the terms of the
 # glossary (`term:...`) that their home does not say in bold yet. The list only shrinks: what has no fault left must be struck.
 WAITING = {
-    'gpt': 'core, width, diagrams, form, term-decoder-only, term-fused-cross-entropy, term-hidden-state, term-lm-head, term-weight-tying',
     'optim': 'core, width, diagrams, form, term-ablation, term-gradient-clipping, term-gradient-descent, term-learning-rate-schedule, term-moment, term-optimizer',
     'training': 'core, width, diagrams, form, term-batch-size, term-checkpoint, term-fine-tuning, term-gradient-accumulation, term-hyperparameter, term-loss-curve, term-micro-batch, term-mixed-precision, term-nan, term-overfitting, term-resume, term-throughput, term-underfitting',
     'evaluation': 'core, width, diagrams, form, term-baseline, term-generalize, term-scaling-law',
