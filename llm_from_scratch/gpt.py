@@ -564,10 +564,19 @@ def chunked_cross_entropy(
 def _loss(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
     "Cross-entropy; in chunks wherever logits are a product and nothing more."
     c = model.config
+    hidden, targets = _counted(hidden, targets)
     if c.head_bias or c.logit_softcap is not None:
         return cross_entropy(model.logits(hidden), targets)
     if c.logit_scale != 1: hidden = hidden * c.logit_scale
     return chunked_cross_entropy(hidden, model.head.weight, targets)
+
+def _counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    "The rows whose target counts: the others need no logits."
+    if not may_look(targets) or targets.shape != hidden.shape[:-1]:
+        return hidden, targets
+    counted = targets != -100
+    if counted.all(): return hidden, targets
+    return hidden[counted], targets[counted]
 
 # %% ../nbs/09_gpt.ipynb #3f6060d8
 def _check_heads(c: GPTConfig) -> None:
