@@ -495,11 +495,11 @@ def _child() -> None:
     "Run the steps that standard input brings; write findings into a file."
     given = json.load(sys.stdin)
     run, notes = _Run(), open(given["notes"], "w", encoding="utf-8")
-    sys.modules["__main__"] = run.module
     def note(**what: Any) -> None:
         print(json_text(what), file=notes, flush=True)
 
     for step in (_Step(*step) for step in given["steps"]):
+        sys.modules["__main__"] = run.module      # IPython sets its own
         note(begun=step.key, names=step.names)
         said = run.run(step)
         if said and not step.own: note(**said)
