@@ -83,8 +83,9 @@ def _header_end(lines: Sequence[str], node: Any) -> tuple[int, int]:
 
 def _docstring_end(lines: Sequence[str], node: Any) -> tuple[int, int]:
     "The line and the column behind a docstring; the tree counts in bytes."
-    row, in_bytes = node.body[0].end_lineno, node.body[0].end_col_offset
-    return row, len(lines[row - 1].encode()[:in_bytes].decode())
+    row: int = node.body[0].end_lineno
+    start = lines[row - 1].encode()[:node.body[0].end_col_offset]
+    return row, len(start.decode())
 
 def _without_bodies(source: str, names: Iterable[str]) -> str:
     "A cell in which these functions say that they are not written yet."
@@ -341,6 +342,8 @@ class _Run:
                 return self._lose(_bound(tree.body[i:]), said)
             self._note(statement)
         tops = {name.partition(".")[0] for name in step.names}
+        tops |= {n for n, old in self.defined.items()    # a class in slices
+                 if isinstance(old, type) and _is_slice(self.space.get(n), old)}
         self.defined.update({n: self.space[n] for n in tops if n in self.space})
         return None
 
@@ -488,6 +491,9 @@ class _Examples(doctest.DocTestRunner):
         "An example that raises."
         self.found.append((exc_info[1], _short(example.source)))
 
+def _is_slice(new: Any, old: type) -> bool:
+    return isinstance(new, type) and issubclass(new, old)
+
 def _short(text: str) -> str: return " ".join(text.split())[:60] or "nothing"
 
 # %% ../nbs/workbook.ipynb #2686d78a
@@ -586,8 +592,13 @@ def _docstrings(page: _Page) -> list[tuple[str, str]]:
         for name, node in [*classes, *_functions(tree.body)]:
             text = ast.get_docstring(node) or ""
             if name in {*names, *tops} and ">>>" in text:
-                found.append((name, text))
+                found.append((name, _as_main(text, page.chapter)))
     return found
+
+def _as_main(text: str, chapter: str) -> str:
+    "Examples whose errors are those of classes in a notebook."
+    module = re.escape(f"llm_from_scratch.{chapter.partition('_')[2]}.")
+    return re.sub(rf"^( *){module}(\w+: )", r"\1__main__.\2", text, flags=re.M)
 
 # %% ../nbs/workbook.ipynb #a6bd1f5c
 class Finding(NamedTuple):

@@ -59,7 +59,7 @@ def write_small_book(folder):
     known = {p for pattern in SMALL for p in ROOT.glob(pattern)}
     copy([p for p in Book(ROOT).files if p in known], folder)
     (folder/'index.qmd').write_text('# Start here {.unnumbered}\n\nBegin with @sec-first.\n', encoding='utf-8')
-    change(folder/'README.md', r'^.*\]\(nbs/(?!figures|images)[^)]*\.ipynb\).*\n', '')               # the map, and a line on the command
+    change(folder/'README.md', r'^.*\]\(nbs/(?!figures|images)[^)]*\.(?:ipynb|qmd)\).*\n', '')               # the map, and a line on the command
     change(folder/'_quarto.yml', r'^  chapters:\n.*?(?=^bibliography:)', PAGES)
     rules = folder/'tools'/'check.py'
     before, start, waiting = rules.read_text(encoding='utf-8').partition('\nWAITING = {\n')
