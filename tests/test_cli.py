@@ -144,7 +144,7 @@ def test_no_torch_where_none_is_needed(words, tmp_path):
 @pytest.mark.parametrize('words, said, status', [
     (['generat'], "there is no command 'generat': did you mean generate?", 2),
     (['tokenizer', 'encod'], "there is no command 'encod': did you mean encode?", 2),
-    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, finetune, runs, generate, serve, chat, pull, eval, info", 2),
+    (['xyzzy'], "there is no command 'xyzzy': expected tokenizer, data, train, finetune, runs, generate, serve, chat, pull, workbook, eval, info", 2),
     (['generate', '--temprature', '1'], 'unrecognized options: --temprature, 1; did you mean --temperature?', 2),
     (['generate', '--temperature', 'hot'], "--temperature cannot be 'hot'", 2),
     (['generate', '--top-k', 'x'], "--top-k cannot be 'x'", 2),
