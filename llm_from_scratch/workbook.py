@@ -692,6 +692,10 @@ def check_workbook(
 
     The code in the file is run with your rights. FileNotFoundError, or
     ValueError for what is no notebook, or the workbook of another chapter.
+
+    >>> _ = Path("mine.ipynb").write_text(json.dumps(make_workbook("18")))
+    >>> check_workbook("mine.ipynb").done              # nothing is written yet
+    0
     """
     with reading(Path(path), "a workbook"):
         book = read_json(Path(path))
