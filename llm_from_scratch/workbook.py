@@ -598,7 +598,7 @@ def _docstrings(page: _Page) -> list[tuple[str, str]]:
 def _as_main(text: str, chapter: str) -> str:
     "Examples whose errors are those of classes in a notebook."
     module = re.escape(f"llm_from_scratch.{chapter.partition('_')[2]}.")
-    return re.sub(rf"^( *){module}(\w+: )", r"\1__main__.\2", text, flags=re.M)
+    return re.sub(rf"^( *){module}(\w+: )", r"\1\2", text, flags=re.M)
 
 # %% ../nbs/workbook.ipynb #a6bd1f5c
 class Finding(NamedTuple):
