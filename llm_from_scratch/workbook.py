@@ -25,7 +25,7 @@ __all__ = ['list_workbooks', 'workbook_name', 'make_workbook', 'Finding', 'Repor
 # %% ../nbs/workbook.ipynb #38a0d325
 _Cell = dict[str, Any]
 _END = re.compile(r"^## (?:Going deeper|What can go wrong|Exercises)\b", re.M)
-_BOX = re.compile(r'title="You will build"\}(.*?)(?:\*You need|^:::)',
+_BOX = re.compile(r'title="You will build"\}(.*?)(?:\*You need|^:{3})',
                   re.M | re.S)
 _EXPORT = re.compile(r"^#\| exporti?\b", re.M)
 _GIVEN = re.compile(r"^#\| (?:code-fold: true|echo: false|hide\b|experiment\b)",
