@@ -754,6 +754,8 @@ def missing_package(
 
 def allow_missing_extras() -> None:
     "From here on, a cell of a notebook that needs a missing extra says so and ends."
+    from dis import get_instructions
+    from inspect import ismodule
     from IPython import get_ipython
     from IPython.display import Markdown, display
     shell = get_ipython()
@@ -771,6 +773,10 @@ def allow_missing_extras() -> None:
         package = missing_package(result.error_in_exec, lost)
         if package is None: return
         code = compile(shell.transform_cell(result.info.raw_cell), "cell", "exec")
+        for step in get_instructions(code):       # what it has set, or was to set anew
+            if step.opname != "STORE_NAME": continue
+            value = shell.user_ns.get(step.argval)
+            if not (callable(value) or ismodule(value)): shell.user_ns.pop(step.argval, 0)
         lost.update({name: package for name in code.co_names if name not in shell.user_ns})
         result.error_in_exec = None
 
