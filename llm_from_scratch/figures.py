@@ -776,9 +776,16 @@ def allow_missing_extras() -> None:
         for step in get_instructions(code):       # what it has set, or was to set anew
             if step.opname != "STORE_NAME": continue
             value = shell.user_ns.get(step.argval)
-            if not (callable(value) or ismodule(value)): shell.user_ns.pop(step.argval, 0)
+            old = value is before.get(step.argval) or str(value) in ("{}", "[]")
+            if old and not (callable(value) or ismodule(value)):
+                shell.user_ns.pop(step.argval, 0)
         lost.update({name: package for name in code.co_names if name not in shell.user_ns})
         result.error_in_exec = None
 
+    before: dict[str, Any] = {}
+
+    def remember(info: Any) -> None: before.update(shell.user_ns)
+
     shell.set_custom_exc((ImportError, NameError), explain)
+    shell.events.register("pre_run_cell", remember)
     shell.events.register("post_run_cell", go_on)
