@@ -2,6 +2,7 @@
 
 Some of them, chosen by the commit, are executed once more with nothing but the wheel: without the extras.
 """
+import ast
 import json
 import os
 import re
@@ -83,6 +84,13 @@ def share(n):
     return [pytest.param(p, id=p.stem, marks=[] if i % n == chosen and p.stem not in nb.BUDGETS else pytest.mark.slow) for i, p in enumerate(NOTEBOOKS)]
 
 
+def importing(book):
+    "The functions of a notebook that import an extra when they are called."
+    def of_extra(node): return isinstance(node, ast.ImportFrom) and node.module.partition('.')[0] in EXTRAS
+    trees = [ast.parse(cell.source) for cell in book.cells if cell.cell_type == 'code']
+    return {f.name for tree in trees for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and any(map(of_extra, ast.walk(f)))}
+
+
 def left_out(book):
     "The cells that went without an extra, by number, and what they say."
     outputs = [(i, ''.join(out.get('data', {}).get('text/markdown', ''))) for i, cell in enumerate(book.cells) if cell.cell_type == 'code' for out in cell.outputs]
@@ -99,7 +107,8 @@ def test_a_notebook_goes_on_with_nothing_but_the_wheel(notebook, forked, install
     fresh = nb.run(tmp_path/notebook.name)                       # raises where a cell raises
     missing = left_out(fresh)
     assert all("pip install 'llm-from-scratch[" in text for text in missing.values())
-    dragged = [fresh.cells[i].source for i in missing if not re.search(NEEDS_EXTRAS, fresh.cells[i].source)]
+    needs = '|'.join([NEEDS_EXTRAS, *(rf'\b{name}\(' for name in importing(fresh))])
+    dragged = [fresh.cells[i].source for i in missing if not re.search(needs, fresh.cells[i].source)]
     assert not dragged, 'left out without need: it uses what another cell computes below its first line that draws or imports an extra'
 
 
