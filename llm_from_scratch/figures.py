@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dis import get_instructions
 from html import escape
+from inspect import ismodule
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -752,10 +755,18 @@ def missing_package(
     package = (error.name or "").partition(".")[0]
     return package if package in EXTRAS else missing_package(error.__cause__, lost)
 
+def _unfinished(
+    code: CodeType, before: Mapping[str, Any], now: Mapping[str, Any],
+) -> list[str]:
+    "What a stopped cell left empty, or was still to set anew."
+    stored = {i.argval for i in get_instructions(code) if i.opname == "STORE_NAME"}
+    values = {name: now[name] for name in stored & now.keys()}
+    return [name for name, x in values.items()
+            if not (callable(x) or ismodule(x))
+            and (x is before.get(name) or (type(x) in (dict, list) and not x))]
+
 def allow_missing_extras() -> None:
     "From here on, a cell of a notebook that needs a missing extra says so and ends."
-    from dis import get_instructions
-    from inspect import ismodule
     from IPython import get_ipython
     from IPython.display import Markdown, display
     shell = get_ipython()
@@ -773,12 +784,7 @@ def allow_missing_extras() -> None:
         package = missing_package(result.error_in_exec, lost)
         if package is None: return
         code = compile(shell.transform_cell(result.info.raw_cell), "cell", "exec")
-        for step in get_instructions(code):       # what it has set, or was to set anew
-            if step.opname != "STORE_NAME": continue
-            value = shell.user_ns.get(step.argval)
-            old = value is before.get(step.argval) or str(value) in ("{}", "[]")
-            if old and not (callable(value) or ismodule(value)):
-                shell.user_ns.pop(step.argval, 0)
+        for name in _unfinished(code, before, shell.user_ns): del shell.user_ns[name]
         lost.update({name: package for name in code.co_names if name not in shell.user_ns})
         result.error_in_exec = None
 

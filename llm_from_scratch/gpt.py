@@ -111,7 +111,7 @@ class GPTConfig(Config):
     rope_base: PositiveFloat = 10_000.0     # RoPE base θ
     bias: bool = True                       # in linear layers and norms
     tie_embeddings: bool = True             # the head is the embedding table
-    dropout: BelowOne = 0.0                 # one rate, wherever GPT-2 drops
+    dropout: BelowOne = 0.0                 # share that training sets to 0
 
     # Positions and attention
     rope_layout: Literal["half", "interleaved"] = "half"   # pairs (i, i + half)

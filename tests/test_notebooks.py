@@ -119,10 +119,11 @@ GOES_ON = 'from llm_from_scratch.figures import allow_missing_extras; allow_miss
 def test_a_cell_without_its_extra_is_left_out_and_what_builds_on_it(forked, tmp_path):
     "What comes before the import has run; cells that need neither the extra nor its names run as ever."
     hide = ALONE.format(extras={'pooch'}, site=str(nb.ROOT), root='')
-    book = notebook(tmp_path/'trial.ipynb', hide, f'{GOES_ON}\n{GOES_ON}', 'before = 1\nimport pooch\nafter = 2', 'later = after + 1', 'print(later)', 'print(before + 1)')
+    book = notebook(tmp_path/'trial.ipynb', hide, f'{GOES_ON}\n{GOES_ON}', 'old = 1', 'before = 1\nbegun = {}\nimport pooch\nafter = old = begun[1] = 2',
+                    'later = after + 1', 'print(later)', 'print(begun[1])', 'print(old)', 'print(before + 1)')
     fresh = nb.run(book)
-    assert list(left_out(fresh)) == [2, 3, 4] and all('pooch' in text and '[hub]' in text for text in left_out(fresh).values())
-    assert fresh.cells[5].outputs[0].text == '2\n'
+    assert list(left_out(fresh)) == [3, 4, 5, 6, 7] and all('pooch' in text and '[hub]' in text for text in left_out(fresh).values())
+    assert fresh.cells[8].outputs[0].text == '2\n'
 
 
 @only_with_forks
